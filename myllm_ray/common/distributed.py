@@ -1,0 +1,54 @@
+"""Process-group helpers that also work where there is no process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce_(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:
+    """Sum (or `op`) over ranks, in place; the tensor itself without a group."""
+    if is_distributed() and world_size() > 1:
+        dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
+    return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of every rank, by rank, on all of them. JSON-like values only."""
+    if not is_distributed() or world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
+    if not is_distributed() or world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

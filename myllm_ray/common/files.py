@@ -1,0 +1,62 @@
+"""Files that are either whole or absent, and JSON lines that can be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, never half."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file. A last line cut off by a kill is left out."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+class JSONLines:
+    """Append objects to a file, one a line, flushed one by one.
+
+    Opening keeps only the earlier lines that satisfy `keep`: a run that resumes from step 10 drops what was written
+    about steps 11 and later, so that each step has one line however often it was trained.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            write_atomic(path, "".join(self._dump(row) for row in read_jsonl(path) if keep(row)))
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 (stays open for the run)
+
+    @staticmethod
+    def _dump(row: dict[str, Any]) -> str:
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(self._dump(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,101 @@
+"""Small types that the floors of the house hand to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+Micro = dict[str, Tensor]
+"""A micro-batch: tensors by name, first dimension rows. `input_ids`, `labels`, `position_ids`: (rows, tokens), int64."""
+
+MetricPairs = dict[str, tuple[Tensor | float, Tensor | float]]
+"""Metrics as (sum, weight): what can be added up over micro-batches and ranks before it is divided once."""
+
+IGNORE = -100
+"""The label of a token that is not trained on."""
+
+
+class Position(NamedTuple):
+    """A place in the data, one for the whole job: rows of `epoch` already consumed. Independent of how a batch is cut."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+@dataclass
+class Batch:
+    """One rank's share of a global batch."""
+
+    micros: list[Micro]
+    position: Position
+    next: Position
+    fingerprint: int
+    """Sum over this rank's rows of a hash of (place in the global batch, token ids); ranks add up modulo 2**64."""
+
+
+class BatchStream(Protocol):
+    """Global batches in an order that depends on the config and the data alone."""
+
+    sources: list[str]
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Global batches in one epoch (the last one is filled up with empty rows)."""
+
+    def batches(self, start: Position, stop: Position) -> Iterator[Batch]:
+        """This rank's share of every global batch from `start` up to, not including, `stop`."""
+
+
+@dataclass
+class StepOutput:
+    """What a trainer makes of one micro-batch.
+
+    `loss_sum` is a sum, never a mean: the engine divides once, by the weight of the whole global batch.
+    """
+
+    loss_sum: Tensor
+    metrics: MetricPairs = field(default_factory=dict)
+
+
+class TokenLosses(NamedTuple):
+    """Losses at the T target positions of a micro-batch, in row-major order."""
+
+    nll_sum: Tensor
+    """Scalar with gradient: sum of the negative log-likelihoods, in nats."""
+    nll: Tensor
+    """(T,) fp32, detached."""
+    correct: Tensor
+    """(T,) bool: the target was the most likely token."""
+
+
+@dataclass
+class RunState:
+    """What callbacks see of a run. Plain data, so it also travels from a Ray worker to the driver."""
+
+    step: int = 0
+    total_steps: int = 0
+    epoch: int = 0
+    position: Position = Position()
+    folder: str | None = None
+    is_main: bool = True
+    requests: dict[str, str] = field(default_factory=dict)
+    """Open requests of callbacks: `save`, `evaluate`, `stop`, each with its reason."""
+
+    def request(self, what: str, reason: str = "") -> None:
+        """Ask the engine to `save`, `evaluate` or `stop` after this step. All ranks follow when one asks."""
+        if what not in ("save", "evaluate", "stop"):
+            raise ValueError(f"a callback can request save, evaluate or stop, not {what!r}")
+        self.requests[what] = reason
+
+
+def shifted_targets(labels: Tensor) -> Tensor:
+    """The target of each position: the label of the next one, `IGNORE` at the end. Labels (B, S) -> targets (B, S)."""
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def as_mapping(config: Any) -> Mapping[str, Any]:
+    """A config as nested mappings, whether it came as a pydantic model or as a plain dict."""
+    return config.model_dump() if hasattr(config, "model_dump") else (config or {})

@@ -1,0 +1,8 @@
+"""The config: schema, loading, names. No torch, no ray."""
+
+from myllm_ray.config.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
+from myllm_ray.config.load import load_config, to_yaml, validate
+from myllm_ray.config.schema import PretrainConfig, SFTConfig, TrainerConfig
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "PretrainConfig", "SFTConfig", "TrainerConfig",
+           "TrainingError", "UserError", "load_config", "to_yaml", "validate"]

@@ -1,0 +1,198 @@
+"""From a file and overrides to a validated config: include, environment variables, dotted overrides, clear errors."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.schema import TrainerConfig, config_class
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainerConfig:
+    """Read a YAML or JSON config and apply `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: one line that names the key, the file and what to do.
+    """
+    raw = read_file(Path(path))
+    for override in overrides:
+        apply_override(raw, override)
+    return validate(raw, where=str(path))
+
+
+def read_file(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file as a mapping, `include:` merged below it and `${VAR}` replaced."""
+    resolved = path.resolve()
+    if resolved in _chain:
+        raise ConfigError(f"{path}: include goes round in a circle: {' -> '.join(p.name for p in (*_chain, resolved))}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: can't be read: {error}") from None
+    try:
+        raw = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "can't be parsed"
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds {type(raw).__name__}")
+    raw = substitute(raw, str(path))
+    included = raw.pop("include", None)
+    if included is None:
+        return raw
+    base: dict[str, Any] = {}
+    for name in [included] if isinstance(included, str) else included:
+        base = merge(base, read_file(path.parent / name, (*_chain, resolved)))
+    return merge(base, raw)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`; mappings merge key by key, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def substitute(value: Any, where: str) -> Any:
+    """Replace `${VAR}` and `${VAR:-default}` in every string; a string that was all variable is parsed as YAML."""
+    if isinstance(value, dict):
+        return {k: substitute(v, where) for k, v in value.items()}
+    if isinstance(value, list):
+        return [substitute(v, where) for v in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        if name not in os.environ and default is None:
+            raise ConfigError(f"{where}: environment variable {name} is not set: set it, or write ${{{name}:-default}}")
+        return os.environ.get(name) or default or ""
+
+    replaced = _VARIABLE.sub(replace, value)
+    return yaml.safe_load(replaced) if _VARIABLE.fullmatch(value) else replaced
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in place; the value is parsed as YAML, list items are reached by their number."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value, such as optimizer.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    target: Any = raw
+    for part in parents:
+        if isinstance(target, list):
+            target = target[_item(target, part, override)]
+            continue
+        if not isinstance(target.get(part), (dict, list)):
+            target[part] = {}
+        target = target[part]
+    if isinstance(target, list):
+        target[_item(target, last, override)] = value
+    else:
+        target[last] = value
+
+
+def _item(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise ConfigError(f"override {override!r}: {part!r} is not the number of a list item (0 to {len(items) - 1})")
+    return int(part)
+
+
+def validate(raw: Mapping[str, Any], where: str = "config") -> TrainerConfig:
+    """Check a plain mapping against the schema of its trainer.
+
+    Raises:
+        ConfigError: the first thing that is wrong, with its dotted key.
+    """
+    cls = config_class(raw.get("trainer", "pretrain"))
+    try:
+        return cls.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error, cls, raw)}") from None
+
+
+def explain(error: ValidationError, cls: type[BaseModel], raw: Any) -> str:
+    """One line for the most telling of pydantic's complaints: unknown keys first, for they explain missing ones."""
+    details = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = details[0]
+    location = [part for part in first["loc"] if not _is_union_tag(part)]
+    key = ".".join(str(part) for part in location)
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(cls, location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+        return f"unknown key {key}: {hint}{more}"
+    if first["type"] == "missing":
+        return f"{key} is missing{more}"
+    if first["type"] == "value_error":
+        return f"{key + ': ' if key else ''}{first['ctx']['error']}{more}"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {message} (got {first['input']!r}){more}"
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and (part[:1].isupper() or part.startswith("list[") or part in ("str", "dict"))
+
+
+def _known_keys(cls: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = cls.model_fields.get(part)
+        if field is None:
+            return []
+        nested = _section_in(field.annotation)
+        if nested is None:
+            return []
+        cls = nested
+    return list(cls.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
+
+
+def to_yaml(config: TrainerConfig) -> str:
+    """The resolved config as YAML, every default written out: what `config.yaml` in a run folder holds."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema that editors use: the union of all trainers' configs, `include` allowed."""
+    from myllm_ray.config.schema import CONFIG_OF_TRAINER
+
+    schema: dict[str, Any] = TrainerConfig.model_json_schema()
+    for cls in CONFIG_OF_TRAINER.values():
+        extra = cls.model_json_schema()
+        schema["properties"].update(extra["properties"])
+        schema["$defs"].update(extra["$defs"])
+    schema["properties"]["include"] = {"description": "another config file that this one is laid on",
+                                       "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+    schema.pop("required", None)  # an included file may hold what this one leaves out
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "myllm_ray run"}

@@ -1,0 +1,279 @@
+"""The config of a run: one pydantic model a section. The shape of the YAML file, and nothing else.
+
+No torch and no ray here: validating a config takes milliseconds. What a trainer adds stands in its own section under
+its own name (`sft: {...}`), in a subclass of `TrainerConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+
+class Section(BaseModel):
+    """A part of the config. Unknown keys are refused: a misspelt key must not train at a default."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+def _exactly_one(section: Section, names: tuple[str, ...]) -> None:
+    given = [n for n in names if getattr(section, n) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(names)} (got {', '.join(given) or 'none'})")
+
+
+class ModelSection(Section):
+    """Where the model comes from: a name, a config (trained from scratch) or a factory of your own."""
+
+    name: str | None = Field(None, description="Hugging Face hub id or a local folder with weights")
+    config: dict[str, Any] | None = Field(None, description="a transformers config, `model_type` included: random weights")
+    factory: str | None = Field(None, description="import path of a function that builds the model: my_pkg.my_mod:build")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    trust_remote_code: bool = Field(False, description="run Python code that the hub folder brings along")
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelSection:
+        _exactly_one(self, ("name", "config", "factory"))
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("model.config needs a model_type, such as llama, qwen3, gemma3_text or gpt2")
+        return self
+
+
+class TokenizerSection(Section):
+    """Where the tokenizer comes from: a folder, a hub id, trained on the data, or the 256 bytes."""
+
+    path: str | None = Field(None, description="a folder in Hugging Face format")
+    name: str | None = Field(None, description="a Hugging Face hub id")
+    train: Literal["bpe"] | None = Field(None, description="train a byte-level BPE tokenizer on the training data")
+    kind: Literal["bytes"] | None = Field(None, description="bytes: one token per UTF-8 byte")
+    vocab_size: PositiveInt = Field(4096, description="for `train`: size of the vocabulary, special tokens included")
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizerSection:
+        _exactly_one(self, ("path", "name", "train", "kind"))
+        return self
+
+
+class SourceSection(Section):
+    """One source of documents."""
+
+    path: str | list[str] | None = Field(None, description="file, folder, glob or URL (s3://, gs://, hf://), or a list")
+    source: Literal["python-stdlib"] | None = Field(None, description="a built-in source instead of a path")
+    format: str = Field("text", description="text, instruction, chat, prompt_completion, or my_pkg.my_mod:fn")
+    name: str | None = Field(None, description="the name under which this source's loss is logged")
+    weight: float = Field(1.0, gt=0, description="passes over this source per epoch; 0.5 takes a new random half each time")
+    fields: dict[str, str] = Field(default_factory=dict, description="rename: {field of the format: column in the data}")
+    split_text: Literal["file", "paragraph", "line"] = Field(
+        "file", description="what one document of a text file is; long files are cut at blank lines")
+    limit: PositiveInt | None = Field(None, description="use only the first so many documents")
+
+    @model_validator(mode="after")
+    def _one(self) -> SourceSection:
+        _exactly_one(self, ("path", "source"))
+        return self
+
+
+class ValidationSection(SourceSection):
+    """Held-out documents: a share of the training data, or a source of their own."""
+
+    split: float | None = Field(None, gt=0, lt=1, description="share of the training documents held out")
+
+    @model_validator(mode="after")
+    def _one(self) -> ValidationSection:
+        _exactly_one(self, ("split", "path", "source"))
+        return self
+
+
+class DataSection(Section):
+    """What is trained on, in which order, and how documents become rows."""
+
+    train: SourceSection | list[SourceSection]
+    validation: ValidationSection | None = None
+    sequence_length: int = Field(1024, ge=2, description="tokens in a row")
+    packing: bool = Field(True, description="put several documents in one row; none attends to another")
+    shuffle: Literal["full", "window", "none"] = Field("full", description="order of documents, by seed and epoch")
+    shuffle_window: PositiveInt = Field(65536, description="for `window`: documents shuffled together")
+    overflow: Literal["truncate", "split", "error"] | None = Field(
+        None, description="a document longer than a row; default: split for pretraining, truncate otherwise")
+    on_bad_row: Literal["error", "skip"] = "error"
+    cache: str | None = Field(None, description="folder of prepared data; default: <run.storage>/.data")
+
+    @property
+    def sources(self) -> list[SourceSection]:
+        return self.train if isinstance(self.train, list) else [self.train]
+
+    @model_validator(mode="after")
+    def _some(self) -> DataSection:
+        if not self.sources:
+            raise ValueError("data.train is an empty list: name at least one source")
+        return self
+
+
+class BatchSection(Section):
+    """Rows in one optimizer step (all workers together), and in one forward pass of one worker."""
+
+    global_size: PositiveInt = 8
+    micro_size: PositiveInt = 1
+
+
+class ParameterGroup(Section):
+    """Settings of their own for the parameters whose name matches a pattern (regular expression, `re.search`)."""
+
+    pattern: str
+    lr: PositiveFloat | None = None
+    weight_decay: float | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class OptimizerSection(Section):
+    """An optimizer of torch.optim by name (any case), or an import path."""
+
+    name: str = "adamw"
+    lr: PositiveFloat = 3e-4
+    weight_decay: float = Field(0.0, ge=0, description="applied to matrices only: not to norms, biases, embeddings' biases")
+    betas: tuple[float, float] | None = None
+    eps: PositiveFloat | None = None
+    momentum: float | None = None
+    fused: bool | None = Field(None, description="default: where the optimizer and the device have it")
+    groups: list[ParameterGroup] = Field(default_factory=list)
+    options: dict[str, Any] = Field(default_factory=dict, description="further keyword arguments of the optimizer")
+
+
+class SchedulerSection(Section):
+    """The learning rate as a pure function of the optimizer step."""
+
+    name: str = Field("constant", description="constant, linear, cosine, cosine_with_restarts, wsd, polynomial, "
+                      "inverse_sqrt, or an import path of fn(progress: float) -> multiplier")
+    warmup_steps: int | None = Field(None, ge=0)
+    warmup_ratio: float | None = Field(None, ge=0, le=1, description="warm-up as a share of all steps")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="the multiplier at the end of the decay")
+    decay_steps: PositiveInt | None = Field(None, description="step at which the decay ends; default: the run's last")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: share of all steps that decays")
+    cycles: PositiveInt = Field(1, description="cosine_with_restarts: number of cycles")
+    power: PositiveFloat = Field(1.0, description="polynomial: the exponent")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> SchedulerSection:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        return self
+
+
+class AcceleratorSection(Section):
+    """Where the tensors live, and in which precision the model computes. Master weights are always fp32."""
+
+    name: str = Field("single", description="single, ddp, fsdp, or an import path")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class ScalingSection(Section):
+    """How many worker processes. 0: this very process, without Ray."""
+
+    workers: int = Field(0, ge=0)
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_failures: int = Field(0, ge=-1, description="how often Ray restarts the workers after a failure; -1: always")
+    resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom Ray resources")
+
+
+class RunSection(Section):
+    """The run's name, its folder `<storage>/<name>`, its length and its seed."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    storage: str = "runs"
+    max_steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    seed: int = Field(0, ge=0)
+    overwrite: bool = Field(False, description="replace an earlier run of the same name")
+
+
+class CheckpointSection(Section):
+    """When to save, what to keep, and what to go on from."""
+
+    every_steps: PositiveInt | None = None
+    at_end: bool = True
+    keep_last: PositiveInt | None = Field(2, description="null keeps all")
+    keep_best: str | None = Field(None, description="also keep the checkpoint with the lowest value of this metric")
+    resume: str = Field("never", description="auto: the newest checkpoint of this run, if there is one; never; or a folder")
+
+
+class EvaluationSection(Section):
+    every_steps: PositiveInt | None = None
+    at_start: bool = False
+    at_end: bool = True
+    max_batches: PositiveInt | None = Field(None, description="global batches per evaluation; default: all")
+
+
+class LoggingSection(Section):
+    every_steps: PositiveInt = 1
+
+
+class TrainerConfig(Section):
+    """The config of any run. Trainers of the package extend it by a section of their own."""
+
+    trainer: str = Field("pretrain", description="pretrain, sft, or an import path: my_lab.simpo:SimPOTrainer")
+    model: ModelSection
+    tokenizer: TokenizerSection
+    data: DataSection
+    batch: BatchSection = Field(default_factory=BatchSection)
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
+    accelerator: AcceleratorSection = Field(default_factory=AcceleratorSection)
+    scaling: ScalingSection = Field(default_factory=ScalingSection)
+    run: RunSection = Field(default_factory=RunSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    logging: LoggingSection = Field(default_factory=LoggingSection)
+    callbacks: list[str | dict[str, dict[str, Any]]] = Field(
+        default_factory=lambda: ["print", "jsonl"],
+        description="names or import paths; with options as {early_stopping: {metric: validation_loss, patience: 3}}")
+    gradient_clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for a trainer of your own")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainerConfig:
+        if (self.run.max_steps is None) == (self.run.epochs is None):
+            raise ValueError("run: give max_steps or epochs (exactly one): they say when the run is done")
+        workers, batch = max(1, self.scaling.workers), self.batch
+        if batch.global_size % (batch.micro_size * workers):
+            raise ValueError(
+                f"batch.global_size={batch.global_size} is not divisible by scaling.workers × batch.micro_size "
+                f"= {workers} × {batch.micro_size}: change one of them so that every worker gets equally many micro-batches")
+        if self.accelerator.name == "single" and self.scaling.workers > 1:
+            raise ValueError(f"accelerator.name=single trains on one worker, scaling.workers={self.scaling.workers}: "
+                             "use ddp or fsdp")
+        return self
+
+
+class PretrainKnobs(Section):
+    """Knobs of causal-LM pretraining."""
+
+
+class PretrainConfig(TrainerConfig):
+    """Causal-LM pretraining: loss on every token."""
+
+    pretrain: PretrainKnobs = Field(default_factory=PretrainKnobs)
+
+
+class SFTKnobs(Section):
+    """Knobs of supervised fine-tuning."""
+
+    train_on_prompt: bool = Field(False, description="put the loss on the prompt too, not only on the response")
+
+
+class SFTConfig(TrainerConfig):
+    """Supervised fine-tuning: loss on the response only, by default."""
+
+    sft: SFTKnobs = Field(default_factory=SFTKnobs)
+
+
+CONFIG_OF_TRAINER: dict[str, type[TrainerConfig]] = {"pretrain": PretrainConfig, "sft": SFTConfig}
+
+
+def config_class(trainer: object) -> type[TrainerConfig]:
+    """The config class of a trainer's short name; a trainer of the user's own gets the base (its knobs: `options`)."""
+    return CONFIG_OF_TRAINER.get(trainer, TrainerConfig) if isinstance(trainer, str) else TrainerConfig

@@ -1,0 +1,148 @@
+"""The store of prepared data: every document of every source as tokens, on disk, readable by number.
+
+A folder `<cache>/<key>` holds, per source, `tokens-<i>.bin` (int32, see `tokenize.encode`) and `offsets-<i>.npy` (int64,
+where each document begins; one more at the end), and one `meta.json` that is written last. Documents are read by
+`pread`, so memory does not grow with the data; lengths alone decide how rows are packed, so any row of any epoch is found
+without touching the tokens before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from myllm_ray.common.files import write_json
+from myllm_ray.config.errors import DataError
+
+FORMAT_VERSION = 1
+
+
+class TokenStore:
+    """An opened store. Documents are numbered through all sources: source 0 first."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        self.sources: list[str] = [s["name"] for s in self.meta["sources"]]
+        self._offsets = [np.load(self.folder / f"offsets-{i}.npy", mmap_mode="r") for i in range(len(self.sources))]
+        self._first = np.cumsum([0, *(len(o) - 1 for o in self._offsets)])
+        self._files: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def content_hash(self) -> str:
+        """A hash of all tokens: two stores with the same hash train the same."""
+        return str(self.meta["content_hash"])
+
+    @property
+    def tokens(self) -> int:
+        return sum(int(o[-1]) for o in self._offsets)
+
+    def documents_of(self, source: int) -> range:
+        return range(int(self._first[source]), int(self._first[source + 1]))
+
+    def source_of(self, documents: np.ndarray) -> np.ndarray:
+        """(n,) document numbers -> (n,) source numbers."""
+        return np.searchsorted(self._first, documents, side="right") - 1
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """(n,) document numbers -> (n,) lengths in tokens."""
+        lengths = np.empty(len(documents), np.int64)
+        sources = self.source_of(documents)
+        for source in np.unique(sources):
+            where = sources == source
+            local = documents[where] - self._first[source]
+            offsets = self._offsets[source]
+            lengths[where] = offsets[local + 1] - offsets[local]
+        return lengths
+
+    def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
+        """Encoded tokens [start, start + length) of a document: (length,) int32."""
+        source = int(self.source_of(np.asarray([document]))[0])
+        local = document - int(self._first[source])
+        first, last = (int(x) for x in self._offsets[source][local : local + 2])
+        count = last - first - start if length is None else length
+        if source not in self._files:
+            self._files[source] = os.open(self.folder / f"tokens-{source}.bin", os.O_RDONLY)
+        data = os.pread(self._files[source], 4 * count, 4 * (first + start))
+        if len(data) != 4 * count:
+            raise DataError(f"{self.folder}/tokens-{source}.bin is shorter than its index: delete {self.folder}, it is "
+                            "made again")
+        return np.frombuffer(data, np.int32)
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore, (str(self.folder),)  # a Ray task opens its own file descriptors
+
+
+def write_store(folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch], int | None]], extra: dict[str, Any]) -> None:
+    """Write a store beside and rename it into place; another process that was faster wins.
+
+    Args:
+        folder: where the store will stand.
+        sources: (name, batches of `tokenize_rows`, largest number of documents or None), in order.
+        extra: further JSON for `meta.json`.
+
+    Raises:
+        DataError: a source has no documents, or the folder can't be written.
+    """
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        digest = hashlib.sha256()
+        described = [_write_source(beside, i, name, batches, limit, digest)
+                     for i, (name, batches, limit) in enumerate(sources)]
+        write_json(beside / "meta.json", {"format": FORMAT_VERSION, "sources": described,
+                                          "content_hash": digest.hexdigest()[:32], **extra})
+        try:
+            os.rename(beside, folder)
+        except OSError:
+            if not (folder / "meta.json").exists():
+                raise
+    except OSError as error:
+        raise DataError(f"data.cache: {folder} can't be written: {error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.RecordBatch], limit: int | None,
+                  digest: Any) -> dict[str, Any]:
+    skipped, reason = 0, ""
+    lengths: list[np.ndarray] = []
+    count = 0
+    with open(folder / f"tokens-{index}.bin", "wb") as file:
+        for batch in batches:
+            metadata = batch.schema.metadata or {}
+            skipped += int(metadata.get(b"skipped", b"0"))
+            reason = reason or metadata.get(b"reason", b"").decode()
+            column = batch.column(0)
+            if limit is not None:
+                column = column.slice(0, max(0, limit - count))
+            values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
+            file.write(values.tobytes())
+            digest.update(values.tobytes())
+            lengths.append(column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64))
+            count += len(column)
+            if limit is not None and count >= limit:
+                break
+    if count == 0:
+        why = f"all {skipped} rows were skipped, the first: {reason}" if skipped else "no documents in it"
+        raise DataError(f"data source {name!r} is empty: {why}")
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    np.save(folder / f"offsets-{index}.npy", offsets)
+    digest.update(offsets.tobytes())
+    return {"name": name, "documents": count, "tokens": int(offsets[-1]), "skipped": skipped, "first_skipped": reason}

@@ -1,0 +1,135 @@
+"""Tokenizers: a folder, a hub id, BPE trained on the data, or plain bytes. All are Hugging Face fast tokenizers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.schema import TokenizerSection
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+SPECIAL = [END_OF_TEXT, PAD, TURN_START, TURN_END]
+
+DEFAULT_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML, for tokenizers that bring no template. Where the markers are not special tokens they are plain text."""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per UTF-8 byte: ids 0 to 255 are the bytes, then the special tokens."""
+    alphabet = _byte_characters()
+    model = models.BPE(vocab={char: byte for byte, char in enumerate(alphabet)}, merges=[])
+    return _wrap(_byte_level(Tokenizer(model)))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) on `texts`; the same texts give the same vocabulary.
+
+    Raises:
+        ConfigError: `vocab_size` is too small for the 256 bytes and the special tokens.
+    """
+    if vocab_size < 256 + len(SPECIAL):
+        raise ConfigError(f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens "
+                          f"need {256 + len(SPECIAL)}")
+    tokenizer = _byte_level(Tokenizer(models.BPE()))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(_capped(texts), trainer)
+    return _wrap(tokenizer)
+
+
+def load_tokenizer(section: TokenizerSection, texts: Iterable[str] | None = None) -> Any:
+    """Build the tokenizer of a config; `texts` is what `train: bpe` learns from.
+
+    Raises:
+        ConfigError: the folder or hub id can't be loaded.
+    """
+    if section.kind == "bytes":
+        return byte_tokenizer()
+    if section.train == "bpe":
+        if texts is None:
+            raise ConfigError("tokenizer.train: no texts to train on")
+        return train_bpe(texts, section.vocab_size)
+    return open_tokenizer(section.path or section.name or "", "tokenizer.path" if section.path else "tokenizer.name",
+                          local=section.path is not None)
+
+
+def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -> Any:
+    """Load a saved tokenizer and give it what training needs: an end-of-text token, a chat template."""
+    if local and not Path(name).is_dir():
+        raise ConfigError(f"{key}: no folder {name!r} (seen from {Path.cwd()})")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{key}: {name!r} can't be loaded as a tokenizer: {reason}") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{key}: {name!r} has no fast tokenizer (tokenizer.json), which is needed for the loss mask")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{key}: {name!r} has no end-of-text token (eos_token): add one to its tokenizer_config.json")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return tokenizer
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A hash of everything about the tokenizer that decides the token ids."""
+    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def bytes_per_token(tokenizer: Any) -> list[int]:
+    """UTF-8 bytes that each token id stands for (0 for special tokens): what turns nats into bits per byte."""
+    special = set(tokenizer.all_special_ids)
+    byte_level = any(c in tokenizer.backend_tokenizer.to_str() for c in ('"ByteLevel"',))
+    sizes = []
+    for token_id in range(len(tokenizer)):
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        if token_id in special or token is None:
+            sizes.append(0)
+        elif byte_level:  # every character of the token is the stand-in of one byte
+            sizes.append(len(token))
+        else:
+            sizes.append(len(token.replace("▁", " ").encode()))
+    return sizes
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's printable stand-in for each of the 256 bytes, in the order of the bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def _byte_level(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD, chat_template=DEFAULT_CHAT_TEMPLATE,
+        additional_special_tokens=[TURN_START, TURN_END], clean_up_tokenization_spaces=False)
+
+
+def _capped(texts: Iterable[str], max_bytes: int = 32 * 2**20) -> Iterator[str]:
+    """The first `max_bytes` of text: a vocabulary does not get better from more, and memory stays bounded."""
+    total = 0
+    for piece in texts:
+        total += len(piece)
+        yield piece
+        if total >= max_bytes:
+            return
