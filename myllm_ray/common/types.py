@@ -45,8 +45,8 @@ class BatchStream(Protocol):
     def steps_in_epoch(self, epoch: int) -> int:
         """Global batches in one epoch (the last one is filled up with empty rows)."""
 
-    def batches(self, start: Position, stop: Position) -> Iterator[Batch]:
-        """This rank's share of every global batch from `start` up to, not including, `stop`."""
+    def batches(self, start: Position, steps: int) -> Iterator[Batch]:
+        """This rank's share of `steps` global batches from `start` on, from one epoch into the next."""
 
 
 @dataclass

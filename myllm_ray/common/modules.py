@@ -1,0 +1,23 @@
+"""What can be told of a model by looking at its modules."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """The blocks that repeat: the members of the largest ModuleList, if they are all of one class."""
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
+    if not lists:
+        return []
+    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+
+
+def forward_names(module: nn.Module) -> set[str] | None:
+    """Names of the arguments of `forward`; None where it takes any keyword."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters}

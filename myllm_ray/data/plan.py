@@ -1,0 +1,124 @@
+"""The plan of an epoch: which segments of which documents stand in which row. On disk, so that any row is found at once.
+
+A plan depends on the lengths of documents alone. It is written next to the store by whoever needs it first (the content is
+a pure function of the config, so a race is harmless) and read through a memory map: a resume in the middle of an epoch
+costs the same as a start, and a Ray Data task on any node finds its rows without the ones before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from myllm_ray.config.errors import DataError
+from myllm_ray.data.order import Order, documents
+from myllm_ray.data.packing import Row, Segment, best_fit, continuous, fit, one_per_row
+from myllm_ray.data.store import TokenStore
+
+PLAN_VERSION = 1
+_FLUSH_ROWS = 65536
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become rows. `kind`: none | best_fit | continuous; `overflow`: see `packing.fit`."""
+
+    kind: str
+    size: int
+    overflow: str = "truncate"
+
+
+class RowPlan:
+    """The rows of every epoch of a store under an order and a packing."""
+
+    def __init__(self, store: TokenStore, order: Order, packing: Packing):
+        self.store, self.order, self.packing = store, order, packing
+        described = json.dumps([PLAN_VERSION, store.content_hash, asdict(order), asdict(packing)], sort_keys=True)
+        self.key = hashlib.sha256(described.encode()).hexdigest()[:16]
+        self._open = lru_cache(maxsize=2)(self._open_epoch)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RowPlan, (self.store, self.order, self.packing)
+
+    def rows_in_epoch(self, epoch: int) -> int:
+        return len(self._open(epoch)[1]) - 1
+
+    def rows(self, epoch: int, start: int, stop: int) -> list[Row]:
+        """Rows [start, stop) of an epoch; rows beyond its end are empty (they fill the last global batch)."""
+        segments, firsts = self._open(epoch)
+        found: list[Row] = []
+        for row in range(start, stop):
+            if row >= len(firsts) - 1:
+                found.append([])
+                continue
+            found.append([Segment(*map(int, s)) for s in segments[firsts[row] : firsts[row + 1]]])
+        return found
+
+    def iterate(self, epoch: int) -> Iterator[Row]:
+        """The rows of an epoch in order, made on the fly in bounded memory."""
+        lengths = self._lengths(epoch)
+        size, overflow = self.packing.size, self.packing.overflow
+        if self.packing.kind == "continuous":
+            return continuous(lengths, size)
+        if self.packing.kind == "best_fit":
+            return best_fit(fit(lengths, size, overflow), size)
+        return one_per_row(fit(lengths, size, overflow))
+
+    def _lengths(self, epoch: int) -> Iterator[tuple[int, int]]:
+        for piece in documents(self.store, self.order, epoch):
+            for first in range(0, len(piece), _FLUSH_ROWS):
+                part = piece[first : first + _FLUSH_ROWS]
+                yield from zip(part.tolist(), self.store.lengths(part).tolist(), strict=True)
+
+    def _open_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(segments (n, 3) int64, first segment of each row (rows + 1,) int64), memory-mapped."""
+        folder = self.store.folder / "plans" / f"{self.key}-{epoch}"
+        if not folder.exists():
+            self._write(folder, epoch)
+        firsts = np.load(folder / "firsts.npy", mmap_mode="r")
+        segments = np.memmap(folder / "segments.bin", np.int64, "r").reshape(-1, 3)
+        return segments, firsts
+
+    def _write(self, folder: Path, epoch: int) -> None:
+        beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        counts: list[np.ndarray] = [np.zeros(1, np.int64)]
+        try:
+            beside.mkdir(parents=True)
+            with open(beside / "segments.bin", "wb") as file:
+                for rows in _chunks(self.iterate(epoch), _FLUSH_ROWS):
+                    counts.append(np.asarray([len(row) for row in rows], np.int64))
+                    file.write(np.asarray([s for row in rows for s in row], np.int64).tobytes())
+            if len(counts) == 1:
+                part = "validation" if self.order.validation else "training"
+                raise DataError(f"the {part} data is empty: no document is left for it; change data.validation.split "
+                                "or give more data")
+            np.save(beside / "firsts.npy", np.cumsum(np.concatenate(counts)))
+            try:
+                os.rename(beside, folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+        except OSError as error:
+            raise DataError(f"data.cache: {folder} can't be written: {error}") from None
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    for row in rows:
+        chunk.append(row)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

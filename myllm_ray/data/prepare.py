@@ -1,0 +1,188 @@
+"""From the config's data section to a token store and the streams on it. Tokenising happens once, here.
+
+A store's key is a hash of everything that decides its tokens (files by path, size and time; format; tokenizer), so a
+second run, a resume or a sweep's trial with the same data starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from myllm_ray.config.errors import DataError
+from myllm_ray.config.resolve import resolve
+from myllm_ray.config.schema import SourceSection, TrainerConfig
+from myllm_ray.data import sources as reading
+from myllm_ray.data.formats import BadRow, Messages
+from myllm_ray.data.order import Order
+from myllm_ray.data.plan import Packing, RowPlan
+from myllm_ray.data.sources import Unit
+from myllm_ray.data.store import FORMAT_VERSION, TokenStore, write_store
+from myllm_ray.data.stream import StreamSpec
+from myllm_ray.data.tokenize import TokenizeOptions, tokenize_rows
+from myllm_ray.data.tokenizer import fingerprint, load_tokenizer, open_tokenizer
+
+MapUnits = Callable[[Callable[[Unit], pa.RecordBatch], list[Unit]], Iterable[pa.RecordBatch]]
+"""Applies a function to units and gives the results in order: in-process, or by Ray Data."""
+
+
+@dataclass
+class PreparedData:
+    """What training reads: small, picklable, everything on disk."""
+
+    train: StreamSpec
+    validation: StreamSpec | None
+    tokenizer_folder: str
+    skipped: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run goes on: the tokens and the order of rows."""
+        return {"tokens": self.train.plan.store.content_hash, "rows": self.train.plan.key,
+                "batch.global_size": self.train.global_size}
+
+
+def prepare(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
+    """Tokenise what is not yet in the cache, and lay the streams over it.
+
+    Raises:
+        DataError, ConfigError: as the parts below it do; nothing half-written stays behind.
+    """
+    data = config.data
+    cache = Path(data.cache or Path(config.run.storage) / ".data")
+    tokenizer_folder = prepare_tokenizer(config, cache)
+    named = [(s, f"data.train[{i}]" if isinstance(data.train, list) else "data.train") for i, s in enumerate(data.sources)]
+    train = _store(config, cache, tokenizer_folder, named, map_units)
+    pad_id = pad_token_id(open_tokenizer(str(tokenizer_folder)))
+    own = data.validation if data.validation and data.validation.split is None else None
+    share = data.validation.split or 0.0 if data.validation else 0.0
+    weights = tuple(s.weight for s in data.sources)
+    order = Order(config.run.seed, data.shuffle, data.shuffle_window, weights, share)
+
+    def spec(store: TokenStore, order: Order) -> StreamSpec:
+        plan = RowPlan(store, order, packing_of(config))
+        return StreamSpec(plan, config.batch.global_size, config.batch.micro_size, pad_id)
+
+    validation = None
+    if own is not None:
+        held_out = _store(config, cache, tokenizer_folder, [(own, "data.validation")], map_units)
+        validation = spec(held_out, Order(config.run.seed, "none"))
+    elif share:
+        validation = spec(train, Order(config.run.seed, "none", held_out=share, validation=True))
+    prepared = PreparedData(spec(train, order), validation, str(tokenizer_folder),
+                            sum(s["skipped"] for s in train.meta["sources"]))
+    for stream in filter(None, (prepared.train, prepared.validation)):
+        stream.plan.rows_in_epoch(0)  # written before workers start, so that they find it, and errors come early
+    return prepared
+
+
+def packing_of(config: TrainerConfig) -> Packing:
+    """Continuous for text that is trained on whole; best-fit, which never cuts a document, for everything else."""
+    whole_text = config.trainer == "pretrain"
+    overflow = config.data.overflow or ("split" if whole_text else "truncate")
+    kind = "none" if not config.data.packing else "continuous" if whole_text and overflow == "split" else "best_fit"
+    return Packing(kind, config.data.sequence_length, overflow)
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id that fills rows up: never attended to, never trained on, so the end-of-text token serves as well."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
+    """The config's tokenizer as a folder in the cache (trained there, if it is to be trained)."""
+    section = config.tokenizer
+    described: list[Any] = [section.model_dump()]
+    if section.train:
+        described += [(s.model_dump(), reading.signature(_units(s, "data.train"))) for s in config.data.sources]
+    folder = cache / f"tokenizer-{_hash(described)}"
+    if section.path or section.name or not (folder / "tokenizer.json").exists():
+        tokenizer = load_tokenizer(section, _texts(config) if section.train else None)
+        folder = cache / f"tokenizer-{_hash([*described, fingerprint(tokenizer)])}" if not section.train else folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tokenizer.save_pretrained(folder)
+        except OSError as error:
+            raise DataError(f"data.cache: {folder} can't be written: {error}") from None
+    return folder
+
+
+def _store(config: TrainerConfig, cache: Path, tokenizer_folder: Path, named: list[tuple[SourceSection, str]],
+           map_units: MapUnits) -> TokenStore:
+    units = [_units(source, key) for source, key in named]
+    names = _names([source for source, _ in named])
+    train_on_prompt = bool(getattr(getattr(config, "sft", None), "train_on_prompt", False))
+    described = [FORMAT_VERSION, tokenizer_folder.name, train_on_prompt, config.data.on_bad_row,
+                 [(s.model_dump(exclude={"weight", "split"}), reading.signature(u))
+                  for (s, _), u in zip(named, units, strict=True)]]
+    folder = cache / f"tokens-{_hash(described)}"
+    if not (folder / "meta.json").exists():
+        parts = []
+        for (source, key), name, source_units in zip(named, names, units, strict=True):
+            resolve("formats", source.format, f"{key}.format")  # a wrong name fails here, not in a task
+            options = TokenizeOptions(source.fields, config.data.on_bad_row, train_on_prompt)
+            work = partial(tokenize_unit, source=source, tokenizer_folder=str(tokenizer_folder), options=options)
+            parts.append((name, map_units(work, source_units), source.limit))
+        write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
+    return TokenStore(folder)
+
+
+_tokenizers: dict[str, Any] = {}
+
+
+def tokenize_unit(unit: Unit, source: SourceSection, tokenizer_folder: str, options: TokenizeOptions) -> pa.RecordBatch:
+    """One unit of one source as tokens: what one task does."""
+    if tokenizer_folder not in _tokenizers:
+        _tokenizers[tokenizer_folder] = open_tokenizer(tokenizer_folder)
+    format_row = resolve("formats", source.format, "data.train.format")
+    return tokenize_rows(reading.read_unit(unit, source), format_row, _tokenizers[tokenizer_folder], options)
+
+
+def _units(source: SourceSection, key: str) -> list[Unit]:
+    units = reading.list_units(source, f"{key}.path" if source.path else f"{key}.source")
+    if not units:
+        raise DataError(f"{key}: {source.path or source.source!r} is empty: there is nothing to train on")
+    return units
+
+
+def _names(sources: list[SourceSection]) -> list[str]:
+    """A name for each source: its own, or the stem of its path."""
+    names: list[str] = []
+    for source in sources:
+        path = source.path[0] if isinstance(source.path, list) else source.path
+        name = source.name or source.source or Path(path or "data").stem.replace("*", "") or "data"
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return names
+
+
+def _texts(config: TrainerConfig) -> Iterator[str]:
+    """The training texts, for a tokenizer that is trained on them."""
+    for source in config.data.sources:
+        format_row = resolve("formats", source.format, "data.train.format")
+        for unit in _units(source, "data.train"):
+            for place, row in reading.read_unit(unit, source):
+                try:
+                    yield _as_text(row, format_row, source.fields)
+                except BadRow as error:
+                    if config.data.on_bad_row == "error":
+                        raise DataError(f"{place}: {error} (data.on_bad_row=skip leaves such rows out)") from None
+
+
+def _as_text(row: Mapping[str, Any] | BadRow, format_row: Callable[..., Any], fields: Mapping[str, str]) -> str:
+    if isinstance(row, BadRow):
+        raise row
+    formatted = format_row({**row, **{new: row[old] for new, old in fields.items() if old in row}})
+    if isinstance(formatted, Messages):
+        return "\n".join(message["content"] for message in formatted)
+    return "".join(piece for piece, _ in formatted)
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,83 @@
+"""The ordered stream of micro-batches, in-process. Ray Data runs the same `micro_at` (orchestration/ray_data.py).
+
+Step s of an epoch holds rows [s·G, (s+1)·G); its micro-batch j holds rows [s·G + j·m, …) and belongs to rank j mod W. So
+the rows of a step depend neither on the number of workers W nor on the micro-batch size m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from myllm_ray.common import distributed
+from myllm_ray.common.types import Batch, Position
+from myllm_ray.data.collate import build_micro, to_tensors, wrap64
+from myllm_ray.data.plan import RowPlan
+
+
+@dataclass
+class StreamSpec:
+    """What the stream is made from; pickles small, so that a Ray Data task can hold it."""
+
+    plan: RowPlan
+    global_size: int
+    micro_size: int
+    pad_id: int
+
+    @property
+    def micros_per_step(self) -> int:
+        return self.global_size // self.micro_size
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return -(-self.plan.rows_in_epoch(epoch) // self.global_size)
+
+    def micro_at(self, epoch: int, row: int) -> dict[str, Any]:
+        """The micro-batch that begins at a row of an epoch."""
+        rows = self.plan.rows(epoch, row, row + self.micro_size)
+        return build_micro(self.plan.store, rows, self.pad_id, place=row % self.global_size)
+
+    def after(self, position: Position) -> Position:
+        """The position behind the step that begins at `position`."""
+        row = position.row + self.global_size
+        done = row >= self.steps_in_epoch(position.epoch) * self.global_size
+        return Position(position.epoch + 1, 0) if done else Position(position.epoch, row)
+
+    def positions(self, start: Position, steps: int) -> Iterator[Position]:
+        """Where each of the next `steps` global batches begins."""
+        position = self.normalized(start)
+        for _ in range(steps):
+            yield position
+            position = self.after(position)
+
+    def normalized(self, position: Position) -> Position:
+        """A position at the very end of an epoch is the start of the next one."""
+        if position.row >= self.steps_in_epoch(position.epoch) * self.global_size:
+            return Position(position.epoch + 1, 0)
+        return position
+
+
+class LocalStream:
+    """The stream read in the training process itself."""
+
+    def __init__(self, spec: StreamSpec, rank: int | None = None, world_size: int | None = None):
+        self.spec = spec
+        self.rank = distributed.rank() if rank is None else rank
+        self.world_size = distributed.world_size() if world_size is None else world_size
+        self.sources = spec.plan.store.sources
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return self.spec.steps_in_epoch(epoch)
+
+    def batches(self, start: Position, steps: int) -> Iterator[Batch]:
+        """This rank's share of `steps` global batches from `start` on."""
+        size = self.spec.micro_size
+        for position in self.spec.positions(start, steps):
+            mine = range(self.rank, self.spec.micros_per_step, self.world_size)
+            yield make_batch(self.spec, position, [self.spec.micro_at(position.epoch, position.row + j * size) for j in mine])
+
+
+def make_batch(spec: StreamSpec, position: Position, micros: list[dict[str, Any]]) -> Batch:
+    """One rank's micro-batches of the step at `position` as a `Batch`."""
+    fingerprint = wrap64(sum(int(m["fingerprint"]) for m in micros))
+    return Batch([to_tensors(m) for m in micros], position, spec.after(position), fingerprint)

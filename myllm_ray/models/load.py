@@ -1,0 +1,86 @@
+"""Models: from a hub id or folder, from a config (random weights), or from a factory of the user's own."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from myllm_ray.common.seeds import seed_all
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.resolve import load_object
+from myllm_ray.config.schema import ModelSection
+from myllm_ray.models.causal_lm import CausalLM
+
+
+def build_model(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int) -> nn.Module:
+    """The model of a config, in fp32, in training mode; random weights are a function of `seed`.
+
+    Raises:
+        ConfigError: the model can't be built or does not fit the tokenizer or the sequence length.
+    """
+    with torch.random.fork_rng(devices=[]):
+        seed_all("weights", seed)
+        if section.factory:
+            model = load_object(section.factory, "model.factory")(**section.options)
+        elif section.config is not None:
+            model = _from_config(section, tokenizer, sequence_length)
+        else:
+            model = _from_name(section)
+    if not isinstance(model, PreTrainedModel):
+        return model.train()
+    _check_fit(model, tokenizer, sequence_length)
+    return CausalLM(model).train()
+
+
+def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int) -> PreTrainedModel:
+    given = dict(section.config or {})
+    model_type = given.pop("model_type")
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise ConfigError(f"model.config.model_type: transformers knows no {model_type!r}; llama, qwen3, gemma3_text, "
+                          "gpt2 and many more are there") from None
+    for key in given:
+        if not hasattr(default, key):
+            close = difflib.get_close_matches(key, [k for k in vars(default) if not k.startswith("_")], 1)
+            hint = f"did you mean {close[0]}?" if close else f"{type(default).__name__} has no such setting"
+            raise ConfigError(f"unknown key model.config.{key}: {hint}")
+    given.setdefault("vocab_size", len(tokenizer))
+    given.setdefault("eos_token_id", tokenizer.eos_token_id)
+    given.setdefault("bos_token_id", tokenizer.bos_token_id)
+    given.setdefault("pad_token_id", None)
+    positions = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if sequence_length > getattr(default, positions, sequence_length):
+        given.setdefault(positions, sequence_length)
+    try:
+        config = AutoConfig.for_model(model_type, **given)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=section.attention, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise ConfigError(f"model.config: transformers can't build this {model_type}: {_one_line(error)}") from None
+
+
+def _from_name(section: ModelSection) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            section.name, dtype=torch.float32, attn_implementation=section.attention,
+            trust_remote_code=section.trust_remote_code, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: {section.name!r} can't be loaded: {_one_line(error)}") from None
+
+
+def _check_fit(model: PreTrainedModel, tokenizer: Any, sequence_length: int) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise ConfigError(f"the model has {rows} token embeddings, the tokenizer {len(tokenizer)} tokens: use the model's "
+                          "own tokenizer, or leave model.config.vocab_size out")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and sequence_length > limit:
+        raise ConfigError(f"data.sequence_length={sequence_length} is more than the {limit} positions that the model knows")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

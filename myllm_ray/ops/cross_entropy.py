@@ -1,0 +1,86 @@
+"""Cross entropy of a linear head without the full (tokens × vocabulary) matrix of logits.
+
+Shape legend: T target tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from myllm_ray.common.types import IGNORE, TokenLosses
+
+CHUNK = 512
+"""Tokens whose logits are held at a time: 512 × 50k × 4 bytes = 100 MB."""
+
+
+def cross_entropy_from_logits(logits: Tensor, targets: Tensor) -> TokenLosses:
+    """-log softmax(logits)[target] at the positions whose target is not `IGNORE`.
+
+    Args:
+        logits: (B, S, V), any float dtype; computed in fp32.
+        targets: (B, S), already shifted.
+    """
+    kept = targets != IGNORE
+    selected = logits[kept].float()
+    nll = torch.nn.functional.cross_entropy(selected, targets[kept], reduction="none")
+    return TokenLosses(nll.sum(), nll.detach(), selected.detach().argmax(-1) == targets[kept])
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> TokenLosses:
+    """-log softmax(hidden @ weight.T)[target], summed, with the head computed only where there is a target.
+
+    The gradients of `hidden` and `weight` are made in the forward pass, chunk by chunk, while the logits of the chunk are
+    at hand; the backward pass only scales them (as in Liger Kernel, Hsu et al., 2024, arXiv:2410.10989).
+
+    Args:
+        hidden: (B, S, H).
+        weight: (V, H); a gradient in its own dtype, accumulated in fp32.
+        targets: (B, S), already shifted; `IGNORE` where there is none.
+        chunk: tokens whose logits are held at a time.
+    """
+    kept = targets != IGNORE
+    nll_sum, nll, correct = _LinearCrossEntropy.apply(hidden[kept], weight, targets[kept], chunk)
+    return TokenLosses(nll_sum, nll, correct)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, chunk: int) -> tuple[Tensor, ...]:
+        device = hidden_TH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype
+        hidden, weight = hidden_TH.to(dtype), weight_VH.to(dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        for first in range(0, len(hidden), chunk):
+            part = slice(first, first + chunk)
+            logits = (hidden[part] @ weight.T).float()
+            target = targets_T[part, None]
+            norm = torch.logsumexp(logits, -1, keepdim=True)
+            nll[part] = (norm - logits.gather(1, target)).squeeze(1)
+            correct[part] = logits.argmax(-1) == target.squeeze(1)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d nll / d logits = softmax(logits) - onehot(target)
+            grad = logits.sub_(norm).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            grad = grad.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += (grad.T @ hidden[part]).float()
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden_TH.dtype, weight_VH.dtype
+        ctx.mark_non_differentiable(nll, correct)
+        return nll.sum(), nll, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (None if grad_hidden is None else (grad_hidden * grad_sum).to(hidden_dtype),
+                None if grad_weight is None else grad_weight.mul_(grad_sum).to(weight_dtype), None, None)

@@ -1,0 +1,58 @@
+"""What an algorithm is to the engine: micro-batches to loss sums. No device, no optimizer, no logging, no division."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from myllm_ray.common.types import Batch, Micro, StepOutput
+
+
+class BaseTrainer(ABC):
+    """An algorithm. Subclasses say what the loss of a micro-batch is, and what it is averaged over.
+
+    Args:
+        model: what is trained; one module, also where an algorithm trains several networks.
+        dataset: for use by hand: a sequence of rows (`{"input_ids": [...], "labels": [...]}`, labels optional).
+        bytes_per_token: UTF-8 bytes of each token id, for bits per byte.
+        sources: names of the data's sources, for the loss per source.
+    """
+
+    def __init__(self, model: nn.Module, dataset: Any = None, *, bytes_per_token: Iterable[int] | None = None,
+                 sources: Iterable[str] = ()):
+        self.model = model
+        self.dataset = dataset
+        self.sources = list(sources)
+        self.bytes_per_token = None if bytes_per_token is None else torch.tensor(list(bytes_per_token))
+
+    @property
+    def frozen_models(self) -> dict[str, nn.Module]:
+        """Models that are used but not trained (a reference, a reward model); the engine gives them back prepared."""
+        return {}
+
+    def expand(self, batch: Batch) -> Iterator[list[Micro]]:
+        """Optimizer steps of a batch, each a list of micro-batches. Default: one step on the batch as it is.
+
+        A generator that goes on after the engine has stepped: PPO rolls out, then yields epochs × minibatches.
+        """
+        yield batch.micros
+
+    @abstractmethod
+    def batch_weight(self, micro: Micro) -> Tensor:
+        """How much this micro-batch adds to what the loss is averaged over (target tokens, pairs, sequences)."""
+
+    @abstractmethod
+    def train_step(self, micro: Micro) -> StepOutput:
+        """Forward pass and loss *sum* of a micro-batch."""
+
+    def evaluation_step(self, micro: Micro) -> StepOutput:
+        """The same for held-out data; called without gradients and in evaluation mode."""
+        return self.train_step(micro)
+
+    def derive(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Metrics that follow from the averaged ones; returned in addition to them."""
+        return {}
