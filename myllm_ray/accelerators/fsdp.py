@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common.distributed import world_size
@@ -35,3 +35,9 @@ class FSDPAccelerator(Accelerator):
     def backward(self, loss: Tensor) -> None:
         # FSDP averages over ranks; the contract is a sum.
         (loss * world_size()).backward()
+
+    def state(self) -> dict[str, Tensor]:
+        for module in self.model.modules():  # after an evaluation the root's parameters are still gathered
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().state()

@@ -1,0 +1,81 @@
+"""Callbacks that show a run to a person: lines, and a progress bar. In Ray they run in the driver."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from myllm_ray.common.types import RunState
+from myllm_ray.engine.callbacks import Callback
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """The metrics that a person looks at, in one line."""
+    shown = []
+    for name in ("loss", "validation_loss", "perplexity", "grad_norm", "learning_rate", "tokens_per_second"):
+        value = metrics.get(name)
+        if not isinstance(value, (int, float)):
+            continue
+        if name == "learning_rate":
+            shown.append(f"lr {value:.2e}")
+        elif name == "tokens_per_second":
+            shown.append(f"{value:,.0f} tok/s")
+        else:
+            shown.append(f"{name.replace('validation_', 'validation ')} {value:.4g}" if math.isfinite(value) else f"{name} {value}")
+    return "  ".join(shown)
+
+
+class PrintCallback(Callback):
+    """One line a logged step."""
+
+    main_only = True
+    on_driver = True
+
+    def on_train_start(self, state: RunState) -> None:
+        where = f" in {state.folder}" if state.folder else ""
+        going_on = f", going on from step {state.step}" if state.step else ""
+        _console.print(f"training {state.total_steps} steps{where}{going_on}")
+
+    def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
+        _console.print(f"step {state.step}/{state.total_steps}  epoch {state.epoch}  {format_metrics(metrics)}")
+
+    def on_checkpoint(self, state: RunState, folder: str) -> None:
+        _console.print(f"saved {folder}")
+
+    def on_train_end(self, state: RunState) -> None:
+        reason = state.requests.get("stop")
+        early = f" (stopped early: {reason})" if reason and state.step < state.total_steps else ""
+        _console.print(f"done: {state.step} steps{early}")
+
+
+class ProgressCallback(Callback):
+    """A progress bar (rich) with loss and speed; nothing where the output is not a terminal."""
+
+    main_only = True
+    on_driver = True
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def on_train_start(self, state: RunState) -> None:
+        if not _console.is_terminal:
+            return
+        self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+                                  TextColumn("{task.fields[shown]}"), console=_console)
+        self._progress.start()
+        self._task = self._progress.add_task("training", total=state.total_steps, completed=state.step, shown="")
+
+    def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=state.step, shown=format_metrics(metrics))
+
+    def close(self) -> None:
+        if self._progress:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,223 @@
+"""The training loop, whole. One optimizer step, from batch to weights, can be read here from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from myllm_ray.accelerators.base import Accelerator, StepResult
+from myllm_ray.common import distributed
+from myllm_ray.common.seeds import seed_all
+from myllm_ray.common.types import Batch, BatchStream, Micro, Position, RunState
+from myllm_ray.config.errors import TrainingError
+from myllm_ray.engine.callbacks import Callback, CallbackList
+from myllm_ray.engine.checkpoint import CheckpointManager
+from myllm_ray.engine.metrics import MetricSum
+from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.records import Ledger
+from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.engine.settings import EngineSettings
+from myllm_ray.engine.stream import InMemoryStream
+from myllm_ray.trainers.base import BaseTrainer
+
+
+class TrainerEngine:
+    """Conducts a run: stream -> trainer -> accelerator -> callbacks, evaluation, checkpoints.
+
+    Args:
+        trainer: the algorithm.
+        accelerator: where the tensors live.
+        optimizer_manager, scheduler_manager, checkpoint_manager: what they say; the scheduler defaults to the config's.
+        callbacks: in the order in which they are called.
+        config: a run's config, as a model or a plain dict.
+        stream: global batches; default: the trainer's `dataset`, from memory.
+        validation: held-out global batches.
+        folder: the run's folder; without one nothing but checkpoints is written.
+        manifest: what every checkpoint shall say of the run besides (JSON).
+        constants: metrics that do not change, repeated in every line of the log (rows that were skipped).
+    """
+
+    def __init__(self, trainer: BaseTrainer, accelerator: Accelerator, optimizer_manager: OptimizerManager,
+                 scheduler_manager: SchedulerManager | None = None, checkpoint_manager: CheckpointManager | None = None,
+                 callbacks: Iterable[Callback] = (), config: Any = None, stream: BatchStream | None = None,
+                 validation: BatchStream | None = None, folder: str | None = None, manifest: dict[str, Any] | None = None,
+                 constants: dict[str, float] | None = None):
+        self.trainer, self.accelerator = trainer, accelerator
+        self.optimizers, self.schedulers = optimizer_manager, scheduler_manager or SchedulerManager(config=config)
+        self.checkpoints = checkpoint_manager
+        self.settings = EngineSettings.from_config(config)
+        self.stream, self.validation = stream, validation
+        self.manifest, self.constants = manifest or {}, constants or {}
+        self.state = RunState(folder=folder)
+        self.metrics: dict[str, float] = {}
+        self._callbacks = tuple(callbacks)
+        self._saved_step = -1
+
+    def setup(self, resume: Path | None = None) -> None:
+        """Prepare everything for the first step; with `resume`, go on from a checkpoint."""
+        self.accelerator.setup()
+        if self.stream is None:
+            self.stream = InMemoryStream(self.trainer.dataset, self.settings.batch_size, self.settings.micro_size,
+                                         self.settings.seed)
+        self.state.is_main = distributed.is_main()
+        self.state.total_steps = self.settings.max_steps or sum(
+            self.stream.steps_in_epoch(epoch) for epoch in range(self.settings.epochs or 1))
+        self.callbacks = CallbackList(self._callbacks, self.state.is_main)
+        self.schedulers.total_steps = self.state.total_steps
+        self.trainer.model = self.accelerator.prepare(self.trainer.model, self.optimizers.build, self.schedulers.build)
+        for name, model in self.trainer.frozen_models.items():
+            setattr(self.trainer, name, self.accelerator.prepare_frozen(model))
+        if self.trainer.bytes_per_token is not None:
+            self.trainer.bytes_per_token = self.trainer.bytes_per_token.to(self.accelerator.device)
+        if resume is not None:
+            self._restore(resume)
+
+    def train(self) -> RunState:
+        """Run to the last step. The run's folder then holds all that the config asked for."""
+        assert self.stream is not None, "call setup() before train()"
+        self.ledger = Ledger(self.state.folder if self.state.is_main else None, self.state.step)
+        try:
+            self.callbacks.emit("on_train_start", self.state)
+            if self.settings.evaluate_at_start and self.state.step == 0 and self.validation is not None:
+                self.callbacks.emit("on_log", self.state, self.evaluate())
+            for batch in self.stream.batches(self.state.position, self.state.total_steps - self.state.step):
+                self._train_batch(batch)
+                if "stop" in self.state.requests:
+                    break
+            if self.checkpoints and self.settings.save_at_end and self._saved_step != self.state.step:
+                self.save()
+            self.callbacks.emit("on_train_end", self.state)
+        except BaseException as error:
+            self.callbacks.emit("on_exception", self.state, error)
+            raise
+        finally:
+            self.callbacks.close()
+            self.ledger.close()
+            self.accelerator.close()
+        return self.state
+
+    def _train_batch(self, batch: Batch) -> None:
+        """All optimizer steps that the trainer makes of one global batch."""
+        self.state.epoch, self.state.position = batch.position.epoch, batch.position
+        if batch.position.row == 0:
+            self.callbacks.emit("on_epoch_start", self.state)
+        for micros in self.trainer.expand(batch):
+            self.callbacks.emit("on_step_start", self.state)
+            started = time.perf_counter()
+            result, sums = self.training_step(micros)
+            self.state.step += 1
+            self.callbacks.emit("on_step_end", self.state)
+            fingerprint = self._agree(batch.fingerprint)
+            self.ledger.write(self.state.step, batch.position, self._rows(batch), fingerprint)
+            self._report(result, sums, time.perf_counter() - started, batch.position)
+        self.state.position = batch.next
+        if self._due(self.settings.save_every, "save") and self.checkpoints:
+            self.save()
+        if batch.next.epoch != batch.position.epoch:
+            self.callbacks.emit("on_epoch_end", self.state)
+
+    def training_step(self, micros: list[Micro]) -> tuple[StepResult, MetricSum]:
+        """One optimizer step: the loss is summed over micro-batches and ranks and divided once, by the global weight."""
+        weight = self.accelerator.all_reduce([sum(self.trainer.batch_weight(m) for m in micros)])[0]
+        sums = MetricSum(weight)
+        for i, micro in enumerate(micros):
+            self._seed_micro(i)
+            with self.accelerator.microbatch(last=i == len(micros) - 1):
+                with self.accelerator.autocast():
+                    output = self.trainer.train_step(self.accelerator.move(micro))
+                self.accelerator.backward(output.loss_sum / max(float(weight), 1e-9))
+            sums.add(output)
+        result = self.accelerator.optimizer_step(self.settings.gradient_clip)
+        return result, sums
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on the held-out data, each named `validation_…`, averaged over all of it as one batch."""
+        assert self.validation is not None
+        model = self.trainer.model
+        model.eval()
+        steps = min(self.validation.steps_in_epoch(0), self.settings.evaluate_batches or 2**62)
+        total = MetricSum(torch.tensor(0.0, dtype=torch.float64))
+        for batch in self.validation.batches(Position(), steps):
+            for micro in batch.micros:
+                total.weight += self.trainer.batch_weight(micro).double()
+                with self.accelerator.autocast():
+                    total.add(self.trainer.evaluation_step(self.accelerator.move(micro)))
+        model.train()
+        total.weight = self.accelerator.all_reduce([total.weight])[0]
+        values = total.reduce(self.accelerator)
+        metrics = {**values, **self.trainer.derive(values)}
+        metrics = {f"validation_{name}": value for name, value in metrics.items() if name != "tokens"}
+        self.callbacks.emit("on_evaluate", self.state, metrics)
+        self.metrics = {**self.metrics, **metrics}
+        return metrics
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        assert self.checkpoints is not None
+        folder = self.checkpoints.save(self.state.step, self.accelerator.state(), {
+            "position": {"epoch": self.state.position.epoch, "row": self.state.position.row},
+            "callbacks": self.callbacks.state_dict(), "metrics": self.metrics, **self.manifest})
+        self._saved_step = self.state.step
+        self.callbacks.emit("on_checkpoint", self.state, str(folder))
+        return folder
+
+    def _restore(self, folder: Path) -> None:
+        assert self.checkpoints is not None, "a resume needs a checkpoint manager"
+        manifest = self.checkpoints.load(folder, self.accelerator.state())
+        self.state.step = self._saved_step = int(manifest["step"])
+        self.state.position = Position(**manifest["position"])
+        self.state.epoch = self.state.position.epoch
+        self.schedulers.set_step(self.state.step)
+        self.metrics = manifest.get("metrics", {})
+        self.callbacks.load_state_dict(manifest.get("callbacks", {}))
+
+    def _report(self, result: StepResult, sums: MetricSum, seconds: float, position: Position) -> None:
+        """Stop on numbers that are none; evaluate and log when it is time."""
+        if not math.isfinite(result.grad_norm) and not result.skipped:
+            raise TrainingError(
+                f"step {self.state.step}: the gradient is not finite (norm {result.grad_norm}), in the batch at epoch "
+                f"{position.epoch}, row {position.row}; see it with `myllm-ray data CONFIG --step {self.state.step}`. "
+                "The last checkpoint is kept. Try a lower optimizer.lr, a longer warm-up, or accelerator.precision=fp32")
+        evaluated: dict[str, float] = {}
+        if self.validation is not None and (self._due(self.settings.evaluate_every, "evaluate") or (
+                self.settings.evaluate_at_end and self.state.step == self.state.total_steps)):
+            evaluated = self.evaluate()
+            self._agree(0)
+        if evaluated or self.state.step % self.settings.log_every == 0 or self.state.step == self.state.total_steps:
+            self._log(result, sums, evaluated, seconds)
+
+    def _log(self, result: StepResult, sums: MetricSum, evaluated: dict[str, float], seconds: float) -> None:
+        values = sums.reduce(self.accelerator)
+        self.metrics = {**values, **self.trainer.derive(values), "learning_rate": self.last_rate,
+                        "grad_norm": result.grad_norm, **evaluated, **self.constants, "time": time.time(),
+                        "tokens_per_second": values.get("tokens", 0.0) / seconds}
+        self.callbacks.emit("on_log", self.state, self.metrics)
+
+    def _due(self, every: int | None, request: str) -> bool:
+        asked = self.state.requests.pop(request, None) is not None
+        return asked or bool(every and self.state.step % every == 0)
+
+    def _agree(self, fingerprint: int) -> int:
+        """Sum the fingerprint over ranks, and let every rank have the requests that any rank has."""
+        names = ("save", "evaluate", "stop")
+        total, *asked = self.accelerator.all_reduce_ints([fingerprint, *(n in self.state.requests for n in names)])
+        for name, count in zip(names, asked, strict=True):
+            if count:
+                self.state.requests.setdefault(name, "asked for by another rank")
+        return total
+
+    def _seed_micro(self, index: int) -> None:
+        """Dropout depends on (seed, step, place of the micro-batch), so neither on world size nor on restarts."""
+        self.last_rate = self.schedulers.learning_rate
+        place = index * distributed.world_size() + distributed.rank()
+        seed_all("micro", self.settings.seed, self.state.step, place)
+
+    @staticmethod
+    def _rows(batch: Batch) -> int:
+        return sum(len(next(iter(m.values()))) for m in batch.micros) * distributed.world_size()

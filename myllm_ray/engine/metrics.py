@@ -1,0 +1,48 @@
+"""Metrics as sums and weights, until the one moment at which they are divided."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from myllm_ray.common.types import StepOutput
+
+
+class Reducer(Protocol):
+    def all_reduce(self, values: list[Tensor | float]) -> Tensor: ...
+
+
+class MetricSum:
+    """Adds up the outputs of micro-batches.
+
+    Args:
+        weight: what the loss is divided by, already summed over ranks.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self._loss: Tensor | float = 0.0
+        self._sums: dict[str, Tensor | float] = {}
+        self._weights: dict[str, Tensor | float] = {}
+
+    def add(self, output: StepOutput) -> None:
+        self._loss = self._loss + output.loss_sum.detach().double()
+        for name, (total, weight) in output.metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + torch.as_tensor(total).detach().double()
+            self._weights[name] = self._weights.get(name, 0.0) + torch.as_tensor(weight).detach().double()
+
+    def reduce(self, accelerator: Reducer) -> dict[str, float]:
+        """`loss` and all metrics, over all ranks. A metric whose weight is 0 is left out; `tokens` is a plain sum."""
+        names = sorted(self._sums)
+        flat = [self._loss, *(self._sums[n] for n in names), *(self._weights[n] for n in names)]
+        reduced = accelerator.all_reduce(flat).tolist()
+        loss, sums, weights = reduced[0], reduced[1 : 1 + len(names)], reduced[1 + len(names) :]
+        values = {"loss": loss / max(float(self.weight), 1e-9)}
+        for name, total, weight in zip(names, sums, weights, strict=True):
+            if name == "tokens":
+                values[name] = total
+            elif weight:
+                values[name] = total / weight
+        return values

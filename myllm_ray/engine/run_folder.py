@@ -1,0 +1,122 @@
+"""The run's folder `<run.storage>/<run.name>`: whose it is, and what a run goes on from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+from myllm_ray.common.files import write_atomic, write_json
+from myllm_ray.config.errors import CheckpointError, ConfigError
+from myllm_ray.config.load import to_yaml
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest, versions
+
+_SAME = ("trainer", "model", "tokenizer")
+"""Config sections that must not change when a run goes on."""
+
+
+def folder_of(config: TrainerConfig) -> Path:
+    return Path(config.run.storage) / config.run.name
+
+
+def checkpoints_of(config: TrainerConfig) -> CheckpointManager:
+    return CheckpointManager(folder=folder_of(config) / "checkpoints", keep_last=config.checkpoint.keep_last,
+                             keep_best=config.checkpoint.keep_best)
+
+
+def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
+    """Make the run's folder this run's, once, before any worker starts.
+
+    Raises:
+        ConfigError: an earlier run stands there and nothing says to continue or replace it, or the folder is not writable.
+        CheckpointError: what is to be continued is damaged, or was another run.
+    """
+    folder, resume = folder_of(config), config.checkpoint.resume
+    manager = checkpoints_of(config)
+    used = manager.all() or (folder / "metrics.jsonl").exists()
+    if resume != "auto" and used:
+        if not config.run.overwrite:
+            raise ConfigError(f"{folder} holds an earlier run: checkpoint.resume=auto continues it, another run.name starts "
+                              "beside it, run.overwrite=true replaces it")
+    start = _given(resume) if resume not in ("auto", "never") else manager.latest() if resume == "auto" else None
+    if start is not None:
+        check_same_run(start, config, identity)
+        if folder.resolve() in start.resolve().parents and resume != "auto":
+            raise ConfigError(f"checkpoint.resume={resume} lies inside the run it would replace: give another run.name, or "
+                              "use checkpoint.resume=auto")
+    _check_writable(folder)
+    if used and resume != "auto":
+        shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    write_atomic(folder / "config.yaml", to_yaml(config))
+    write_json(folder / "environment.json", {**versions(), "platform": platform.platform(), "command": sys.argv,
+                                             "cpus": os.cpu_count()})
+
+
+def resume_point(config: TrainerConfig) -> Path | None:
+    """What a worker goes on from: the newest whole checkpoint of the run, or what `checkpoint.resume` names.
+
+    Called after `claim`, which cleared away what is not to be continued; so it also serves a group that Ray restarts.
+    """
+    own = checkpoints_of(config).latest()
+    if own is not None:
+        return own
+    return _given(config.checkpoint.resume) if config.checkpoint.resume not in ("auto", "never") else None
+
+
+def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, Any]) -> None:
+    """Refuse to go on with another model or other data than the checkpoint was trained with.
+
+    Raises:
+        CheckpointError: says what changed.
+    """
+    saved = read_manifest(checkpoint)
+    then, now = saved["config"], config.model_dump(mode="json")
+    for section in _SAME:
+        change = _first_change(section, then.get(section), now[section])
+        if change:
+            raise CheckpointError(f"can't go on from {checkpoint}: {change}; undo the change, or start a new run (run.name)")
+    if then["run"]["seed"] != config.run.seed:
+        raise CheckpointError(f"can't go on from {checkpoint}: run.seed was {then['run']['seed']}, now it is {config.run.seed}")
+    for key, what in (("tokens", "the data itself (files, format or tokenizer)"), ("batch.global_size", "batch.global_size"),
+                      ("rows", "the order or packing of the data")):
+        if saved["identity"][key] != identity[key]:
+            change = _first_change("data", then.get("data"), now["data"]) or what
+            raise CheckpointError(f"can't go on from {checkpoint}: {what} has changed ({change}), so its place in the data "
+                                  "means nothing any more; undo the change, or start a new run (run.name)")
+
+
+def _given(resume: str) -> Path:
+    """A checkpoint folder, or the newest checkpoint of a run's folder."""
+    path = Path(resume)
+    if (path / "checkpoints").is_dir():
+        newest = CheckpointManager(folder=path / "checkpoints").latest()
+        if newest is None:
+            raise CheckpointError(f"checkpoint.resume: {path} has no whole checkpoint")
+        return newest
+    damage = find_damage(path)
+    if damage:
+        raise CheckpointError(f"checkpoint.resume: {damage}; give a step-… folder, a run's folder, auto or never")
+    return path
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"run.storage: {folder} can't be written: {error.strerror or error}") from None
+
+
+def _first_change(key: str, then: Any, now: Any) -> str | None:
+    if isinstance(then, dict) and isinstance(now, dict):
+        changes = (_first_change(f"{key}.{k}", then.get(k), now.get(k)) for k in sorted({*then, *now}))
+        return next((change for change in changes if change), None)
+    return None if then == now else f"{key} was {then!r}, now it is {now!r}"

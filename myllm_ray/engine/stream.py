@@ -1,0 +1,75 @@
+"""The stream of a data set that is already in memory, for runs wired by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from myllm_ray.common import distributed
+from myllm_ray.common.seeds import derive_seed, generator
+from myllm_ray.common.types import IGNORE, Batch, Micro, Position
+from myllm_ray.config.errors import DataError
+
+_FILL = {"labels": IGNORE}
+
+
+class InMemoryStream:
+    """Rows of a sequence in an order by seed and epoch, padded to the longest of their micro-batch.
+
+    Each item is a mapping of one-dimensional sequences; `labels` are made from `input_ids` where they are left out.
+    """
+
+    def __init__(self, dataset: Sequence[Any], batch_size: int, micro_size: int | None = None, seed: int = 0):
+        if not len(dataset):
+            raise DataError("the data set is empty: there is nothing to train on")
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.micro_size = micro_size or max(1, batch_size // self.world_size)
+        if batch_size % (self.micro_size * self.world_size):
+            raise DataError(f"batch_size={batch_size} is not divisible by {self.world_size} workers × micro-batches of "
+                            f"{self.micro_size}")
+        self.sources: list[str] = []
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def batches(self, start: Position, steps: int) -> Iterator[Batch]:
+        """This rank's share of `steps` global batches; the last one of an epoch is filled up with empty rows."""
+        position = start
+        for _ in range(steps):
+            if position.row >= len(self.dataset):
+                position = Position(position.epoch + 1, 0)
+            order = generator("order", self.seed, position.epoch).permutation(len(self.dataset))
+            micros, fingerprint = [], 0
+            for j in range(self.rank, self.batch_size // self.micro_size, self.world_size):
+                first = position.row + j * self.micro_size
+                micros.append(self._micro([self._item(int(i)) for i in order[first : first + self.micro_size]]))
+                for place, i in enumerate(order[first : first + self.micro_size]):
+                    fingerprint += derive_seed("row", first + place, *self._item(int(i))["input_ids"].tolist())
+            done = position.row + self.batch_size >= len(self.dataset)
+            after = Position(position.epoch + 1, 0) if done else Position(position.epoch, position.row + self.batch_size)
+            yield Batch(micros, position, after, fingerprint % 2**63)
+            position = after
+
+    def _item(self, index: int) -> Micro:
+        item = {name: torch.as_tensor(value) for name, value in self.dataset[index].items()}
+        if "input_ids" not in item:
+            raise DataError(f"row {index} of the data set has no input_ids; it has {', '.join(item) or 'nothing'}")
+        return {"labels": item["input_ids"], **item}
+
+    def _micro(self, items: list[Micro]) -> Micro:
+        if not items:
+            empty = {name: value[:0] for name, value in self._item(0).items()}
+            items = [empty]
+        width = max(2, max(len(item["input_ids"]) for item in items))
+        micro: Micro = {}
+        for name in items[0]:
+            fill = _FILL.get(name, 0)
+            micro[name] = torch.stack([torch.nn.functional.pad(i[name], (0, width - len(i[name])), value=fill) for i in items])
+        micro["position_ids"] = torch.arange(width).expand(len(items), width)
+        if "attention_mask" not in micro:
+            return micro
+        del micro["attention_mask"]  # causal attention with padding on the right needs none
+        return micro

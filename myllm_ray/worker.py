@@ -1,0 +1,141 @@
+"""The composition root: from a config to a finished run, in a visible order. Also the way without Ray.
+
+Every worker process runs `run_worker`; which process it is, it learns from the process group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.common import distributed
+from myllm_ray.common.types import BatchStream
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.resolve import resolve
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.data.prepare import PreparedData, prepare
+from myllm_ray.data.stream import LocalStream
+from myllm_ray.data.tokenizer import bytes_per_token, open_tokenizer
+from myllm_ray.engine.callbacks import Callback
+from myllm_ray.engine.engine import TrainerEngine
+from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume_point
+from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.models.load import build_model
+from myllm_ray.trainers.base import BaseTrainer
+
+
+def absolute(config: TrainerConfig) -> TrainerConfig:
+    """The config with local paths made absolute, so that it means the same in a process with another working folder."""
+    config = config.model_copy(deep=True)
+    config.run.storage = _absolute(config.run.storage)
+    config.data.cache = _absolute(config.data.cache or str(Path(config.run.storage) / ".data"))
+    for source in [*config.data.sources, *([config.data.validation] if config.data.validation else [])]:
+        if source.path is not None:
+            source.path = [_absolute(p) for p in source.path] if isinstance(source.path, list) else _absolute(source.path)
+    if config.tokenizer.path:
+        config.tokenizer.path = _absolute(config.tokenizer.path)
+    if config.model.name and Path(config.model.name).is_dir():
+        config.model.name = _absolute(config.model.name)
+    if config.checkpoint.resume not in ("auto", "never"):
+        config.checkpoint.resume = _absolute(config.checkpoint.resume)
+    return config
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def run_local(config: TrainerConfig) -> dict[str, Any]:
+    """Train in this very process, without Ray; returns the summary of `run_worker`."""
+    config = absolute(config)
+    check_names(config)
+    torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
+    prepared = prepare(config)
+    claim(config, prepared.identity)
+    return run_worker(config, prepared)
+
+
+def check_names(config: TrainerConfig) -> None:
+    """Resolve every name of the config, so that a wrong one is told before anything is started or written."""
+    resolve("trainers", config.trainer, "trainer")
+    resolve("accelerators", config.accelerator.name, "accelerator.name")
+    build_callbacks(config)
+    SchedulerManager(config=config)
+
+
+def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStream | None = None,
+               callbacks: Sequence[Callback] | None = None) -> dict[str, Any]:
+    """One worker's whole run.
+
+    Args:
+        config: with absolute paths.
+        prepared: where the prepared data is.
+        stream: this worker's micro-batches; default: read in this process.
+        callbacks: default: the config's.
+
+    Returns:
+        `step`, `metrics` (the last that were logged), `folder`, `checkpoint` (the newest).
+    """
+    accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
+    accelerator.setup()
+    tokenizer = open_tokenizer(prepared.tokenizer_folder)
+    model = build_model(config.model, tokenizer, config.data.sequence_length, config.run.seed)
+    stream = stream or LocalStream(prepared.train)
+    validation = LocalStream(prepared.validation) if prepared.validation else None
+    trainer = build_trainer(config, model, tokenizer, stream.sources)
+    optimizers = OptimizerManager(model, config)
+    schedulers = SchedulerManager(config=config)
+    checkpoints = checkpoints_of(config)
+    checkpoints.model = model
+    engine = TrainerEngine(
+        trainer, accelerator, optimizers, schedulers, checkpoints,
+        callbacks=build_callbacks(config) if callbacks is None else callbacks, config=config, stream=stream,
+        validation=validation, folder=str(folder_of(config)), constants=data_counts(prepared),
+        manifest={"identity": prepared.identity, "config": config.model_dump(mode="json")})
+    if distributed.is_main():
+        tokenizer.save_pretrained(folder_of(config) / "tokenizer")
+    engine.setup(resume=distributed.from_main(resume_point(config) if distributed.is_main() else None))
+    state = engine.train()
+    newest = checkpoints.all()
+    return {"step": state.step, "metrics": engine.metrics, "folder": state.folder,
+            "checkpoint": str(newest[-1]) if newest else None}
+
+
+def build_trainer(config: TrainerConfig, model: torch.nn.Module, tokenizer: Any, sources: Iterable[str]) -> BaseTrainer:
+    """The trainer of the config; one of the user's own gets `options` as keyword arguments."""
+    cls = resolve("trainers", config.trainer, "trainer")
+    try:
+        trainer: BaseTrainer = cls(model, bytes_per_token=bytes_per_token(tokenizer), sources=sources, **config.options)
+    except TypeError as error:
+        raise ConfigError(f"options: {config.trainer} refuses them: {error}") from None
+    return trainer
+
+
+def build_callbacks(config: TrainerConfig) -> list[Callback]:
+    """The callbacks of the config, in its order."""
+    built: list[Callback] = []
+    for entry in config.callbacks:
+        for name, options in ({entry: {}} if isinstance(entry, str) else entry).items():
+            cls = resolve("callbacks", name, "callbacks")
+            try:
+                built.append(cls(**options))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"callbacks: {name} refuses its options: {error}") from None
+    return built
+
+
+def data_counts(prepared: PreparedData) -> dict[str, float]:
+    """What the log repeats about the data: rows left out, and documents longer than a row. Nothing where there are none."""
+    plan = prepared.train.plan
+    size = plan.packing.size
+    long = sum(int((plan.store.lengths(np.arange(a, min(a + 65536, len(plan.store)))) > size).sum())
+               for a in range(0, len(plan.store), 65536))
+    counts = {"skipped_rows": prepared.skipped, "long_documents": 0 if plan.packing.kind == "continuous" else long}
+    return {name: float(count) for name, count in counts.items() if count}
