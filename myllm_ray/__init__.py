@@ -1,0 +1,46 @@
+"""myllm_ray: train language models from one YAML file. Public names, imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "TrainerEngine": "myllm_ray.engine.engine",
+    "BaseTrainer": "myllm_ray.trainers.base",
+    "PretrainTrainer": "myllm_ray.trainers.pretrain",
+    "SFTTrainer": "myllm_ray.trainers.sft",
+    "OptimizerManager": "myllm_ray.engine.optimizer",
+    "SchedulerManager": "myllm_ray.engine.scheduler",
+    "CheckpointManager": "myllm_ray.engine.checkpoint",
+    "SingleGPUAccelerator": "myllm_ray.accelerators.single",
+    "DDPAccelerator": "myllm_ray.accelerators.ddp",
+    "FSDPAccelerator": "myllm_ray.accelerators.fsdp",
+    "Callback": "myllm_ray.engine.callbacks",
+    "EarlyStoppingCallback": "myllm_ray.engine.callbacks",
+    "PrintCallback": "myllm_ray.engine.displays",
+    "ProgressCallback": "myllm_ray.engine.displays",
+    "JSONLCallback": "myllm_ray.engine.records",
+    "StepOutput": "myllm_ray.common.types",
+    "TrainerConfig": "myllm_ray.config.schema",
+    "PretrainConfig": "myllm_ray.config.schema",
+    "SFTConfig": "myllm_ray.config.schema",
+    "UserError": "myllm_ray.config.errors",
+    "load_config": "myllm_ray.config.load",
+    "train": "myllm_ray.orchestration.launch",
+    "pretrain_loop": "myllm_ray.orchestration.loops",
+    "sft_loop": "myllm_ray.orchestration.loops",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'myllm_ray' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]
