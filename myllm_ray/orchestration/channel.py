@@ -1,0 +1,99 @@
+"""Our own channel for events from the workers to the driver.
+
+Not `ray.train.report`: that is a barrier that waits for the controller's next poll, up to two seconds a call. Here rank 0
+sends and forgets; the driver fetches a few times a second. What must not be lost (metrics, ledger, checkpoints) is
+written to the run's folder by rank 0 itself; the channel only shows.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import ray
+
+from myllm_ray.common.types import RunState
+from myllm_ray.engine.callbacks import Callback, CallbackList
+
+Event = tuple[str, RunState, tuple[Any, ...]]
+_POLL_SECONDS = 0.2
+
+
+@ray.remote(num_cpus=0)
+class EventQueue:
+    """Holds events until the driver fetches them."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+
+    def drain(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+class ForwardCallback(Callback):
+    """In the worker: sends what a display in the driver wants to know."""
+
+    main_only = True
+
+    def __init__(self, queue: Any):
+        self._queue = queue
+
+    def _send(self, event: str, state: RunState, *payload: Any) -> None:
+        self._queue.put.remote((event, state, payload))
+
+    def on_train_start(self, state: RunState) -> None:
+        self._send("on_train_start", state)
+
+    def on_evaluate(self, state: RunState, metrics: dict[str, float]) -> None:
+        self._send("on_evaluate", state, metrics)
+
+    def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
+        self._send("on_log", state, metrics)
+
+    def on_checkpoint(self, state: RunState, folder: str) -> None:
+        self._send("on_checkpoint", state, folder)
+
+    def on_epoch_end(self, state: RunState) -> None:
+        self._send("on_epoch_end", state)
+
+    def on_train_end(self, state: RunState) -> None:
+        self._send("on_train_end", state)
+
+
+class DriverDisplay:
+    """In the driver: hands the workers' events to the callbacks that show something, while `fit` blocks."""
+
+    def __init__(self, callbacks: list[Callback]):
+        self._callbacks = CallbackList(callbacks)
+        self.queue: Any = EventQueue.remote()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="myllm-ray-display", daemon=True)
+
+    def __enter__(self) -> DriverDisplay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+        self._callbacks.close()
+        ray.kill(self.queue)
+
+    def _run(self) -> None:
+        while not self._stop.wait(_POLL_SECONDS):
+            if not self._show():
+                return
+
+    def _show(self) -> bool:
+        try:
+            events: list[Event] = ray.get(self.queue.drain.remote(), timeout=10)
+        except ray.exceptions.RayError:
+            return False  # Ray is going down; the run's folder has it all
+        for event, state, payload in events:
+            self._callbacks.emit(event, state, *payload)
+        return True

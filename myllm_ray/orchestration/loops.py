@@ -1,0 +1,66 @@
+"""The Ray Train loop functions: what each worker of a TorchTrainer runs. Usable alone:
+
+    TorchTrainer(sft_loop, train_loop_config={...a run's config as a mapping...}, scaling_config=...)
+
+`train(config)` (launch.py) hands them more: data that is prepared already, its Ray Data shard, the channel to the driver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray.train
+import torch
+
+from myllm_ray.common import distributed
+from myllm_ray.config.load import validate
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.data.prepare import PreparedData, prepare
+from myllm_ray.engine.run_folder import claim
+from myllm_ray.orchestration.channel import ForwardCallback
+from myllm_ray.orchestration.ray_data import RayStream
+from myllm_ray.worker import absolute, build_callbacks, check_names, run_worker
+
+LAUNCHED = "myllm_ray.launched"
+"""Key under which `train(config)` puts what it has made ready: {"prepared": PreparedData, "queue": actor handle}."""
+
+
+def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Any trainer: the one that the config names. Returns the summary of `run_worker`."""
+    raw = {k: v for k, v in config.items() if k != LAUNCHED}
+    parsed = absolute(validate(raw, where="train_loop_config"))
+    # A Ray worker inherits OMP_NUM_THREADS=1, whatever it has reserved.
+    torch.set_num_threads(max(1, int(parsed.scaling.cpus_per_worker)))
+    launched = config.get(LAUNCHED)
+    if launched is None:
+        return run_worker(parsed, _prepare_alone(parsed))
+    prepared: PreparedData = launched["prepared"]
+    own = [c for c in build_callbacks(parsed) if not c.on_driver]
+    stream = RayStream(prepared.train, ray.train.get_dataset_shard("train"))
+    return run_worker(parsed, prepared, stream, [*own, ForwardCallback(launched["queue"])])
+
+
+def _prepare_alone(config: TrainerConfig) -> PreparedData:
+    """In a TorchTrainer of the user's own: rank 0 prepares the data and claims the folder, the others wait for it."""
+    problem: Exception | None = None
+    if distributed.is_main():
+        try:
+            check_names(config)
+            claim(config, prepare(config).identity)
+        except Exception as error:  # told on every rank, or the others would wait for ever
+            problem = error
+    problem = distributed.from_main(problem)
+    if problem is not None:
+        raise problem
+    return prepare(config)
+
+
+def pretrain_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Causal-LM pretraining."""
+    return train_loop({**config, "trainer": "pretrain"})
+
+
+def sft_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Supervised fine-tuning."""
+    return train_loop({**config, "trainer": "sft"})

@@ -1,0 +1,129 @@
+"""The data floor's functions, run by Ray Data: units to tokens once, then micro-batches in order to every worker.
+
+One Arrow row is one micro-batch and one block holds one row, so Ray's splitter, which deals blocks out evenly and in
+order, gives worker r of W the micro-batches r, r + W, …: the same ones that `LocalStream` reads there. Every micro-batch
+carries its place, and the stream refuses to go on if one is not where it belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Dataset, ExecutionOptions
+
+from myllm_ray.common import distributed
+from myllm_ray.common.types import Batch, Position
+from myllm_ray.config.errors import TrainingError
+from myllm_ray.data.collate import to_arrow
+from myllm_ray.data.packing import Row  # noqa: F401  (pickled plans name it)
+from myllm_ray.data.plan import RowPlan
+from myllm_ray.data.sources import Unit
+from myllm_ray.data.store import TokenStore
+from myllm_ray.data.stream import StreamSpec, make_batch
+
+_MICROS_PER_TASK = 16
+_MOST_TASKS = 4096
+_PREFETCH = 8
+
+
+def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iterator[pa.RecordBatch]:
+    """`map(work, units)`, the calls spread over the cluster, the results in order."""
+    _quiet()
+    dataset = ray.data.from_items([{"number": i} for i in range(len(units))], override_num_blocks=len(units))
+
+    def tokenize(table: pa.Table) -> pa.Table:
+        batches = [work(units[number]) for number in table.column("number").to_pylist()]
+        return pa.table({"batch": pa.array([_to_bytes(b) for b in batches], pa.large_binary())})
+
+    for table in dataset.map_batches(tokenize, batch_format="pyarrow", batch_size=1).iter_batches(
+            batch_format="pyarrow", batch_size=1, prefetch_batches=2):
+        for value in table.column("batch"):
+            yield pa.ipc.open_stream(value.as_buffer()).read_next_batch()
+
+
+def _to_bytes(batch: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+
+def execution_options() -> ExecutionOptions:
+    """Blocks leave in the order in which they came; what makes the stream the same at every world size."""
+    return ExecutionOptions(preserve_order=True)
+
+
+def build_dataset(spec: StreamSpec, start: Position, steps: int) -> Dataset:
+    """The micro-batches of `steps` global batches from `start` on, each a block of one row, in order, epochs in one go."""
+    _quiet()
+    DataContext.get_current().target_max_block_size = 1  # bytes: no two micro-batches share a block
+    places = [(p.epoch, p.row + j * spec.micro_size) for p in spec.positions(start, steps) for j in range(spec.micros_per_step)]
+    size = max(_MICROS_PER_TASK, -(-len(places) // _MOST_TASKS))
+    tables = [pa.table({"epoch": [e for e, _ in part], "row": [r for _, r in part]})
+              for part in (places[a : a + size] for a in range(0, len(places), size))]
+    key = (str(spec.plan.store.folder), spec.plan.order, spec.plan.packing, spec.global_size, spec.micro_size, spec.pad_id)
+
+    def build(table: pa.Table) -> Iterator[pa.Table]:
+        local = _spec(*key)
+        for epoch, row in zip(table.column("epoch").to_pylist(), table.column("row").to_pylist(), strict=True):
+            yield to_arrow(local.micro_at(epoch, row), epoch, row)
+
+    return ray.data.from_arrow(tables).map_batches(build, batch_format="pyarrow", batch_size=None)
+
+
+@lru_cache(maxsize=4)
+def _spec(folder: str, order: Any, packing: Any, global_size: int, micro_size: int, pad_id: int) -> StreamSpec:
+    """The stream as a task sees it, opened once a process."""
+    return StreamSpec(RowPlan(TokenStore(folder), order, packing), global_size, micro_size, pad_id)
+
+
+def _quiet() -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options = execution_options()
+
+
+class RayStream:
+    """This worker's micro-batches, from its shard of a Ray Data set."""
+
+    def __init__(self, spec: StreamSpec, shard: Any):
+        self.spec, self._shard = spec, shard
+        self.sources = spec.plan.store.sources
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return self.spec.steps_in_epoch(epoch)
+
+    def batches(self, start: Position, steps: int) -> Iterator[Batch]:
+        """This rank's share of `steps` global batches from `start` on.
+
+        Raises:
+            TrainingError: Ray Data gave other micro-batches than the ones that come now.
+        """
+        if steps <= 0:
+            return
+        rows = self._rows()
+        size, world, rank = self.spec.micro_size, distributed.world_size(), distributed.rank()
+        for position in self.spec.positions(start, steps):
+            micros = []
+            for j in range(rank, self.spec.micros_per_step, world):
+                micro = next(rows, None)
+                expected = (position.epoch, position.row + j * size)
+                found = None if micro is None else (micro["epoch"], micro["row"])
+                if micro is None or found != expected:
+                    raise TrainingError(f"the data stream is out of order on rank {rank}: expected (epoch, row) {expected}, "
+                                        f"got {found}; please report this with your Ray version")
+                micros.append(micro)
+            yield make_batch(self.spec, position, micros)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        tables: Iterable[pa.Table] = self._shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_PREFETCH)
+        for table in tables:
+            row: dict[str, Any] = {}
+            for name in table.column_names:
+                value = table.column(name)[0]
+                row[name] = value.values.to_numpy() if isinstance(value, (pa.ListScalar, pa.LargeListScalar)) else value.as_py()
+            yield row

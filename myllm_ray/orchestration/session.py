@@ -1,0 +1,81 @@
+"""Joining or starting Ray: tokens, logs, and CPUs that are enough."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.schema import TrainerConfig
+
+# Read by Ray when it is imported or started, so they stand in front of the import.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a worker's end or failure is seen after this long
+os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a relative path in a user's own code keeps its meaning
+
+import ray
+
+
+def use_token_if_there_is_one() -> None:
+    """Turn on Ray's token authentication where a token is at hand.
+
+    Clusters of Ray 2.59 and later ask for one, but its clients send none to an explicit address unless told to
+    (`RAY_AUTH_MODE=token`). A cluster without authentication ignores the token.
+    """
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if os.environ.get("RAY_AUTH_TOKEN") or path.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def cpus_needed(config: TrainerConfig) -> float:
+    """CPUs that the workers reserve, and one for the tasks of Ray Data, without which training would wait for ever."""
+    return config.scaling.workers * config.scaling.cpus_per_worker + 1
+
+
+def connect(config: TrainerConfig, verbose: bool = False) -> bool:
+    """Be connected to Ray: to the cluster of `RAY_ADDRESS` (every `ray job` has one), else to a new local one.
+
+    Returns:
+        Whether a local Ray was started here, which the caller shuts down.
+
+    Raises:
+        ConfigError: the cluster can't be reached, or is too small for the run.
+    """
+    use_token_if_there_is_one()
+    started = False
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+        if not address:
+            # More logical CPUs than cores: a laptop with 2 cores can hold 2 workers and the data tasks beside them.
+            options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, int(cpus_needed(config) + 0.99)),
+                        "include_dashboard": False, "runtime_env": {"env_vars": _worker_environment()}}
+            started = True
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"Ray at {address or 'this machine'} can't be reached: {' '.join(str(error).split())[:300]}") from None
+    if not verbose:
+        for name in ("ray.train", "ray.data", "ray.tune", "ray"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    _check_size(config)
+    return started
+
+
+def _worker_environment() -> dict[str, str]:
+    """Modules next to where the user started are importable in workers (`trainer: my_lab.simpo:SimPOTrainer`)."""
+    path = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)
+    return {"PYTHONPATH": path, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+
+
+def _check_size(config: TrainerConfig) -> None:
+    scaling, has = config.scaling, ray.cluster_resources()
+    wanted = {"CPU": cpus_needed(config), "GPU": scaling.workers * scaling.gpus_per_worker,
+              **{k: scaling.workers * v for k, v in scaling.resources_per_worker.items()}}
+    for name, amount in wanted.items():
+        if amount > has.get(name, 0):
+            extra = " (one of them for reading data)" if name == "CPU" else ""
+            raise ConfigError(f"scaling.workers={scaling.workers} need {amount:g} {name}{extra}, the Ray cluster has "
+                              f"{has.get(name, 0):g}: use fewer workers or a larger cluster")
