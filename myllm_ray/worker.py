@@ -16,13 +16,15 @@ import torch
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common import distributed
 from myllm_ray.common.types import BatchStream
-from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.errors import CheckpointError, ConfigError
+from myllm_ray.config.load import validate
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.data.tokenizer import bytes_per_token, open_tokenizer
 from myllm_ray.engine.callbacks import Callback
+from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
 from myllm_ray.engine.engine import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume_point
@@ -129,6 +131,24 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
             except (TypeError, ValueError) as error:
                 raise ConfigError(f"callbacks: {name} refuses its options: {error}") from None
     return built
+
+
+def open_run(path: str | Path) -> tuple[torch.nn.Module, Any]:
+    """The trained model and the tokenizer of a run's folder (its newest checkpoint) or of one of its checkpoints.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+    """
+    path = Path(path)
+    manager = CheckpointManager(folder=path / "checkpoints" if (path / "checkpoints").is_dir() else path.parent)
+    newest = manager.latest() if manager.folder.name == "checkpoints" and manager.folder.parent == path else path
+    if newest is None or (damage := find_damage(newest)):
+        raise CheckpointError(f"{path} holds no whole checkpoint" + (f": {damage}" if newest else ""))
+    config = validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json")
+    tokenizer = open_tokenizer(str(newest.parent.parent / "tokenizer"))
+    model = build_model(config.model, tokenizer, config.data.sequence_length, config.run.seed)
+    manager.load_model(newest, model)
+    return model, tokenizer
 
 
 def data_counts(prepared: PreparedData) -> dict[str, float]:

@@ -172,8 +172,8 @@ class Accelerator(ABC):
         self.init_optimizer_state()
         tensors: dict[str, Tensor] = {}
         names = {id(p): name for name, p in self.module.named_parameters()}
-        for name, parameter in self.module.named_parameters():
-            tensors[f"model.{name}"] = parameter.data
+        for name, tensor in self.module.named_parameters():
+            tensors[f"model.{name}"] = tensor.data
         persistent = self.module.state_dict(keep_vars=True)
         for name, buffer in self.module.named_buffers():
             if name in persistent:

@@ -9,10 +9,14 @@ from torch import nn
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """The blocks that repeat: the members of the largest ModuleList, if they are all of one class."""
-    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
+    lists: list[nn.ModuleList] = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
     if not lists:
         return []
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+    
+    def size(blocks: nn.ModuleList) -> int:
+        return sum(p.numel() for p in blocks.parameters())
+
+    return list(max(lists, key=size))
 
 
 def forward_names(module: nn.Module) -> set[str] | None:

@@ -53,7 +53,7 @@ def read_file(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds {type(raw).__name__}")
-    raw = substitute(raw, str(path))
+    raw = dict(substitute(raw, str(path)))
     included = raw.pop("include", None)
     if included is None:
         return raw

@@ -212,6 +212,10 @@ class LoggingSection(Section):
     every_steps: PositiveInt = 1
 
 
+def _default_callbacks() -> list[str | dict[str, dict[str, Any]]]:
+    return ["print", "jsonl"]
+
+
 class TrainerConfig(Section):
     """The config of any run. Trainers of the package extend it by a section of their own."""
 
@@ -229,7 +233,7 @@ class TrainerConfig(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
     callbacks: list[str | dict[str, dict[str, Any]]] = Field(
-        default_factory=lambda: ["print", "jsonl"],
+        default_factory=_default_callbacks,
         description="names or import paths; with options as {early_stopping: {metric: validation_loss, patience: 3}}")
     gradient_clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for a trainer of your own")

@@ -102,6 +102,15 @@ class CheckpointManager:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed.is_distributed())
         return dict(manifest)
 
+    def load_model(self, folder: Path, model: nn.Module) -> None:
+        """Copy only the weights into a model of this process: to sample, export or evaluate."""
+        named = [*model.named_parameters(), *model.named_buffers()]
+        known = read_manifest(folder)["tensors"]
+        tensors = {f"model.{name}": tensor.data for name, tensor in named if f"model.{name}" in known}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole; damaged ones are passed over."""
         return next((p for p in reversed(self.all()) if find_damage(p) is None), None)

@@ -39,10 +39,9 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
     folder, resume = folder_of(config), config.checkpoint.resume
     manager = checkpoints_of(config)
     used = manager.all() or (folder / "metrics.jsonl").exists()
-    if resume != "auto" and used:
-        if not config.run.overwrite:
-            raise ConfigError(f"{folder} holds an earlier run: checkpoint.resume=auto continues it, another run.name starts "
-                              "beside it, run.overwrite=true replaces it")
+    if resume != "auto" and used and not config.run.overwrite:
+        raise ConfigError(f"{folder} holds an earlier run: checkpoint.resume=auto continues it, another run.name starts "
+                          "beside it, run.overwrite=true replaces it")
     start = _given(resume) if resume not in ("auto", "never") else manager.latest() if resume == "auto" else None
     if start is not None:
         check_same_run(start, config, identity)

@@ -43,11 +43,9 @@ def multiplier(step: int, total_steps: int, options: dict[str, Any]) -> float:
     if step < warmup:
         return (step + 1) / warmup
     if options["name"] == "inverse_sqrt":
-        return max(options["min_lr_ratio"], math.sqrt(max(1, warmup) / max(1, warmup, step + 1)))
-    if options["name"] == "wsd":
-        progress = min(1.0, step / max(1, end))  # the share that decays is of all steps, warm-up included
-    else:
-        progress = min(1.0, (step - warmup) / max(1, end - warmup))
+        return float(max(options["min_lr_ratio"], math.sqrt(max(1, warmup) / max(1, warmup, step + 1))))
+    begin = 0 if options["name"] == "wsd" else warmup  # wsd: the share that decays is of all steps, warm-up included
+    progress = min(1.0, (step - begin) / max(1, end - begin))
     decay = DECAYS.get(options["name"]) or (lambda p, o: o["function"](p))
     return float(options["min_lr_ratio"] + (1.0 - options["min_lr_ratio"]) * decay(progress, options))
 

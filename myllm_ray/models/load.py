@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,13 +25,13 @@ def build_model(section: ModelSection, tokenizer: Any, sequence_length: int, see
     with torch.random.fork_rng(devices=[]):
         seed_all("weights", seed)
         if section.factory:
-            model = load_object(section.factory, "model.factory")(**section.options)
+            model: Any = load_object(section.factory, "model.factory")(**section.options)
         elif section.config is not None:
             model = _from_config(section, tokenizer, sequence_length)
         else:
             model = _from_name(section)
     if not isinstance(model, PreTrainedModel):
-        return model.train()
+        return cast(nn.Module, model.train())
     _check_fit(model, tokenizer, sequence_length)
     return CausalLM(model).train()
 
@@ -58,7 +58,9 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int) ->
         given.setdefault(positions, sequence_length)
     try:
         config = AutoConfig.for_model(model_type, **given)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=section.attention, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=section.attention,
+                                                                  dtype=torch.float32)
+        return model
     except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(f"model.config: transformers can't build this {model_type}: {_one_line(error)}") from None
 
@@ -66,14 +68,14 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int) ->
 def _from_name(section: ModelSection) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(
-            section.name, dtype=torch.float32, attn_implementation=section.attention,
+            section.name or "", dtype=torch.float32, attn_implementation=section.attention,
             trust_remote_code=section.trust_remote_code, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {section.name!r} can't be loaded: {_one_line(error)}") from None
 
 
 def _check_fit(model: PreTrainedModel, tokenizer: Any, sequence_length: int) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
     if rows < len(tokenizer):
         raise ConfigError(f"the model has {rows} token embeddings, the tokenizer {len(tokenizer)} tokens: use the model's "
                           "own tokenizer, or leave model.config.vocab_size out")

@@ -19,7 +19,6 @@ Event = tuple[str, RunState, tuple[Any, ...]]
 _POLL_SECONDS = 0.2
 
 
-@ray.remote(num_cpus=0)
 class EventQueue:
     """Holds events until the driver fetches them."""
 
@@ -69,7 +68,7 @@ class DriverDisplay:
 
     def __init__(self, callbacks: list[Callback]):
         self._callbacks = CallbackList(callbacks)
-        self.queue: Any = EventQueue.remote()
+        self.queue: Any = ray.remote(num_cpus=0)(EventQueue).remote()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="myllm-ray-display", daemon=True)
 

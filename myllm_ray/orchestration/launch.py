@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.common.types import Position
@@ -63,12 +63,11 @@ def train(config: TrainerConfig | Mapping[str, Any] | str | Path, overrides: Ite
 
 
 def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
-    from myllm_ray.orchestration import session  # sets what Ray reads when it is imported
-
     import ray
 
     from myllm_ray.data.prepare import prepare
     from myllm_ray.engine.run_folder import claim
+    from myllm_ray.orchestration import session  # sets what Ray reads when it is imported
     from myllm_ray.orchestration.channel import DriverDisplay
     from myllm_ray.orchestration.ray_data import map_units
     from myllm_ray.worker import absolute, build_callbacks, check_names
@@ -103,7 +102,7 @@ def _fit(config: TrainerConfig, prepared: PreparedData, queue: Any) -> dict[str,
     # Ray's own state has a name of its own at every start: a name used before would silently resume from Ray's records.
     storage = folder_of(config) / ".ray"
     trainer = TorchTrainer(
-        train_loop,
+        cast(Any, train_loop),
         train_loop_config={**config.model_dump(mode="json"), LAUNCHED: {"prepared": prepared, "queue": queue}},
         scaling_config=ScalingConfig(num_workers=scaling.workers, use_gpu=bool(scaling.gpus_per_worker),
                                      resources_per_worker=resources),
@@ -126,7 +125,7 @@ def _remaining(config: TrainerConfig, prepared: PreparedData) -> Callable[[], Da
         from myllm_ray.orchestration.ray_data import build_dataset
 
         point = resume_point(config)
-        manifest = read_manifest(point) if point else {"step": 0, "position": {"epoch": 0, "row": 0}}
+        manifest: dict[str, Any] = read_manifest(point) if point else {"step": 0, "position": {"epoch": 0, "row": 0}}
         epochs = range(config.run.epochs or 0)
         total = config.run.max_steps or sum(prepared.train.steps_in_epoch(e) for e in epochs)
         return build_dataset(prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]))

@@ -19,7 +19,6 @@ from myllm_ray.common import distributed
 from myllm_ray.common.types import Batch, Position
 from myllm_ray.config.errors import TrainingError
 from myllm_ray.data.collate import to_arrow
-from myllm_ray.data.packing import Row  # noqa: F401  (pickled plans name it)
 from myllm_ray.data.plan import RowPlan
 from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import TokenStore
@@ -39,8 +38,9 @@ def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iter
         batches = [work(units[number]) for number in table.column("number").to_pylist()]
         return pa.table({"batch": pa.array([_to_bytes(b) for b in batches], pa.large_binary())})
 
-    for table in dataset.map_batches(tokenize, batch_format="pyarrow", batch_size=1).iter_batches(
-            batch_format="pyarrow", batch_size=1, prefetch_batches=2):
+    results: Iterable[Any] = dataset.map_batches(tokenize, batch_format="pyarrow", batch_size=1).iter_batches(
+            batch_format="pyarrow", batch_size=1, prefetch_batches=2)
+    for table in results:
         for value in table.column("batch"):
             yield pa.ipc.open_stream(value.as_buffer()).read_next_batch()
 

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.orchestration.auth import use_token_if_there_is_one
 
 # Read by Ray when it is imported or started, so they stand in front of the import.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a worker's end or failure is seen after this long
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a relative path in a user's own code keeps its meaning
+if os.environ.get("RAY_ADDRESS"):
+    use_token_if_there_is_one()
 
 import ray
-
-
-def use_token_if_there_is_one() -> None:
-    """Turn on Ray's token authentication where a token is at hand.
-
-    Clusters of Ray 2.59 and later ask for one, but its clients send none to an explicit address unless told to
-    (`RAY_AUTH_MODE=token`). A cluster without authentication ignores the token.
-    """
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if os.environ.get("RAY_AUTH_TOKEN") or path.is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def cpus_needed(config: TrainerConfig) -> float:
@@ -43,7 +34,6 @@ def connect(config: TrainerConfig, verbose: bool = False) -> bool:
     Raises:
         ConfigError: the cluster can't be reached, or is too small for the run.
     """
-    use_token_if_there_is_one()
     started = False
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")

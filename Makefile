@@ -1,0 +1,39 @@
+# Two commands for newcomers: `make quickstart` and `make test`. Both set up .venv first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN := runs/quickstart
+
+.PHONY: quickstart test test-slow test-chaos test-gpu bench check schema clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: $(READY)  ## a small language model on Python's standard library, through Ray, then three samples
+	$(BIN)/python jobs/train.py --config configs/quickstart.yaml checkpoint.resume=never run.overwrite=true
+	$(BIN)/myllm-ray sample $(RUN) --max-new-tokens 48 -p 'def __init__(self' -p 'import ' -p '    """Return '
+
+test: $(READY)  ## the whole suite
+	$(BIN)/python -m pytest
+
+test-slow test-chaos test-gpu: test-%: $(READY)
+	$(BIN)/python -m pytest -m $* --timeout 3600
+
+bench: $(READY)
+	$(BIN)/python -m pytest -m bench --timeout 3600
+
+check: $(READY)  ## lint, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+schema: $(READY)  ## after a change of the config's schema
+	$(BIN)/myllm-ray schema > configs/schema.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -1,0 +1,21 @@
+"""A model factory of your own (`model: {factory: bigram:build}`): any torch module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Bigram(nn.Module):
+    """Predicts the next token from the current one alone: (B, S) token ids -> (B, S, V) logits."""
+
+    def __init__(self, vocab_size: int, width: int):
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, width)
+        self.head = nn.Linear(width, vocab_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids))
+
+
+def build(vocab_size: int = 260, width: int = 32) -> nn.Module:
+    return Bigram(vocab_size, width)

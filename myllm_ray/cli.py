@@ -1,0 +1,179 @@
+"""The command line: `myllm-ray train | data | sample | export | submit | schema`.
+
+Errors that are the user's to fix are one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from myllm_ray.config.errors import ConfigError, UserError
+from myllm_ray.config.load import json_schema, load_config
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="Train language models from one YAML file.")
+out = Console(highlight=False, soft_wrap=True)
+
+Config = Annotated[Path, typer.Argument(help="a YAML or JSON file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, such as optimizer.lr=1e-3", metavar="[KEY=VALUE]...")]
+
+
+def main() -> None:
+    """Entry point."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None,
+          verbose: Annotated[bool, typer.Option("--verbose", help="show Ray's own logs")] = False) -> None:
+    """Train to the end of the config."""
+    from myllm_ray.orchestration.launch import train as run
+
+    result = run(config, overrides or [], verbose)
+    first, last = _first_and_last(result.history)
+    out.print(f"{result.folder}: {result.step} steps{_comparison(first, last)}")
+
+
+def _first_and_last(history: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first and the last line that tell the same loss: the validation loss where there are two of it."""
+    validated = [row for row in history if "validation_loss" in row]
+    rows = validated if len(validated) > 1 else [row for row in history if "loss" in row]
+    return (rows[0], rows[-1]) if rows else ({}, {})
+
+
+def _comparison(first: dict[str, Any], last: dict[str, Any]) -> str:
+    name = "validation_loss" if "validation_loss" in first and "validation_loss" in last else "loss"
+    if name not in first or name not in last:
+        return ""
+    return f", {name.replace('_', ' ')} {first[name]:.4f} at step {first['step']} -> {last[name]:.4f} at step {last['step']}"
+
+
+@app.command()
+def data(config: Config, overrides: Overrides = None,
+         step: Annotated[int | None, typer.Option(min=1, help="show the batch of this step (counted from 1)")] = None,
+         rows: Annotated[int, typer.Option(min=0, help="how many rows to show")] = 2) -> None:
+    """Show what training will see: documents, lengths, packing, and rows with the loss mask coloured."""
+    from myllm_ray.data.inspect import describe, rows_of_step
+    from myllm_ray.data.prepare import prepare
+    from myllm_ray.data.tokenizer import open_tokenizer
+    from myllm_ray.worker import absolute
+
+    prepared = prepare(absolute(load_config(config, overrides or [])))
+    tokenizer = open_tokenizer(prepared.tokenizer_folder)
+    if step is None:
+        _print_report(describe(prepared, tokenizer), prepared.train.plan.packing.size)
+        _print_rows(prepared.train, prepared.train.plan.rows(0, 0, rows), tokenizer)
+        return
+    position, batch, fingerprint = rows_of_step(prepared.train, step)
+    out.print(f"step {step}: epoch {position.epoch}, rows {position.row} to {position.row + len(batch) - 1}, "
+              f"tokens_hash {fingerprint:016x} (as in ledger.jsonl)")
+    _print_rows(prepared.train, batch, tokenizer, position.row)
+
+
+def _print_report(report: Any, size: int) -> None:
+    table = Table(title="training data", title_justify="left")
+    for column in ("source", "documents", "tokens", "rows skipped"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for source in report.sources:
+        table.add_row(source.name, f"{source.documents:,}", f"{source.tokens:,}", f"{source.skipped:,}")
+    out.print(table)
+    most = max(count for *_, count in report.histogram)
+    out.print("tokens per document:")
+    for low, high, count in report.histogram:
+        out.print(f"  {low:>7,} – {high:<7,} {count:>9,} {'█' * round(40 * count / most)}")
+    out.print(f"rows of {size} tokens per epoch: {report.rows:,} ({report.steps_per_epoch:,} steps); packing fills "
+              f"{report.efficiency:.1%}; loss on {report.trained_share:.1%} of the tokens; validation rows: "
+              f"{report.validation_rows:,}")
+    if report.longer_than_row:
+        out.print(f"{report.longer_than_row:,} documents are longer than a row (data.overflow says what happens to them)")
+    for source in report.sources:
+        if source.skipped:
+            out.print(f"[yellow]{source.name}: {source.skipped} rows skipped, the first: {source.first_skipped}[/yellow]")
+    for warning in report.warnings:
+        out.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _print_rows(spec: Any, rows: list[Any], tokenizer: Any, first: int = 0) -> None:
+    from myllm_ray.data.inspect import pieces
+
+    if not out.is_terminal and rows:
+        out.print("(trained on: ⟦…⟧)")
+    for number, row in enumerate(rows, first):
+        filled = sum(s.length for s in row)
+        out.rule(f"row {number}: {filled} tokens, documents {', '.join(str(s.document) for s in row) or 'none (filling)'}",
+                 align="left")
+        text = Text()
+        for _, piece, trained in pieces(spec, row, tokenizer):
+            text.append(piece if out.is_terminal or not trained else f"⟦{piece}⟧", style="green" if trained else "dim")
+        out.print(text)
+
+
+@app.command()
+def sample(run: Annotated[Path, typer.Argument(help="a run's folder, or a checkpoint in it")],
+           prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to go on from; repeatable")] = None,
+           max_new_tokens: Annotated[int, typer.Option(min=1)] = 64, temperature: Annotated[float, typer.Option(min=0)] = 0.8,
+           seed: int = 0) -> None:
+    """Sample completions from a trained model."""
+    from myllm_ray.models.causal_lm import CausalLM
+    from myllm_ray.models.generate import sample as generate
+
+    model, tokenizer = _open_run(run)
+    if not isinstance(model, CausalLM):
+        raise ConfigError(f"sample needs a model of transformers; this one is {type(model).__name__}")
+    prompts = prompt or [tokenizer.eos_token]
+    for given, text in zip(prompts, generate(model, tokenizer, prompts, max_new_tokens, temperature, seed=seed), strict=True):
+        out.rule(align="left", title="completion")
+        out.print(Text.assemble((given, "dim"), (text, "bold")))
+
+
+@app.command()
+def export(run: Annotated[Path, typer.Argument(help="a run's folder, or a checkpoint in it")],
+           folder: Annotated[Path, typer.Argument(help="where to write")]) -> None:
+    """Write the trained model as a plain Hugging Face folder."""
+    from myllm_ray.models.export import save_pretrained
+
+    model, tokenizer = _open_run(run)
+    save_pretrained(model, tokenizer, folder)
+    out.print(f"wrote {folder}")
+
+
+def _open_run(path: Path) -> tuple[Any, Any]:
+    from myllm_ray.worker import open_run
+
+    return open_run(path)
+
+
+@app.command()
+def submit(config: Config, overrides: Overrides = None,
+           address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="of the cluster's dashboard")]
+           = "http://127.0.0.1:8265",
+           working_dir: Annotated[Path, typer.Option(help="what the cluster gets to see")] = Path()) -> None:
+    """Run the config as a job on a Ray cluster and follow its output."""
+    from myllm_ray.orchestration.submit import submit as run
+
+    load_config(config, overrides or [])  # a mistake is told here, not after the upload
+    sys.exit(run(str(config), overrides or [], address, working_dir))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a run's config, for editors."""
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    main()

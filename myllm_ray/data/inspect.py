@@ -1,0 +1,122 @@
+"""What training will see: counts, lengths, packing, the rows themselves. Behind `myllm-ray data`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from myllm_ray.common.types import Position
+from myllm_ray.data.collate import build_micro, wrap64
+from myllm_ray.data.packing import Row
+from myllm_ray.data.prepare import PreparedData
+from myllm_ray.data.stream import StreamSpec
+from myllm_ray.data.tokenize import decode
+from myllm_ray.data.tokenizer import TURN_END
+
+_SAMPLE = 2000
+
+
+@dataclass
+class SourceReport:
+    name: str
+    documents: int
+    tokens: int
+    skipped: int
+    first_skipped: str
+
+
+@dataclass
+class DataReport:
+    """`histogram`: (from, to, documents) by length in tokens. `efficiency`: share of row positions that hold a token."""
+
+    sources: list[SourceReport]
+    histogram: list[tuple[int, int, int]]
+    longer_than_row: int
+    rows: int
+    steps_per_epoch: int
+    efficiency: float
+    trained_share: float
+    validation_rows: int
+    warnings: list[str]
+
+
+def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
+    """Look at the whole index, and at the tokens of the first documents."""
+    spec = prepared.train
+    store, size = spec.plan.store, spec.plan.packing.size
+    sources = [SourceReport(s["name"], s["documents"], s["tokens"], s["skipped"], s["first_skipped"])
+               for s in store.meta["sources"]]
+    lengths = np.concatenate([store.lengths(np.arange(a, min(a + 65536, len(store)))) for a in range(0, len(store), 65536)])
+    rows = spec.plan.rows_in_epoch(0)
+    placed = sum(segment.length for row in spec.plan.iterate(0) for segment in row)
+    trained, total, ended = _sampled(store, tokenizer)
+    return DataReport(
+        sources=sources, histogram=list(_histogram(lengths)), longer_than_row=int((lengths > size).sum()), rows=rows,
+        steps_per_epoch=spec.steps_in_epoch(0), efficiency=placed / (rows * size), trained_share=trained / max(1, total),
+        validation_rows=prepared.validation.plan.rows_in_epoch(0) if prepared.validation else 0,
+        warnings=list(_warnings(tokenizer, ended, min(len(store), _SAMPLE))))
+
+
+def _end_tokens(tokenizer: Any) -> set[int]:
+    """Tokens that end a text or a turn."""
+    ends = {tokenizer.eos_token_id}
+    if TURN_END in tokenizer.get_vocab():
+        ends.add(tokenizer.convert_tokens_to_ids(TURN_END))
+    return ends
+
+
+def _sampled(store: Any, tokenizer: Any) -> tuple[int, int, int]:
+    """(tokens trained on, tokens, documents in which an ending token is trained on) of the first documents."""
+    ends = np.asarray(sorted(_end_tokens(tokenizer)))
+    trained_tokens = tokens = ended = 0
+    for document in range(min(len(store), _SAMPLE)):
+        ids, trained = decode(store.read(document))
+        tokens += len(ids)
+        trained_tokens += int(trained.sum())
+        ended += bool(np.isin(ids[trained], ends).any())
+    return trained_tokens, tokens, ended
+
+
+def _warnings(tokenizer: Any, ended: int, sampled: int) -> Iterator[str]:
+    names = " or ".join(tokenizer.convert_ids_to_tokens(sorted(_end_tokens(tokenizer))))
+    if ended == 0:
+        yield (f"the token that ends a turn ({names}) is never trained on: the model will not learn to stop; put it inside the "
+               "trained part of the chat template or format")
+    elif ended < sampled:
+        yield f"{sampled - ended} of {sampled} documents never train on a token that ends a turn ({names})"
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        yield (f"padding equals the end-of-text token ({tokenizer.eos_token}): harmless here, where padding is told by the "
+               "loss mask, but tools that mask by the pad token would never train on it")
+
+
+def _histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    low = 1
+    while low <= int(lengths.max()):
+        count = int(((lengths >= low) & (lengths < 2 * low)).sum())
+        yield low, 2 * low - 1, count
+        low *= 2
+
+
+def position_of_step(spec: StreamSpec, step: int) -> Position:
+    """Where the batch of optimizer step `step` (counted from 1, as in the log) begins."""
+    return list(spec.positions(Position(), step))[-1]
+
+
+def rows_of_step(spec: StreamSpec, step: int) -> tuple[Position, list[Row], int]:
+    """(position, rows, fingerprint as in the ledger) of a step's global batch."""
+    position = position_of_step(spec, step)
+    rows = spec.plan.rows(position.epoch, position.row, position.row + spec.global_size)
+    fingerprint = wrap64(build_micro(spec.plan.store, rows, spec.pad_id)["fingerprint"])
+    return position, rows, fingerprint & (2**64 - 1)
+
+
+def pieces(spec: StreamSpec, row: Row, tokenizer: Any) -> Iterator[tuple[int, str, bool]]:
+    """A row as (document, text, trained on) runs, in order."""
+    for segment in row:
+        ids, trained = decode(spec.plan.store.read(*segment))
+        edges = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
+        for part, mask in zip(np.split(ids, edges), np.split(trained, edges), strict=True):
+            yield segment.document, tokenizer.decode(part.tolist()), bool(mask[0])

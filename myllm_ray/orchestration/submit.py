@@ -1,0 +1,39 @@
+"""Run a config as a job on a Ray cluster: what `ray job submit -- python jobs/train.py` does, with the token question settled."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.orchestration.auth import use_token_if_there_is_one
+
+
+def submit(config: str, overrides: Sequence[str], address: str, working_dir: Path) -> int:
+    """Submit, print the job's output as it comes, and return 0 if it succeeded, else 1.
+
+    Raises:
+        ConfigError: the cluster can't be reached, or refuses the token.
+    """
+    use_token_if_there_is_one()
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    entrypoint = shlex.join(["python", "-m", "myllm_ray.cli", "train", config, *overrides])
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir)})
+    except (ConnectionError, RuntimeError) as error:
+        hint = " (set RAY_AUTH_TOKEN to the cluster's token)" if "nauthorized" in str(error) else ""
+        raise ConfigError(f"Ray at {address}: {' '.join(str(error).split())[:300]}{hint}") from None
+    print(f"job {job} on {address}", flush=True)
+
+    async def follow() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
+    asyncio.run(follow())
+    status = client.get_job_status(job)
+    print(f"job {job}: {status.value}")
+    return 0 if status == JobStatus.SUCCEEDED else 1
