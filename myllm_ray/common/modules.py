@@ -13,10 +13,8 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     if not lists:
         return []
     
-    def size(blocks: nn.ModuleList) -> int:
-        return sum(p.numel() for p in blocks.parameters())
-
-    return list(max(lists, key=size))
+    sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
+    return list(lists[sizes.index(max(sizes))])
 
 
 def forward_names(module: nn.Module) -> set[str] | None:

@@ -155,7 +155,8 @@ def explain(error: ValidationError, cls: type[BaseModel], raw: Any) -> str:
 
 
 def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and (part[:1].isupper() or part.startswith("list[") or part in ("str", "dict"))
+    """Whether pydantic put the name of a union's member here, which stands in no file."""
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "dict"))
 
 
 def _known_keys(cls: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -37,7 +37,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
 
     Args:
         hidden: (B, S, H).
-        weight: (V, H); a gradient in its own dtype, accumulated in fp32.
+        weight: (V, H); a gradient in its own dtype, accumulated in fp32 at least.
         targets: (B, S), already shifted; `IGNORE` where there is none.
         chunk: tokens whose logits are held at a time.
     """
@@ -54,12 +54,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight = hidden_TH.to(dtype), weight_VH.to(dtype)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
-        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        precise = torch.promote_types(dtype, torch.float32)
+        grad_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if needs_weight else None
+        nll = torch.empty(len(hidden), dtype=precise, device=hidden.device)
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         for first in range(0, len(hidden), chunk):
             part = slice(first, first + chunk)
-            logits = (hidden[part] @ weight.T).float()
+            logits = (hidden[part] @ weight.T).to(precise)
             target = targets_T[part, None]
             norm = torch.logsumexp(logits, -1, keepdim=True)
             nll[part] = (norm - logits.gather(1, target)).squeeze(1)
@@ -67,12 +68,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is None and grad_weight is None:
                 continue
             # d nll / d logits = softmax(logits) - onehot(target)
-            grad = logits.sub_(norm).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            grad = logits.sub_(norm).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=precise))
             grad = grad.to(dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
             if grad_weight is not None:
-                grad_weight += (grad.T @ hidden[part]).float()
+                grad_weight += (grad.T @ hidden[part]).to(precise)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_TH.dtype, weight_VH.dtype
         ctx.mark_non_differentiable(nll, correct)

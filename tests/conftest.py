@@ -1,0 +1,105 @@
+"""Shared by all tests: small data, small configs, one Ray cluster per session."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest
+import torch
+
+from myllm_ray.config import TrainerConfig, validate
+from myllm_ray.config.load import apply_override
+
+ROOT = Path(__file__).resolve().parents[1]
+LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "tie_word_embeddings": True}
+
+torch.set_num_threads(1)
+
+
+def instruction_rows(count: int = 48, seed: int = 0) -> list[dict[str, str]]:
+    """Rows whose answers are of very unequal length."""
+    rng = random.Random(seed)
+    words = "red green blue seven apple river stone cloud".split()
+    rows = []
+    for i in range(count):
+        question = " ".join(rng.choices(words, k=rng.randint(1, 5)))
+        answer = " ".join(rng.choices(words, k=rng.choice([1, 1, 2, 12])))
+        rows.append({"instruction": f"say {question} {i}", "input": "", "output": answer})
+    return rows
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def comparable(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock decides."""
+    rows = read_jsonl(Path(folder) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
+
+
+def ledger(folder: str | Path) -> list[dict[str, Any]]:
+    return read_jsonl(Path(folder) / "ledger.jsonl")
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.json"
+    path.write_text(json.dumps(instruction_rows()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+MakeConfig = Callable[..., TrainerConfig]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, data_file: Path, cache: Path) -> MakeConfig:
+    """`make_config("optimizer.lr=1", name="x")`: a tiny SFT config with overrides."""
+
+    def make(*overrides: str, **top: Any) -> TrainerConfig:
+        raw: dict[str, Any] = {
+            "trainer": "sft", "model": {"config": dict(LLAMA)}, "tokenizer": {"kind": "bytes"},
+            "data": {"train": {"path": str(data_file), "format": "instruction"}, "validation": {"split": 0.1},
+                     "sequence_length": 160, "cache": str(cache)},
+            "batch": {"global_size": 8, "micro_size": 2},
+            "optimizer": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1},
+            "scheduler": {"name": "cosine", "warmup_steps": 2, "min_lr_ratio": 0.1},
+            "run": {"name": "run", "storage": str(tmp_path / "runs"), "max_steps": 6},
+            "callbacks": ["jsonl"], **top}
+        for override in overrides:
+            apply_override(raw, override)
+        return validate(raw)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One Ray for the whole session, with more logical CPUs than cores: 4 workers and the data tasks beside them."""
+    from myllm_ray.orchestration import session  # noqa: F401  (sets what Ray reads at import)
+
+    import ray
+
+    path = os.pathsep.join([str(ROOT / "examples" / "custom_trainer"), str(ROOT / "tests")])
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+             runtime_env={"env_vars": {"PYTHONPATH": path}})
+    yield
+    ray.shutdown()
