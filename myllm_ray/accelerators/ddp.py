@@ -20,7 +20,7 @@ class DDPAccelerator(Accelerator):
     def wrap(self, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(
             model, device_ids=[self.device] if self.device.type == "cuda" else None,
-            **{"gradient_as_bucket_view": True, "broadcast_buffers": False, **self.options})
+            **{"gradient_as_bucket_view": True, "forward_sync_buffers": False, **self.options})
 
     def microbatch(self, last: bool) -> AbstractContextManager[Any]:
         # The forward pass decides whether DDP prepares the exchange, so no_sync must stand around it too.

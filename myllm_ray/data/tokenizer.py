@@ -1,4 +1,8 @@
-"""Tokenizers: a folder, a hub id, BPE trained on the data, or plain bytes. All are Hugging Face fast tokenizers."""
+"""Tokenizers: a folder, a hub id, BPE trained on the data, or plain bytes. All are Hugging Face fast tokenizers.
+
+transformers is imported where it is used: Ray's controller and the tasks that only read tokens load this module too, and
+would pay seconds for it at every start.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TokenizerSection
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -29,6 +34,8 @@ DEFAULT_CHAT_TEMPLATE = (
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token per UTF-8 byte: ids 0 to 255 are the bytes, then the special tokens."""
+    from tokenizers import Tokenizer, models
+
     alphabet = _byte_characters()
     model = models.BPE(vocab={char: byte for byte, char in enumerate(alphabet)}, merges=[])
     return _wrap(_byte_level(Tokenizer(model)))
@@ -40,6 +47,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     Raises:
         ConfigError: `vocab_size` is too small for the 256 bytes and the special tokens.
     """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
     if vocab_size < 256 + len(SPECIAL):
         raise ConfigError(f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens "
                           f"need {256 + len(SPECIAL)}")
@@ -68,6 +77,8 @@ def load_tokenizer(section: TokenizerSection, texts: Iterable[str] | None = None
 
 def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -> Any:
     """Load a saved tokenizer and give it what training needs: an end-of-text token, a chat template."""
+    from transformers import AutoTokenizer
+
     if local and not Path(name).is_dir():
         raise ConfigError(f"{key}: no folder {name!r} (seen from {Path.cwd()})")
     try:
@@ -114,12 +125,16 @@ def _byte_characters() -> list[str]:
 
 
 def _byte_level(tokenizer: Tokenizer) -> Tokenizer:
+    from tokenizers import decoders, pre_tokenizers
+
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD, chat_template=DEFAULT_CHAT_TEMPLATE,
         additional_special_tokens=[TURN_START, TURN_END], clean_up_tokenization_spaces=False)

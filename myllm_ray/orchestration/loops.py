@@ -3,24 +3,21 @@
     TorchTrainer(sft_loop, train_loop_config={...a run's config as a mapping...}, scaling_config=...)
 
 `train(config)` (launch.py) hands them more: data that is prepared already, its Ray Data shard, the channel to the driver.
+
+What a worker needs is imported inside the functions: Ray's controller loads this module too, while the workers start, and
+would keep them from the CPU for seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray.train
-import torch
-
-from myllm_ray.common import distributed
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.data.prepare import PreparedData, prepare
-from myllm_ray.engine.run_folder import claim
-from myllm_ray.orchestration.channel import ForwardCallback
-from myllm_ray.orchestration.ray_data import RayStream
-from myllm_ray.worker import absolute, build_callbacks, check_names, run_worker
+
+if TYPE_CHECKING:
+    from myllm_ray.data.prepare import PreparedData
 
 LAUNCHED = "myllm_ray.launched"
 """Key under which `train(config)` puts what it has made ready: {"prepared": PreparedData, "queue": actor handle}."""
@@ -28,6 +25,13 @@ LAUNCHED = "myllm_ray.launched"
 
 def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     """Any trainer: the one that the config names. Returns the summary of `run_worker`."""
+    import ray.train
+    import torch
+
+    from myllm_ray.orchestration.channel import ForwardCallback
+    from myllm_ray.orchestration.ray_data import RayStream
+    from myllm_ray.worker import absolute, build_callbacks, run_worker
+
     raw = {k: v for k, v in config.items() if k != LAUNCHED}
     parsed = absolute(validate(raw, where="train_loop_config"))
     # A Ray worker inherits OMP_NUM_THREADS=1, whatever it has reserved.
@@ -43,6 +47,11 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _prepare_alone(config: TrainerConfig) -> PreparedData:
     """In a TorchTrainer of the user's own: rank 0 prepares the data and claims the folder, the others wait for it."""
+    from myllm_ray.common import distributed
+    from myllm_ray.data.prepare import prepare
+    from myllm_ray.engine.run_folder import claim
+    from myllm_ray.worker import check_names
+
     problem: Exception | None = None
     if distributed.is_main():
         try:

@@ -17,7 +17,7 @@ from ray.data import DataContext, Dataset, ExecutionOptions
 
 from myllm_ray.common import distributed
 from myllm_ray.common.types import Batch, Position
-from myllm_ray.config.errors import TrainingError
+from myllm_ray.config.errors import DataError, TrainingError, UserError
 from myllm_ray.data.collate import to_arrow
 from myllm_ray.data.plan import RowPlan
 from myllm_ray.data.sources import Unit
@@ -35,14 +35,21 @@ def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iter
     dataset = ray.data.from_items([{"number": i} for i in range(len(units))], override_num_blocks=len(units))
 
     def tokenize(table: pa.Table) -> pa.Table:
-        batches = [work(units[number]) for number in table.column("number").to_pylist()]
-        return pa.table({"batch": pa.array([_to_bytes(b) for b in batches], pa.large_binary())})
+        # What is wrong with the data comes back as a value: raised in a task, Ray would log it with its whole stack.
+        number = table.column("number")[0].as_py()
+        try:
+            batch, problem = _to_bytes(work(units[number])), None
+        except UserError as error:
+            batch, problem = None, str(error)
+        return pa.table({"batch": pa.array([batch], pa.large_binary()), "problem": pa.array([problem], pa.string())})
 
     results: Iterable[Any] = dataset.map_batches(tokenize, batch_format="pyarrow", batch_size=1).iter_batches(
             batch_format="pyarrow", batch_size=1, prefetch_batches=2)
     for table in results:
-        for value in table.column("batch"):
-            yield pa.ipc.open_stream(value.as_buffer()).read_next_batch()
+        problem = table.column("problem")[0].as_py()
+        if problem is not None:
+            raise DataError(problem)
+        yield pa.ipc.open_stream(table.column("batch")[0].as_buffer()).read_next_batch()
 
 
 def _to_bytes(batch: pa.RecordBatch) -> bytes:

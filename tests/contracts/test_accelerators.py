@@ -1,0 +1,178 @@
+"""The contract of accelerators, with two real processes: the optimizer sees the sum over ranks and micro-batches.
+
+Plain SGD, because Adam with clipping hides a factor; unequal micro-batches, because equal ones hide a wrong mean.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.accelerators.ddp import DDPAccelerator
+from myllm_ray.accelerators.fsdp import FSDPAccelerator
+from myllm_ray.accelerators.single import SingleGPUAccelerator
+from myllm_ray.common.types import Batch, Position, StepOutput
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.engine.checkpoint import CheckpointManager
+from myllm_ray.engine.engine import TrainerEngine
+from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.trainers.base import BaseTrainer
+
+KINDS: dict[str, type[Accelerator]] = {"single": SingleGPUAccelerator, "ddp": DDPAccelerator, "fsdp": FSDPAccelerator}
+ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+WEIGHTS = torch.tensor([1.0, 9, 2, 2, 30, 1, 5, 4])
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x).sum(-1)
+
+
+class Weighted(BaseTrainer):
+    """Weighted squared output: each row carries a weight of its own."""
+
+    def batch_weight(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+        return micro["weight"].sum()
+
+    def train_step(self, micro: dict[str, torch.Tensor]) -> StepOutput:
+        return StepOutput((micro["weight"] * self.model(micro["x"]) ** 2).sum())
+
+
+class Cut:
+    """The eight rows, cut into micro-batches of `micro` for `world` ranks."""
+
+    sources: list[str] = []
+
+    def __init__(self, micro: int, rank: int, world: int):
+        self.parts = [slice(j * micro, (j + 1) * micro) for j in range(rank, 8 // micro, world)]
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        return 1
+
+    def batches(self, start: Position, steps: int) -> Any:
+        for step in range(steps):
+            micros = [{"x": ROWS[p], "weight": WEIGHTS[p]} for p in self.parts]
+            yield Batch(micros, Position(start.epoch + step, 0), Position(start.epoch + step + 1, 0), 0)
+
+
+def train(kind: str, micro: int, rank: int, world: int, steps: int = 3, folder: str = "", resume: str = "") -> dict[str, Any]:
+    config = {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "max_steps": steps, "gradient_clip": 0.3,
+              "checkpoint": {"at_end": bool(folder)}}
+    model = Blocks()
+    accelerator = KINDS[kind](config)
+    norms: list[float] = []
+    manager = CheckpointManager(model, folder or "unused")
+    engine = TrainerEngine(Weighted(model), accelerator, OptimizerManager(model, config), config=config,
+                           stream=Cut(micro, rank, world), checkpoint_manager=manager)
+    step = accelerator.optimizer_step
+
+    def recorded(clip: float | None) -> Any:
+        result = step(clip)
+        norms.append(result.grad_norm)
+        return result
+
+    accelerator.optimizer_step = recorded  # type: ignore[method-assign]
+    engine.setup(resume=Path(resume) if resume else None)
+    accelerator.close = lambda: None  # type: ignore[method-assign]
+    engine.train()
+    state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in accelerator.state().items()}
+    return {"norms": norms, "state": {k: v.clone() for k, v in state.items()}}
+
+
+def process(rank: int, world: int, store: str, jobs: list[dict[str, Any]], out: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    results = [train(rank=rank, world=world, **job) for job in jobs]
+    if rank == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+def spawn(tmp_path: Path, world: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    out, store = str(tmp_path / f"out-{world}.pt"), str(tmp_path / f"store-{world}")
+    mp.spawn(process, (world, store, jobs, out), nprocs=world)
+    return list(torch.load(out, weights_only=True))
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-6)
+    assert found["state"].keys() == expected["state"].keys()
+    for name, value in expected["state"].items():
+        torch.testing.assert_close(found["state"][name], value, atol=tolerance, rtol=0, msg=name)
+
+
+def test_every_backend_cut_and_world_size_takes_the_same_steps(tmp_path: Path) -> None:
+    expected = train("single", 8, 0, 1)
+    assert expected["norms"][0] > 0.3, "the test needs clipping to bite"
+    for micro in (1, 2, 4):
+        assert_same(train("single", micro, 0, 1), expected)
+    jobs = [{"kind": kind, "micro": micro} for kind in ("ddp", "fsdp") for micro in (1, 2, 4)]
+    for result in spawn(tmp_path, 2, jobs):
+        assert_same(result, expected)
+    for result in spawn(tmp_path, 4, [{"kind": kind, "micro": 1} for kind in ("ddp", "fsdp")]):
+        assert_same(result, expected)
+
+
+def test_a_checkpoint_moves_between_backends_and_world_sizes(tmp_path: Path) -> None:
+    expected = train("single", 4, 0, 1, steps=5)
+    train("single", 4, 0, 1, steps=2, folder=str(tmp_path / "from-single"))
+    jobs = [{"kind": kind, "micro": 2, "steps": 2, "folder": str(tmp_path / f"from-{kind}")} for kind in ("ddp", "fsdp")]
+    jobs += [{"kind": kind, "micro": 1, "steps": 5, "folder": str(tmp_path / f"{kind}-from-{source}"),
+              "resume": str(tmp_path / f"from-{source}" / "step-00000002")}
+             for kind in ("ddp", "fsdp") for source in ("single", "ddp", "fsdp")]
+    results = spawn(tmp_path, 2, jobs)
+    for result in results[2:]:
+        assert_same({**result, "norms": result["norms"]}, {**expected, "norms": expected["norms"][2:]})
+    for source in ("ddp", "fsdp"):
+        resumed = train("single", 8, 0, 1, steps=5, folder=str(tmp_path / f"single-from-{source}"),
+                        resume=str(tmp_path / f"from-{source}" / "step-00000002"))
+        assert_same(resumed, {**expected, "norms": expected["norms"][2:]})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_keeps_fp32_master_weights(kind: str) -> None:
+    model = Blocks()
+    config = {"accelerator": {"precision": "bf16"}, "optimizer": {"name": "adamw", "lr": 1e-2}}
+    accelerator = KINDS[kind](config)
+    accelerator.setup()
+    try:
+        optimizers = OptimizerManager(model, config)
+
+        class Still:
+            def step(self) -> None:
+                """A constant learning rate."""
+
+        prepared = accelerator.prepare(model, optimizers.build, lambda optimizer: Still())
+        with accelerator.microbatch(last=True):
+            with accelerator.autocast():
+                output = prepared(ROWS)
+            accelerator.backward(output.float().pow(2).mean())
+        assert output.dtype == torch.bfloat16
+        accelerator.optimizer_step(None)
+        assert {t.dtype for t in accelerator.state().values()} == {torch.float32}
+    finally:
+        accelerator.close()
+
+
+def test_a_missing_device_is_told() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(ConfigError, match="torch sees no CUDA device"):
+        SingleGPUAccelerator({"accelerator": {"device": "cuda"}}).setup()

@@ -1,0 +1,33 @@
+"""Callbacks for tests, in a module of their own so that Ray workers find them by import path."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from myllm_ray.common.types import RunState
+from myllm_ray.engine.callbacks import Callback
+
+
+class StopAt(Callback):
+    """Stops a run after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, state: RunState) -> None:
+        if state.step == self.step:
+            state.request("stop", "test")
+
+
+class KillOnce(Callback):
+    """Kills this worker's process with SIGKILL after a step, once; a file remembers it."""
+
+    def __init__(self, step: int, marker: str):
+        self.step, self.marker = step, Path(marker)
+
+    def on_step_end(self, state: RunState) -> None:
+        if state.step == self.step and state.is_main and not self.marker.exists():
+            self.marker.write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)

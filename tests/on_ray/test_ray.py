@@ -1,0 +1,223 @@
+"""Runs through Ray: the same batches and losses as in one process, at every world size; resume; recovery; jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LLAMA, ROOT, MakeConfig, comparable, instruction_rows, ledger
+
+from myllm_ray import train
+from myllm_ray.config import ConfigError, DataError, TrainerConfig, TrainingError
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def losses(folder: str | Path) -> list[float]:
+    return [r["loss"] for r in comparable(folder)]
+
+
+def norms(folder: str | Path) -> list[float]:
+    return [r["grad_norm"] for r in comparable(folder)]
+
+
+@pytest.mark.timeout(600)
+def test_same_run_at_every_world_size(make_config: MakeConfig) -> None:
+    """fp32, 20 steps: workers 0, 1, 2 and 4 with single, ddp and fsdp."""
+    common = ("run.max_steps=20", "evaluation.every_steps=10", "batch.micro_size=1")
+    expected = train(make_config("run.name=plain", *common)).folder
+    assert {r["epoch"] for r in ledger(expected)} >= {0, 1}
+    for accelerator, workers in [("ddp", 0), ("fsdp", 0), ("single", 1), ("ddp", 1), ("fsdp", 1), ("ddp", 2), ("fsdp", 2),
+                                 ("ddp", 4), ("fsdp", 4)]:
+        folder = train(make_config(f"run.name={accelerator}-{workers}", f"accelerator.name={accelerator}",
+                                   f"scaling.workers={workers}", *common)).folder
+        assert ledger(folder) == ledger(expected), (accelerator, workers)
+        assert losses(folder) == pytest.approx(losses(expected), rel=1e-5), (accelerator, workers)
+        assert norms(folder) == pytest.approx(norms(expected), rel=1e-4), (accelerator, workers)
+        validation = [r["validation_loss"] for r in comparable(folder) if "validation_loss" in r]
+        assert validation == pytest.approx([r["validation_loss"] for r in comparable(expected) if "validation_loss" in r],
+                                           rel=1e-5)
+        assert not (Path(folder) / ".ray").exists()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("accelerator", "workers"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+def test_stop_and_resume_is_bitwise_the_same(make_config: MakeConfig, accelerator: str, workers: int) -> None:
+    """Stop at step 13 of 30, in the middle of the second epoch."""
+    common = (f"accelerator.name={accelerator}", f"scaling.workers={workers}", "run.max_steps=30", "batch.global_size=4",
+              "data.packing=false", "checkpoint.resume=auto")
+    whole = train(make_config("run.name=whole", *common)).folder
+    stop = {"helpers:StopAt": {"step": 13}}
+    cut = train(make_config("run.name=cut", *common, callbacks=["jsonl", stop])).folder
+    assert (ledger(cut)[-1]["step"], ledger(cut)[-1]["epoch"]) == (13, 1)
+    train(make_config("run.name=cut", *common))
+    assert comparable(cut) == comparable(whole)
+    assert ledger(cut) == ledger(whole)
+
+
+def test_a_killed_worker_costs_nothing_but_time(make_config: MakeConfig, tmp_path: Path) -> None:
+    """SIGKILL of rank 0 after step 7; the group restarts from the checkpoint of step 5."""
+    common = ("accelerator.name=ddp", "scaling.workers=2", "run.max_steps=10", "checkpoint.every_steps=5")
+    whole = train(make_config("run.name=whole", *common)).folder
+    kill = {"helpers:KillOnce": {"step": 7, "marker": str(tmp_path / "killed")}}
+    killed = train(make_config("run.name=killed", *common, "scaling.max_failures=1", callbacks=["jsonl", kill])).folder
+    assert (tmp_path / "killed").exists()
+    assert comparable(killed) == comparable(whole)
+    assert ledger(killed) == ledger(whole)
+
+
+def test_loop_function_alone(make_config: MakeConfig, tmp_path: Path) -> None:
+    """`TorchTrainer(sft_loop, train_loop_config=...)` in a script of one's own."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from myllm_ray import sft_loop
+
+    config = make_config("accelerator.name=ddp", "scaling.workers=2", "run.name=alone")
+    trainer = TorchTrainer(sft_loop, train_loop_config=config.model_dump(mode="json"),  # type: ignore[arg-type]
+                           scaling_config=ScalingConfig(num_workers=2), run_config=RunConfig(storage_path=str(tmp_path / "ray")))
+    summary: Any = trainer.fit().return_value
+    expected = train(make_config("run.name=plain")).folder
+    assert summary["step"] == 6
+    assert ledger(summary["folder"]) == ledger(expected)
+    assert losses(summary["folder"]) == pytest.approx(losses(expected), rel=1e-5)
+
+
+def test_custom_trainer_example_on_remote_workers(tmp_path: Path) -> None:
+    from myllm_ray import load_config
+
+    config = ROOT / "examples" / "custom_trainer" / "config.yaml"
+    overrides = [f"run.storage={tmp_path}", "run.max_steps=5", "callbacks=[jsonl]"]
+    sys.path.insert(0, str(config.parent))
+    try:
+        one = train(load_config(config, overrides))
+        two = train(load_config(config, [*overrides, "accelerator.name=ddp", "scaling.workers=2", "run.name=focal-ddp"]))
+    finally:
+        sys.path.remove(str(config.parent))
+    assert losses(one.folder) == pytest.approx(losses(two.folder), rel=1e-5)
+    assert losses(one.folder)[-1] < losses(one.folder)[0]
+
+
+def test_displays_run_in_the_driver(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config("accelerator.name=ddp", "scaling.workers=2", "run.max_steps=3", "callbacks=[print, progress, jsonl]")
+    train(config)
+    out = capsys.readouterr().out
+    for piece in ("training 3 steps", "step 1/3", "step 3/3", "saved ", "done: 3 steps"):
+        assert piece in out
+
+
+def refused(config: TrainerConfig, error: type[Exception], said: str) -> None:
+    before = sorted(Path(config.run.storage).rglob("*")) if Path(config.run.storage).exists() else []
+    with pytest.raises(error, match=said) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    after = sorted(Path(config.run.storage).rglob("*")) if Path(config.run.storage).exists() else []
+    assert after == before, "nothing half-written"
+
+
+def test_mistakes_are_told_before_workers_start(make_config: MakeConfig, tmp_path: Path) -> None:
+    ray_two = ("accelerator.name=ddp", "scaling.workers=2")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"instruction": "a", "output": "b"}\n{broken\n')
+    refused(make_config(*ray_two, f"data.train.path={bad}"), DataError, rf"{bad}:2: not valid JSON")
+    refused(make_config(*ray_two, "scaling.workers=8", "batch.global_size=16"), ConfigError, "the Ray cluster has 6")
+    refused(make_config(*ray_two, "trainer=no.module:X"), ConfigError, "no module 'no'")
+
+
+def test_a_failure_in_a_worker_is_one_line(make_config: MakeConfig) -> None:
+    config = make_config("accelerator.name=ddp", "scaling.workers=2", "optimizer.lr=1e30", "gradient_clip=null",
+                         "scheduler.warmup_steps=0")
+    with pytest.raises(TrainingError, match=r"step \d: the gradient is not finite") as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+
+
+class Server:
+    """A real `ray start --head` on free ports of this machine, with its own temp folder."""
+
+    def __init__(self, folder: Path, mode: str):
+        self.folder = folder
+        ports = [29000 + os.getpid() % 500 * 4 + i for i in range(3)]
+        self.port, self.dashboard, agent = ports
+        self.environment = {**os.environ, "RAY_AUTH_MODE": mode, "HOME": str(folder), "RAY_TMPDIR": f"/tmp/r{os.getpid()}"}
+        if mode == "token":
+            (folder / ".ray").mkdir()
+            (folder / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef0123456789abcdef")
+        command = ["ray", "start", "--head", "--block", f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--num-cpus=4",
+                   f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true", "--disable-usage-stats",
+                   f"--temp-dir=/tmp/r{os.getpid()}-{mode}"]
+        self.process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]], env=self.environment,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard}"
+
+    def wait(self) -> None:
+        """Until the job server answers (with or without a token: any HTTP answer)."""
+        import urllib.error
+        import urllib.request
+
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(self.address + "/api/version", timeout=2)
+                return
+            except urllib.error.HTTPError:
+                return
+            except OSError:
+                assert self.process.poll() is None, self.process.stdout.read().decode()  # type: ignore[union-attr]
+                time.sleep(0.5)
+        raise AssertionError("the dashboard did not come up")
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_job_submission(tmp_path: Path, mode: str) -> None:
+    """`ray start --head`, then the job: as `ray job submit` without tokens, as `myllm-ray submit` with them."""
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(instruction_rows()))
+    raw = {"trainer": "sft", "model": {"config": LLAMA}, "tokenizer": {"kind": "bytes"},
+           "data": {"train": {"path": str(data), "format": "instruction"}, "sequence_length": 96},
+           "batch": {"global_size": 4, "micro_size": 2}, "accelerator": {"name": "ddp"}, "scaling": {"workers": 2},
+           "run": {"name": "job", "storage": str(tmp_path / "runs"), "max_steps": 50}, "callbacks": ["print", "jsonl", "report"]}
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "job.json").write_text(json.dumps(raw))
+    (tmp_path / "work" / "train.py").write_text((ROOT / "jobs" / "train.py").read_text())
+    server = Server(tmp_path, mode)
+    try:
+        server.wait()
+        binaries = Path(sys.executable).parent
+        environment = {k: v for k, v in server.environment.items() if k != "RAY_AUTH_MODE"}
+        if mode == "disabled":
+            command = ["ray", "job", "submit", "--address", server.address, "--working-dir", ".", "--", sys.executable, "train.py",
+                       "--config", "job.json", "run.max_steps=4"]
+            environment["RAY_AUTH_MODE"] = "disabled"
+        else:
+            command = ["myllm-ray", "submit", "job.json", "run.max_steps=4", "--address", server.address]
+        environment["PATH"] = f"{binaries}:{environment['PATH']}"
+        result = subprocess.run([str(binaries / command[0]), *command[1:]], cwd=tmp_path / "work", env=environment,
+                                capture_output=True, text=True, timeout=200, check=False)
+    finally:
+        server.stop()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "SUCCEEDED" in result.stdout.upper(), result.stdout
+    folder = tmp_path / "runs" / "job"
+    assert [r["step"] for r in comparable(folder)] == [1, 2, 3, 4]
+    for name in ("config.yaml", "environment.json", "ledger.jsonl", "report.html", "tokenizer/tokenizer.json",
+                 "checkpoints/step-00000004/manifest.json"):
+        assert (folder / name).is_file(), name
