@@ -29,7 +29,7 @@ from myllm_ray.engine.engine import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
-from myllm_ray.models.load import build_model
+from myllm_ray.models.load import build_model, build_skeleton
 from myllm_ray.trainers.base import BaseTrainer
 
 
@@ -60,6 +60,7 @@ def run_local(config: TrainerConfig) -> dict[str, Any]:
     check_names(config)
     torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
     prepared = prepare(config)
+    check_model(config, prepared)
     claim(config, prepared.identity)
     return run_worker(config, prepared)
 
@@ -70,6 +71,14 @@ def check_names(config: TrainerConfig) -> None:
     resolve("accelerators", config.accelerator.name, "accelerator.name")
     build_callbacks(config)
     SchedulerManager(config=config)
+
+
+def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
+    """Build model and optimizer without memory, so that a mistake in them is told before anything is written."""
+    tokenizer = open_tokenizer(prepared.tokenizer_folder)
+    skeleton = build_skeleton(config.model, tokenizer, config.data.sequence_length)
+    if skeleton is not None:
+        OptimizerManager(skeleton, config).build(skeleton)
 
 
 def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStream | None = None,

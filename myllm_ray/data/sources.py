@@ -26,7 +26,7 @@ from myllm_ray.config.schema import SourceSection
 from myllm_ray.data import stdlib
 from myllm_ray.data.formats import BadRow
 
-RANGE_BYTES = 4 * 2**20
+RANGE_BYTES = 2**20
 """How much of a line-based file one unit holds."""
 TEXT_PIECE = 64 * 2**10
 """A text file longer than this is cut at the next blank line, so that a book is many documents, not one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,9 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
+
+_TOO_FEW = ("the model has {} token embeddings, the tokenizer {} tokens: use the model's own tokenizer, or leave "
+            "model.config.vocab_size out")
 
 
 def build_model(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int) -> nn.Module:
@@ -36,6 +40,33 @@ def build_model(section: ModelSection, tokenizer: Any, sequence_length: int, see
     return CausalLM(model).train()
 
 
+def build_skeleton(section: ModelSection, tokenizer: Any, sequence_length: int) -> nn.Module | None:
+    """The model without memory (meta device), to find mistakes in the config before anything starts.
+
+    None for a factory, which may do anything. Raises what `build_model` would, short of weights that can't be read.
+    """
+    if section.factory:
+        load_object(section.factory, "model.factory")
+        return None
+    with torch.device("meta"):
+        if section.config is not None:
+            model = _from_config(section, tokenizer, sequence_length)
+        else:
+            model = AutoModelForCausalLM.from_config(_config_of_name(section), trust_remote_code=section.trust_remote_code)
+    _check_fit(model, tokenizer, sequence_length)
+    return CausalLM(model)
+
+
+def _config_of_name(section: ModelSection) -> Any:
+    name = section.name or ""
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ConfigError(f"model.name: no folder {name!r} (seen from {Path.cwd()})")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.name: {name!r} can't be loaded: {_one_line(error)}") from None
+
+
 def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int) -> PreTrainedModel:
     given = dict(section.config or {})
     model_type = given.pop("model_type")
@@ -49,7 +80,8 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int) ->
             close = difflib.get_close_matches(key, [k for k in vars(default) if not k.startswith("_")], 1)
             hint = f"did you mean {close[0]}?" if close else f"{type(default).__name__} has no such setting"
             raise ConfigError(f"unknown key model.config.{key}: {hint}")
-    given.setdefault("vocab_size", len(tokenizer))
+    if given.setdefault("vocab_size", len(tokenizer)) < len(tokenizer):
+        raise ConfigError(_TOO_FEW.format(given["vocab_size"], len(tokenizer)))
     given.setdefault("eos_token_id", tokenizer.eos_token_id)
     given.setdefault("bos_token_id", tokenizer.bos_token_id)
     given.setdefault("pad_token_id", None)
@@ -77,8 +109,7 @@ def _from_name(section: ModelSection) -> PreTrainedModel:
 def _check_fit(model: PreTrainedModel, tokenizer: Any, sequence_length: int) -> None:
     rows = int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
     if rows < len(tokenizer):
-        raise ConfigError(f"the model has {rows} token embeddings, the tokenizer {len(tokenizer)} tokens: use the model's "
-                          "own tokenizer, or leave model.config.vocab_size out")
+        raise ConfigError(_TOO_FEW.format(rows, len(tokenizer)))
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and sequence_length > limit:
         raise ConfigError(f"data.sequence_length={sequence_length} is more than the {limit} positions that the model knows")

@@ -70,13 +70,14 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     from myllm_ray.orchestration import session  # sets what Ray reads when it is imported
     from myllm_ray.orchestration.channel import DriverDisplay
     from myllm_ray.orchestration.ray_data import map_units
-    from myllm_ray.worker import absolute, build_callbacks, check_names
+    from myllm_ray.worker import absolute, build_callbacks, check_model, check_names
 
     config = absolute(config)
     check_names(config)
     started = session.connect(config, verbose)
     try:
         prepared = _clearly(lambda: prepare(config, map_units))
+        check_model(config, prepared)
         claim(config, prepared.identity)
         shown = [c for c in build_callbacks(config) if c.on_driver]
         with DriverDisplay(shown) as display:

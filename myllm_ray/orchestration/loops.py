@@ -50,13 +50,15 @@ def _prepare_alone(config: TrainerConfig) -> PreparedData:
     from myllm_ray.common import distributed
     from myllm_ray.data.prepare import prepare
     from myllm_ray.engine.run_folder import claim
-    from myllm_ray.worker import check_names
+    from myllm_ray.worker import check_model, check_names
 
     problem: Exception | None = None
     if distributed.is_main():
         try:
             check_names(config)
-            claim(config, prepare(config).identity)
+            prepared = prepare(config)
+            check_model(config, prepared)
+            claim(config, prepared.identity)
         except Exception as error:  # told on every rank, or the others would wait for ever
             problem = error
     problem = distributed.from_main(problem)

@@ -146,7 +146,8 @@ class Server:
         self.folder = folder
         ports = [29000 + os.getpid() % 500 * 4 + i for i in range(3)]
         self.port, self.dashboard, agent = ports
-        self.environment = {**os.environ, "RAY_AUTH_MODE": mode, "HOME": str(folder), "RAY_TMPDIR": f"/tmp/r{os.getpid()}"}
+        self.environment = {**os.environ, "RAY_AUTH_MODE": mode, "HOME": str(folder), "RAY_TMPDIR": f"/tmp/r{os.getpid()}",
+                            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         if mode == "token":
             (folder / ".ray").mkdir()
             (folder / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef0123456789abcdef")
@@ -209,7 +210,6 @@ def test_job_submission(tmp_path: Path, mode: str) -> None:
             environment["RAY_AUTH_MODE"] = "disabled"
         else:
             command = ["myllm-ray", "submit", "job.json", "run.max_steps=4", "--address", server.address]
-        environment["PATH"] = f"{binaries}:{environment['PATH']}"
         result = subprocess.run([str(binaries / command[0]), *command[1:]], cwd=tmp_path / "work", env=environment,
                                 capture_output=True, text=True, timeout=200, check=False)
     finally:

@@ -1,0 +1,78 @@
+"""The stream reads data larger than the memory it may use, and its peak does not grow with the data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHILD = """
+import json, re, resource, sys, threading, time
+from myllm_ray.common.types import Position
+from myllm_ray.config import validate
+from myllm_ray.data.prepare import prepare
+from myllm_ray.data.stream import LocalStream
+from myllm_ray.data.tokenizer import byte_tokenizer
+
+byte_tokenizer()("import what is imported when first used")
+
+def anonymous():
+    "Bytes of memory that no file stands behind."
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+
+def private():
+    return int(re.search(r"VmData:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
+
+limit = int(sys.argv[2])
+if limit:
+    resource.setrlimit(resource.RLIMIT_DATA, (private() + limit, private() + limit))
+before, peak, done = anonymous(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.01)
+
+thread = threading.Thread(target=watch)
+thread.start()
+config = validate(json.loads(sys.argv[1]))
+spec = prepare(config).train
+batches = sum(1 for _ in LocalStream(spec, 0, 1).batches(Position(), spec.steps_in_epoch(0)))
+done = True
+thread.join()
+print(json.dumps({"grown": peak - before, "tokens": spec.plan.store.tokens, "batches": batches}))
+"""
+MEGABYTE = 2**20
+
+
+def stream(folder: Path, megabytes: int, limit: int) -> dict[str, Any]:
+    """Write a data set, then prepare and read it in a process of its own under a limit of `limit` more megabytes."""
+    path = folder / f"{megabytes}.jsonl"
+    text = "the quick brown fox jumps over the lazy dog; " * 45
+    with open(path, "w") as file:
+        for i in range(megabytes * 512):
+            file.write(json.dumps({"text": f"{i} {text}"}) + "\n")
+    config = {"trainer": "pretrain", "model": {"name": "unused"}, "tokenizer": {"kind": "bytes"},
+              "data": {"train": {"path": str(path), "format": "text"}, "sequence_length": 4096, "cache": str(folder / "cache"),
+                       "shuffle": "window", "shuffle_window": 2048},
+              "batch": {"global_size": 16, "micro_size": 16}, "run": {"max_steps": 1}}
+    result = subprocess.run([sys.executable, "-c", CHILD, json.dumps(config), str(limit * MEGABYTE)], capture_output=True, text=True,
+                            check=False)
+    path.unlink()
+    assert result.returncode == 0, result.stderr[-2000:]
+    return dict(json.loads(result.stdout))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets RLIMIT_DATA")
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    small, large = stream(tmp_path, 5, 0), stream(tmp_path, 20, 0)
+    assert large["tokens"] > 3.5 * small["tokens"]
+    assert large["grown"] < small["grown"] + 16 * MEGABYTE, (small, large)
+    limit = 80
+    limited = stream(tmp_path, 26, limit)
+    assert 4 * limited["tokens"] > 1.2 * limit * MEGABYTE, "the prepared data is larger than the limit"
