@@ -22,7 +22,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    print(f"{result.folder}: {result.step} steps, loss {result.metrics.get('loss', float('nan')):.4f}")
+    print(result.summary())
 
 
 if __name__ == "__main__":

@@ -42,23 +42,7 @@ def train(config: Config, overrides: Overrides = None,
     """Train to the end of the config."""
     from myllm_ray.orchestration.launch import train as run
 
-    result = run(config, overrides or [], verbose)
-    first, last = _first_and_last(result.history)
-    out.print(f"{result.folder}: {result.step} steps{_comparison(first, last)}")
-
-
-def _first_and_last(history: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first and the last line that tell the same loss: the validation loss where there are two of it."""
-    validated = [row for row in history if "validation_loss" in row]
-    rows = validated if len(validated) > 1 else [row for row in history if "loss" in row]
-    return (rows[0], rows[-1]) if rows else ({}, {})
-
-
-def _comparison(first: dict[str, Any], last: dict[str, Any]) -> str:
-    name = "validation_loss" if "validation_loss" in first and "validation_loss" in last else "loss"
-    if name not in first or name not in last:
-        return ""
-    return f", {name.replace('_', ' ')} {first[name]:.4f} at step {first['step']} -> {last[name]:.4f} at step {last['step']}"
+    out.print(run(config, overrides or [], verbose).summary())
 
 
 @app.command()

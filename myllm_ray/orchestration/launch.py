@@ -35,6 +35,17 @@ class RunResult:
     checkpoint: str | None
     history: list[dict[str, Any]] = field(repr=False, default_factory=list)
 
+    def summary(self) -> str:
+        """One line: where, how many steps, and the loss at first and at last (on held-out data where there is some)."""
+        validated = [row for row in self.history if "validation_loss" in row]
+        name = "validation_loss" if len(validated) > 1 else "loss"
+        rows = [row for row in self.history if name in row]
+        if not rows:
+            return f"{self.folder}: {self.step} steps"
+        first, last = rows[0], rows[-1]
+        return (f"{self.folder}: {self.step} steps, {name.replace('_', ' ')} {first[name]:.4f} at step {first['step']} -> "
+                f"{last[name]:.4f} at step {last['step']}")
+
 
 def train(config: TrainerConfig | Mapping[str, Any] | str | Path, overrides: Iterable[str] = (),
           verbose: bool = False) -> RunResult:
