@@ -32,7 +32,7 @@ torch.set_num_threads(1)
 def instruction_rows(count: int = 48, seed: int = 0) -> list[dict[str, str]]:
     """Rows whose answers are of very unequal length."""
     rng = random.Random(seed)
-    words = "red green blue seven apple river stone cloud".split()
+    words = ["red", "green", "blue", "seven", "apple", "river", "stone", "cloud"]
     rows = []
     for i in range(count):
         question = " ".join(rng.choices(words, k=rng.randint(1, 5)))
@@ -94,9 +94,9 @@ def make_config(tmp_path: Path, data_file: Path, cache: Path) -> MakeConfig:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray for the whole session, with more logical CPUs than cores: 4 workers and the data tasks beside them."""
-    from myllm_ray.orchestration import session  # noqa: F401  (sets what Ray reads at import)
-
     import ray
+
+    from myllm_ray.orchestration import session  # noqa: F401  (sets what Ray reads at import)
 
     path = os.pathsep.join([str(ROOT / "examples" / "custom_trainer"), str(ROOT / "tests")])
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR",

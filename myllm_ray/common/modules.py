@@ -12,7 +12,7 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     lists: list[nn.ModuleList] = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
     if not lists:
         return []
-    
+
     sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
     return list(lists[sizes.index(max(sizes))])
 

@@ -78,7 +78,7 @@ class RunState:
     step: int = 0
     total_steps: int = 0
     epoch: int = 0
-    position: Position = Position()
+    position: Position = field(default_factory=Position)
     folder: str | None = None
     is_main: bool = True
     requests: dict[str, str] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from myllm_ray.common.types import RunState
+from myllm_ray.config.errors import ConfigError
 
 
 class Callback:
@@ -116,7 +117,7 @@ class EarlyStoppingCallback(Callback):
 
     def on_evaluate(self, state: RunState, metrics: dict[str, float]) -> None:
         if self.metric not in metrics:
-            raise KeyError(f"early_stopping: no metric {self.metric!r}; there are {', '.join(sorted(metrics))}")
+            raise ConfigError(f"early_stopping: no metric {self.metric!r}; there are {', '.join(sorted(metrics))}")
         value = self.sign * metrics[self.metric]
         if value < self.best - self.min_delta:
             self.best, self.waited = value, 0

@@ -24,6 +24,7 @@ from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import TokenStore
 from myllm_ray.data.stream import StreamSpec, make_batch
 
+_UNITS_PER_TASK = 8
 _MICROS_PER_TASK = 16
 _MOST_TASKS = 4096
 _PREFETCH = 8
@@ -32,19 +33,20 @@ _PREFETCH = 8
 def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iterator[pa.RecordBatch]:
     """`map(work, units)`, the calls spread over the cluster, the results in order."""
     _quiet()
-    dataset = ray.data.from_items([{"number": i} for i in range(len(units))], override_num_blocks=len(units))
+    dataset = ray.data.from_arrow([pa.table({"number": list(range(a, min(a + _UNITS_PER_TASK, len(units))))})
+                                   for a in range(0, len(units), _UNITS_PER_TASK)])
 
-    def tokenize(table: pa.Table) -> pa.Table:
-        # What is wrong with the data comes back as a value: raised in a task, Ray would log it with its whole stack.
-        number = table.column("number")[0].as_py()
-        try:
-            batch, problem = _to_bytes(work(units[number])), None
-        except UserError as error:
-            batch, problem = None, str(error)
-        return pa.table({"batch": pa.array([batch], pa.large_binary()), "problem": pa.array([problem], pa.string())})
+    def tokenize(table: pa.Table) -> Iterator[pa.Table]:
+        for number in table.column("number").to_pylist():
+            # What is wrong with the data comes back as a value: raised in a task, Ray would log it with its whole stack.
+            try:
+                batch, problem = _to_bytes(work(units[number])), None
+            except UserError as error:
+                batch, problem = None, str(error)
+            yield pa.table({"batch": pa.array([batch], pa.large_binary()), "problem": pa.array([problem], pa.string())})
 
-    results: Iterable[Any] = dataset.map_batches(tokenize, batch_format="pyarrow", batch_size=1).iter_batches(
-            batch_format="pyarrow", batch_size=1, prefetch_batches=2)
+    results: Iterable[Any] = dataset.map_batches(tokenize, batch_format="pyarrow", batch_size=None).iter_batches(
+        batch_format="pyarrow", batch_size=1, prefetch_batches=2)
     for table in results:
         problem = table.column("problem")[0].as_py()
         if problem is not None:

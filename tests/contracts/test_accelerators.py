@@ -57,9 +57,8 @@ class Weighted(BaseTrainer):
 class Cut:
     """The eight rows, cut into micro-batches of `micro` for `world` ranks."""
 
-    sources: list[str] = []
-
     def __init__(self, micro: int, rank: int, world: int):
+        self.sources: list[str] = []
         self.parts = [slice(j * micro, (j + 1) * micro) for j in range(rank, 8 // micro, world)]
 
     def steps_in_epoch(self, epoch: int) -> int:

@@ -1,0 +1,67 @@
+"""The README's commands and the Python in the docs do what they say."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from e2e.test_cli import call
+
+
+def blocks(path: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.S)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the configs, so that the commands run as they stand and write nothing here."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_readme_commands(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line for block in blocks("README.md", "") for line in block.splitlines() if line.startswith(".venv/bin/myllm-ray")]
+    assert len(lines) == 6
+    for line in lines:
+        code, out, err = call(capsys, monkeypatch, *shlex.split(line)[1:])
+        assert code == 0, (line, err)
+        assert out
+    assert (elsewhere / "hf-model" / "config.json").is_file()
+
+
+def test_readme_names_targets_that_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(blocks("README.md", "")), re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_config_is_valid(tmp_path: Path) -> None:
+    from myllm_ray import load_config
+
+    (tmp_path / "c.yaml").write_text(blocks("README.md", "yaml")[0])
+    assert load_config(tmp_path / "c.yaml").scaling.workers == 2
+
+
+def test_links_in_the_docs_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_readme_python(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(blocks("README.md", "python")[0], {})
+    assert (elsewhere / "runs" / "tiny-sft" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_page_python(elsewhere: Path) -> None:
+    assert sys.platform != "win32"
+    exec(blocks("docs/ray.md", "python")[0], {})
+    assert (elsewhere / "runs" / "tiny-sft" / "checkpoints" / "step-00000010" / "manifest.json").is_file()
