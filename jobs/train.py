@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from myllm_ray import UserError, train
+from myllm_ray.common.logs import show_progress
 
 
 def main() -> None:
@@ -17,6 +18,7 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     arguments = parser.parse_intermixed_args()
+    show_progress()
     try:
         result = train(arguments.config, arguments.overrides, arguments.verbose)
     except UserError as error:

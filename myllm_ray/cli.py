@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from myllm_ray.common.logs import show_progress
 from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.load import json_schema, load_config
 
@@ -29,6 +30,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, such
 
 def main() -> None:
     """Entry point."""
+    show_progress()
     try:
         app()
     except UserError as error:

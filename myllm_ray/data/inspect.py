@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ def _histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
 
 def position_of_step(spec: StreamSpec, step: int) -> Position:
     """Where the batch of optimizer step `step` (counted from 1, as in the log) begins."""
-    return list(spec.positions(Position(), step))[-1]
+    return deque(spec.positions(Position(), step), maxlen=1)[0]
 
 
 def rows_of_step(spec: StreamSpec, step: int) -> tuple[Position, list[Row], int]:

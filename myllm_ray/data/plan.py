@@ -19,12 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from myllm_ray.common.seeds import generator
 from myllm_ray.config.errors import DataError
 from myllm_ray.data.order import Order, documents
 from myllm_ray.data.packing import Row, Segment, best_fit, continuous, fit, one_per_row
 from myllm_ray.data.store import TokenStore
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 _FLUSH_ROWS = 65536
 
 
@@ -64,7 +65,7 @@ class RowPlan:
         return found
 
     def iterate(self, epoch: int) -> Iterator[Row]:
-        """The rows of an epoch in order, made on the fly in bounded memory."""
+        """The rows of an epoch in the order in which packing gives them, made on the fly in bounded memory."""
         lengths = self._lengths(epoch)
         size, overflow = self.packing.size, self.packing.overflow
         if self.packing.kind == "continuous":
@@ -94,7 +95,10 @@ class RowPlan:
         try:
             beside.mkdir(parents=True)
             with open(beside / "segments.bin", "wb") as file:
-                for rows in _chunks(self.iterate(epoch), _FLUSH_ROWS):
+                for number, rows in enumerate(_chunks(self.iterate(epoch), _FLUSH_ROWS)):
+                    if self.order.shuffle != "none":  # a long document fills many rows in a row; batches must mix
+                        order = generator("rows", self.order.seed, epoch, number).permutation(len(rows))
+                        rows = [rows[i] for i in order]
                     counts.append(np.asarray([len(row) for row in rows], np.int64))
                     file.write(np.asarray([s for row in rows for s in row], np.int64).tobytes())
             if len(counts) == 1:

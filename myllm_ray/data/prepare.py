@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.tokenize import TokenizeOptions, tokenize_rows
 from myllm_ray.data.tokenizer import fingerprint, load_tokenizer, open_tokenizer
 
+log = logging.getLogger(__name__)
 MapUnits = Callable[[Callable[[Unit], pa.RecordBatch], list[Unit]], Iterable[pa.RecordBatch]]
 """Applies a function to units and gives the results in order: in-process, or by Ray Data."""
 
@@ -104,6 +106,8 @@ def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
         described += [(s.model_dump(), reading.signature(_units(s, "data.train"))) for s in config.data.sources]
     folder = cache / f"tokenizer-{_hash(described)}"
     if section.path or section.name or not (folder / "tokenizer.json").exists():
+        if section.train:
+            log.info("training a tokenizer of %d tokens on the data", section.vocab_size)
         tokenizer = load_tokenizer(section, _texts(config) if section.train else None)
         folder = cache / f"tokenizer-{_hash([*described, fingerprint(tokenizer)])}" if not section.train else folder
         try:
@@ -124,6 +128,7 @@ def _store(config: TrainerConfig, cache: Path, tokenizer_folder: Path, named: li
                   for (s, _), u in zip(named, units, strict=True)]]
     folder = cache / f"tokens-{_hash(described)}"
     if not (folder / "meta.json").exists():
+        log.info("tokenising %s: %d pieces, once; kept in %s", ", ".join(names), sum(map(len, units)), folder)
         parts = []
         for (source, key), name, source_units in zip(named, names, units, strict=True):
             resolve("formats", source.format, f"{key}.format")  # a wrong name fails here, not in a task

@@ -43,6 +43,15 @@ class StreamSpec:
         done = row >= self.steps_in_epoch(position.epoch) * self.global_size
         return Position(position.epoch + 1, 0) if done else Position(position.epoch, row)
 
+    def spans(self, start: Position, steps: int) -> Iterator[tuple[int, int, int]]:
+        """The next `steps` global batches as (epoch, first row, micro-batches), one span an epoch."""
+        position = self.normalized(start)
+        while steps > 0:
+            take = min(steps, self.steps_in_epoch(position.epoch) - position.row // self.global_size)
+            yield position.epoch, position.row, take * self.micros_per_step
+            steps -= take
+            position = Position(position.epoch + 1, 0)
+
     def positions(self, start: Position, steps: int) -> Iterator[Position]:
         """Where each of the next `steps` global batches begins."""
         position = self.normalized(start)

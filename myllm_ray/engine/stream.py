@@ -18,7 +18,8 @@ _FILL = {"labels": IGNORE}
 class InMemoryStream:
     """Rows of a sequence in an order by seed and epoch, padded to the longest of their micro-batch.
 
-    Each item is a mapping of one-dimensional sequences; `labels` are made from `input_ids` where they are left out.
+    Each item is a mapping of one-dimensional sequences; `labels` are made from `input_ids` where they are left out. An item
+    that is padded already is so on the right, and says so by an `attention_mask`.
     """
 
     def __init__(self, dataset: Sequence[Any], batch_size: int, micro_size: int | None = None, seed: int = 0):
@@ -57,7 +58,11 @@ class InMemoryStream:
         item = {name: torch.as_tensor(value) for name, value in self.dataset[index].items()}
         if "input_ids" not in item:
             raise DataError(f"row {index} of the data set has no input_ids; it has {', '.join(item) or 'nothing'}")
-        return {"labels": item["input_ids"], **item}
+        item = {"labels": item["input_ids"], **item}
+        mask = item.pop("attention_mask", None)  # causal attention with padding on the right needs no mask, the loss does
+        if mask is not None:
+            item["labels"] = torch.where(mask.bool(), item["labels"], IGNORE)
+        return item
 
     def _micro(self, items: list[Micro]) -> Micro:
         if not items:
@@ -69,7 +74,4 @@ class InMemoryStream:
             fill = _FILL.get(name, 0)
             micro[name] = torch.stack([torch.nn.functional.pad(i[name], (0, width - len(i[name])), value=fill) for i in items])
         micro["position_ids"] = torch.arange(width).expand(len(items), width)
-        if "attention_mask" not in micro:
-            return micro
-        del micro["attention_mask"]  # causal attention with padding on the right needs none
         return micro

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import uuid
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from ray.data import Dataset
 
     from myllm_ray.data.prepare import PreparedData
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -85,12 +88,14 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
 
     config = absolute(config)
     check_names(config)
+    log.info("connecting to Ray")
     started = session.connect(config, verbose)
     try:
         prepared = _clearly(lambda: prepare(config, map_units))
         check_model(config, prepared)
         claim(config, prepared.identity)
         shown = [c for c in build_callbacks(config) if c.on_driver]
+        log.info("starting %d workers", config.scaling.workers)
         with DriverDisplay(shown) as display:
             return _fit(config, prepared, display.queue)
     finally:

@@ -28,6 +28,8 @@ _UNITS_PER_TASK = 8
 _MICROS_PER_TASK = 16
 _MOST_TASKS = 4096
 _PREFETCH = 8
+_PARTS = pa.schema([("epoch", pa.int64()), ("row", pa.int64()), ("micros", pa.int64())])
+"""What one task makes: `micros` micro-batches from a row of an epoch on."""
 
 
 def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iterator[pa.RecordBatch]:
@@ -70,16 +72,18 @@ def build_dataset(spec: StreamSpec, start: Position, steps: int) -> Dataset:
     """The micro-batches of `steps` global batches from `start` on, each a block of one row, in order, epochs in one go."""
     _quiet()
     DataContext.get_current().target_max_block_size = 1  # bytes: no two micro-batches share a block
-    places = [(p.epoch, p.row + j * spec.micro_size) for p in spec.positions(start, steps) for j in range(spec.micros_per_step)]
-    size = max(_MICROS_PER_TASK, -(-len(places) // _MOST_TASKS))
-    tables = [pa.table({"epoch": [e for e, _ in part], "row": [r for _, r in part]})
-              for part in (places[a : a + size] for a in range(0, len(places), size))]
+    size = max(_MICROS_PER_TASK, -(-steps * spec.micros_per_step // _MOST_TASKS))
+    parts = [{"epoch": epoch, "row": row + a * spec.micro_size, "micros": min(size, micros - a)}
+             for epoch, row, micros in spec.spans(start, steps) for a in range(0, micros, size)]
+    tables = [pa.Table.from_pylist([part], _PARTS) for part in parts] or [_PARTS.empty_table()]
     key = (str(spec.plan.store.folder), spec.plan.order, spec.plan.packing, spec.global_size, spec.micro_size, spec.pad_id)
 
     def build(table: pa.Table) -> Iterator[pa.Table]:
         local = _spec(*key)
-        for epoch, row in zip(table.column("epoch").to_pylist(), table.column("row").to_pylist(), strict=True):
-            yield to_arrow(local.micro_at(epoch, row), epoch, row)
+        for part in table.to_pylist():
+            for number in range(part["micros"]):
+                row = part["row"] + number * local.micro_size
+                yield to_arrow(local.micro_at(part["epoch"], row), part["epoch"], row)
 
     return ray.data.from_arrow(tables).map_batches(build, batch_format="pyarrow", batch_size=None)
 
