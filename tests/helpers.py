@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from myllm_ray.common.types import RunState
 from myllm_ray.engine.callbacks import Callback
@@ -31,3 +32,13 @@ class KillOnce(Callback):
         if state.step == self.step and state.is_main and not self.marker.exists():
             self.marker.write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def question_and_answer(row: dict[str, Any]) -> list[tuple[str, bool]]:
+    """A data format of one's own."""
+    return [(f"Q: {row['instruction']}\nA: ", False), (row["output"], True)]
+
+
+def half(progress: float) -> float:
+    """A learning-rate schedule of one's own."""
+    return 1.0 if progress < 0.5 else 0.5

@@ -141,6 +141,17 @@ def test_short_names_and_import_paths() -> None:
         load_object("json:nothing", "trainer")
 
 
+def test_installed_packages_add_short_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    from myllm_ray.config import resolve
+
+    plugin = EntryPoint("simpo", "their_lab.simpo:SimPOTrainer", "myllm_ray.trainers")
+    monkeypatch.setattr(resolve, "entry_points", lambda group: [plugin] if group == plugin.group else [])
+    assert import_path("trainers", "simpo", "trainer") == plugin.value
+    assert import_path("trainers", "sft", "trainer").endswith("SFTTrainer")
+
+
 def test_schema_in_the_repository_is_current() -> None:
     assert json.loads((ROOT / "configs" / "schema.json").read_text()) == json_schema(), "run `make schema`"
 

@@ -247,6 +247,15 @@ def test_an_epoch_holds_every_document_once(make_config: MakeConfig, shuffle: st
     assert (orders[0] == orders[1]) == (shuffle == "none")
 
 
+def test_a_format_of_ones_own(make_config: MakeConfig) -> None:
+    spec = prepare(make_config("data.train.format=helpers:question_and_answer")).train
+    ids, trained = decode(spec.plan.store.read(0))
+    row = instruction_rows()[0]
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(ids[~trained]) == f"Q: {row['instruction']}\nA: "
+    assert tokenizer.decode(ids[trained]) == row["output"] + "<|endoftext|>"
+
+
 def test_weights_repeat_and_thin_out_sources(make_config: MakeConfig, tmp_path: Path) -> None:
     for name, count in (("a", 20), ("b", 20)):
         (tmp_path / f"{name}.json").write_text(json.dumps(instruction_rows(count, seed=ord(name))))

@@ -88,6 +88,10 @@ def test_every_schedule_stays_within_bounds(name: str) -> None:
         assert multiplier(500, 50, manager.options) <= 1, "beyond the end it holds, it does not come back"
 
 
+def test_a_schedule_of_ones_own() -> None:
+    assert rates({"name": "helpers:half"}, 4) == [1.0, 1.0, 0.5, 0.5]
+
+
 def test_scheduler_sets_each_group_from_its_own_base() -> None:
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0},
                                  {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}])
