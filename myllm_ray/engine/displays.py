@@ -14,10 +14,14 @@ from myllm_ray.engine.callbacks import Callback
 _console = Console(highlight=False, soft_wrap=True)
 
 
-def format_metrics(metrics: dict[str, Any]) -> str:
+_ALL = ("loss", "validation_loss", "perplexity", "grad_norm", "learning_rate", "tokens_per_second")
+_FEW = ("loss", "tokens_per_second")
+
+
+def format_metrics(metrics: dict[str, Any], names: tuple[str, ...] = _ALL) -> str:
     """The metrics that a person looks at, in one line."""
     shown = []
-    for name in ("loss", "validation_loss", "perplexity", "grad_norm", "learning_rate", "tokens_per_second"):
+    for name in names:
         value = metrics.get(name)
         if not isinstance(value, (int, float)):
             continue
@@ -66,14 +70,14 @@ class ProgressCallback(Callback):
     def on_train_start(self, state: RunState) -> None:
         if not _console.is_terminal:
             return
-        self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+        self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(),
                                   TextColumn("{task.fields[shown]}"), console=_console)
         self._progress.start()
         self._task = self._progress.add_task("training", total=state.total_steps, completed=state.step, shown="")
 
     def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
         if self._progress:
-            self._progress.update(self._task, completed=state.step, shown=format_metrics(metrics))
+            self._progress.update(self._task, completed=state.step, shown=format_metrics(metrics, _FEW))
 
     def close(self) -> None:
         if self._progress:

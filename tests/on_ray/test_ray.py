@@ -198,16 +198,16 @@ def test_job_submission(tmp_path: Path, mode: str) -> None:
            "data": {"train": {"path": str(data), "format": "instruction"}, "sequence_length": 96},
            "batch": {"global_size": 4, "micro_size": 2}, "accelerator": {"name": "ddp"}, "scaling": {"workers": 2},
            "run": {"name": "job", "storage": str(tmp_path / "runs"), "max_steps": 50}, "callbacks": ["print", "jsonl", "report"]}
-    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "jobs").mkdir(parents=True)
     (tmp_path / "work" / "job.json").write_text(json.dumps(raw))
-    (tmp_path / "work" / "train.py").write_text((ROOT / "jobs" / "train.py").read_text())
+    (tmp_path / "work" / "jobs" / "train.py").write_text((ROOT / "jobs" / "train.py").read_text())
     server = Server(tmp_path, mode)
     try:
         server.wait()
         binaries = Path(sys.executable).parent
         environment = {k: v for k, v in server.environment.items() if k != "RAY_AUTH_MODE"}
         if mode == "disabled":
-            command = ["ray", "job", "submit", "--address", server.address, "--working-dir", ".", "--", sys.executable, "train.py",
+            command = ["ray", "job", "submit", "--address", server.address, "--working-dir", ".", "--", sys.executable, "jobs/train.py",
                        "--config", "job.json", "run.max_steps=4"]
             environment["RAY_AUTH_MODE"] = "disabled"
         else:
