@@ -16,7 +16,7 @@ $(READY): pyproject.toml constraints.txt
 
 quickstart: $(READY)  ## a small language model on Python's standard library, through Ray, then three samples
 	$(BIN)/python jobs/train.py --config configs/quickstart.yaml checkpoint.resume=never run.overwrite=true
-	$(BIN)/myllm-ray sample $(RUN) --max-new-tokens 48 -p 'def __init__(self' -p 'import ' -p '    """Return '
+	$(BIN)/myllm-ray sample $(RUN) --max-new-tokens 48 --temperature 0.5 -p 'def __init__(self' -p 'import ' -p '    """Return '
 
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest

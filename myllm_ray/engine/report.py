@@ -65,9 +65,9 @@ def _chart(title: str, names: tuple[str, ...], rows: list[dict[str, Any]]) -> st
                     + "".join(f'<circle r="2" fill="{colour}" cx="{c[0]}" cy="{c[1]}"/>' for c in
                               (place(*p).split(",") for p in points if len(points) < 30))
                     for (_, points), colour in zip(series, _COLOURS, strict=False))
-    legend = " ".join(f'<tspan fill="{colour}">{name}</tspan>' for (name, _), colour in zip(series, _COLOURS, strict=False))
-    return (f'<figure><figcaption><b>{title}</b></figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}">'
+    legend = " ".join(f'<span style="color:{colour}">{name}</span>' for (name, _), colour in zip(series, _COLOURS, strict=False))
+    return (f'<figure><figcaption><b>{title}</b> {legend}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}">'
             f'<path d="M{_LEFT} 8V{_HEIGHT - _BOTTOM}H{_WIDTH}" fill="none" stroke="#d1d9e0"/>{lines}'
-            f'<text x="4" y="16">{y1:.4g}</text><text x="4" y="{_HEIGHT - _BOTTOM}">{y0:.4g}</text>'
+            f'<text x="4" y="16">{y1:.3g}</text><text x="4" y="{_HEIGHT - _BOTTOM}">{y0:.3g}</text>'
             f'<text x="{_LEFT}" y="{_HEIGHT - 6}">step {x0}</text><text x="{_WIDTH - 60}" y="{_HEIGHT - 6}">step {x1}</text>'
-            f'<text x="{_LEFT + 10}" y="20">{legend}</text></svg></figure>')
+            f'</svg></figure>')
