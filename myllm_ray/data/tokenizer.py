@@ -29,7 +29,7 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML, for tokenizers that bring no template. Where the markers are not special tokens they are plain text."""
+"""ChatML, for tokenizers that bring no template."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -91,7 +91,9 @@ def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: {name!r} has no end-of-text token (eos_token): add one to its tokenizer_config.json")
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+        # Where the marker of a turn's end is not a token, the end-of-text token ends it: generation can stop at that.
+        known = TURN_END in tokenizer.get_vocab()
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE if known else DEFAULT_CHAT_TEMPLATE.replace(f"'{TURN_END}'", "eos_token")
     return tokenizer
 
 

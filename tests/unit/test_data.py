@@ -27,7 +27,7 @@ from myllm_ray.data.packing import Segment, best_fit, continuous, fit
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.data.tokenize import TokenizeOptions, decode, encode, tokenize_one, tokenize_rows
-from myllm_ray.data.tokenizer import byte_tokenizer, bytes_per_token, load_tokenizer, train_bpe
+from myllm_ray.data.tokenizer import byte_tokenizer, bytes_per_token, load_tokenizer, open_tokenizer, train_bpe
 
 TEXTS = ["first document\n", "zweites, mit Umlauten: äöü\n", "third"]
 
@@ -143,6 +143,21 @@ def test_chat_mask_stands_on_every_assistant_turn() -> None:
     ids, trained = decode(tokenize_one(formats.chat({"messages": messages}), tokenizer))
     assert tokenizer.decode(ids[trained]) == "hello<|im_end|>ciao<|im_end|>"
     assert "user\nbye" in tokenizer.decode(ids[~trained])
+
+
+def test_default_template_ends_turns_with_a_token_the_tokenizer_has(tmp_path: Path) -> None:
+    tokenizer = train_bpe(["hello there"], 270)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|im_end|>", "<|other|>"))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("<|im_end|>", "<|other|>"))
+    opened = open_tokenizer(str(tmp_path))
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    ids, trained = decode(tokenize_one(formats.chat({"messages": messages}), opened))
+    assert opened.decode(ids[trained]) == "hello<|endoftext|>"
+    assert ids[trained][-1] == opened.eos_token_id
 
 
 @pytest.mark.parametrize("row", [{"messages": []}, {"messages": [{"content": "x"}]}, {"messages": "x"},
