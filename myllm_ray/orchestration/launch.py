@@ -127,9 +127,10 @@ def _fit(config: TrainerConfig, prepared: PreparedData, queue: Any) -> dict[str,
                              failure_config=FailureConfig(max_failures=scaling.max_failures)),
         datasets={"train": _remaining(config, prepared)},
         dataset_config=DataConfig(execution_options=execution_options(), enable_shard_locality=False))
-    result = _clearly(trainer.fit)
-    shutil.rmtree(storage, ignore_errors=True)
-    summary: dict[str, Any] = result.return_value
+    try:
+        summary: dict[str, Any] = _clearly(trainer.fit).return_value
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
     return summary
 
 

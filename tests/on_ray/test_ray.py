@@ -139,6 +139,7 @@ def test_a_failure_in_a_worker_is_one_line(make_config: MakeConfig) -> None:
     with pytest.raises(TrainingError, match=r"step \d: the gradient is not finite") as caught:
         train(config)
     assert "\n" not in str(caught.value)
+    assert not (Path(config.run.storage) / "run" / ".ray").exists()
 
 
 class Server:
