@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.common.types import Position
-from myllm_ray.config.errors import ConfigError, TrainingError, UserError
+from myllm_ray.config.errors import TrainingError, UserError
 from myllm_ray.config.load import load_config, validate
 from myllm_ray.config.schema import TrainerConfig
 
@@ -182,6 +182,3 @@ def _user_error_in(error: BaseException | None, depth: int = 0) -> UserError | N
         return original if isinstance(original, UserError) else error
     inner = [getattr(error, "cause", None), error.__cause__, *getattr(error, "worker_failures", {}).values()]
     return next((found for e in inner if isinstance(e, BaseException) and (found := _user_error_in(e, depth + 1))), None)
-
-
-__all__ = ["ConfigError", "RunResult", "train"]
