@@ -29,7 +29,7 @@ from myllm_ray.engine.engine import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
-from myllm_ray.models.load import build_model, build_skeleton
+from myllm_ray.models.load import build_deferred, build_model, build_skeleton
 from myllm_ray.trainers.base import BaseTrainer
 
 
@@ -68,7 +68,9 @@ def run_local(config: TrainerConfig) -> dict[str, Any]:
 def check_names(config: TrainerConfig) -> None:
     """Resolve every name of the config, so that a wrong one is told before anything is started or written."""
     resolve("trainers", config.trainer, "trainer")
-    resolve("accelerators", config.accelerator.name, "accelerator.name")
+    accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
+    if not config.scaling.gpus_per_worker:  # else it is for the workers to look: this machine may have no GPU
+        accelerator.check()
     build_callbacks(config)
     SchedulerManager(config=config)
 
@@ -97,7 +99,7 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     accelerator.setup()
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
-    model = build_model(config.model, tokenizer, config.data.sequence_length, config.run.seed)
+    model = build_deferred(config.model, tokenizer, config.data.sequence_length, config.run.seed)
     stream = stream or LocalStream(prepared.train)
     validation = LocalStream(prepared.validation) if prepared.validation else None
     trainer = build_trainer(config, model, tokenizer, stream.sources)

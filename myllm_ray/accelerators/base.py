@@ -10,13 +10,16 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.accelerators.precision import DTYPES, LossScale, check_precision
 from myllm_ray.common import distributed
+from myllm_ray.common.materialize import materialize
 from myllm_ray.common.types import Micro, as_mapping
 from myllm_ray.config.errors import ConfigError
 
@@ -45,30 +48,54 @@ class Accelerator(ABC):
 
     Args:
         config: a run's config (its `accelerator` section is read), as a model or as a plain dict, or None for defaults.
+
+    Raises:
+        ConfigError: options that the backend does not have, or that contradict the config.
+        UserError: the backend's library is not installed.
     """
 
     distributed = False
     """Whether the backend needs a process group, also with one process."""
+    offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Where the backend can move `optimizer` and `parameters` to."""
 
     def __init__(self, config: Any = None):
-        section: Mapping[str, Any] = as_mapping(config).get("accelerator") or {}
-        self.precision = section.get("precision") or "fp32"
-        self.device_name = section.get("device") or "auto"
-        self.options = dict(section.get("options") or {})
+        self.config = as_mapping(config)
+        self.section: Mapping[str, Any] = self.config.get("accelerator") or {}
+        self.precision: str = self.section.get("precision") or "fp32"
+        self.device_name: str = self.section.get("device") or "auto"
+        self.options = dict(self.section.get("options") or {})
+        self.offload: dict[str, Any] = {"optimizer": "none", "parameters": "none", "path": None,
+                                        **(self.section.get("offload") or {})}
         self.device = torch.device("cpu")
         self._owns_group = False
+        for what in ("optimizer", "parameters"):
+            if self.offload[what] not in ("none", *self.offloads.get(what, ())):
+                name = self.section.get("name", type(self).__name__)
+                raise ConfigError(f"accelerator.offload.{what}={self.offload[what]}: {name} can't; it offloads "
+                                  f"{', '.join(f'{k} to {v}' for k, vs in self.offloads.items() for v in vs) or 'nothing'}")
+
+    def check(self) -> None:
+        """Look whether this machine can do what the config asks, without starting anything.
+
+        Raises:
+            ConfigError: the device is not there, it can't compute in this precision, or a folder can't be written.
+        """
+        check_precision(self.precision, self._choose_device())
 
     def setup(self) -> None:
         """Choose the device, and adopt the process group that Ray or torchrun made, or make one of one process.
 
         Raises:
-            ConfigError: the device is not there, or cannot compute in this precision.
+            ConfigError: see `check`.
         """
+        self.check()
         self.device = self._choose_device()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.distributed and not distributed.is_distributed():
             self._init_group()
+        self.loss_scale = LossScale(self.device, enabled=self.precision == "fp16")
 
     def _choose_device(self) -> torch.device:
         available = torch.cuda.is_available()
@@ -79,7 +106,8 @@ class Accelerator(ABC):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
     def _init_group(self) -> None:
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        # gloo beside nccl: a checkpoint that is written in the background coordinates on the CPU.
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
             dist.init_process_group(backend)
         else:
@@ -93,8 +121,14 @@ class Accelerator(ABC):
             self._owns_group = False
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
-        """Place and wrap the model, then build optimizer and schedule on it (sharding must come before the optimizer)."""
-        self.module = model.to(self.device)
+        """Place and wrap the model, then build optimizer and schedule on it (sharding must come before the optimizer).
+
+        Args:
+            model: with its weights, or on the meta device with the source of its weights beside it (`common/materialize.py`).
+            build_optimizer, build_schedule: called on what the backend made.
+        """
+        save_memory(model, self.section)
+        self.module = model
         self.model = self.wrap(self.module)
         self.optimizer = build_optimizer(self.module)
         self.schedule = build_schedule(self.optimizer)
@@ -102,17 +136,17 @@ class Accelerator(ABC):
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as this backend runs it."""
+        """The model, on the device, as this backend runs it."""
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
         """A model that is used but not trained, on the device, without gradients."""
-        return model.to(self.device).requires_grad_(False).eval()
+        return materialize(model, self.device).requires_grad_(False).eval()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the configured precision."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
 
     def microbatch(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch; gradients are exchanged in the `last` one of a step."""
@@ -120,15 +154,19 @@ class Accelerator(ABC):
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of `loss_sum / global weight`."""
-        loss.backward()
+        self.loss_scale.scale(loss).backward()
 
     def optimizer_step(self, gradient_clip: float | None) -> StepResult:
-        """Clip, step, advance the schedule, clear the gradients."""
+        """Unscale, clip, step, advance the schedule, clear the gradients.
+
+        The schedule goes on also where an overflow of fp16 skipped the step: a learning rate belongs to a step's number.
+        """
+        self.loss_scale.unscale_(self.optimizer)
         norm = self.clip(gradient_clip)
-        self.optimizer.step()
+        skipped = self.loss_scale.step(self.optimizer)
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm)
+        return StepResult(norm, skipped)
 
     def clip(self, gradient_clip: float | None) -> float:
         """Scale the gradients down to a norm of at most `gradient_clip`; returns the norm they had."""
@@ -164,44 +202,48 @@ class Accelerator(ABC):
         distributed.barrier()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything to save, by fully-qualified parameter name: `model.<name>`, `optimizer.<name>.<moment>`.
+        """Everything to save, by fully-qualified parameter name: `model.<name>`, `optimizer.<name>.<moment>`, fp32.
 
         The same keys and global shapes on every backend; sharded tensors are DTensors. A tied parameter stands once.
-        Loading copies into these very tensors, so they must be the live ones (`init_optimizer_state` makes them).
+        To load, fill these very tensors and give them to `load_state`: whether they are the live ones is the backend's affair.
         """
-        self.init_optimizer_state()
+        if not self.optimizer.state:
+            self.init_optimizer_state(self.optimizer)
         tensors: dict[str, Tensor] = {}
         names = {id(p): name for name, p in self.module.named_parameters()}
         for name, tensor in self.module.named_parameters():
             tensors[f"model.{name}"] = tensor.data
-        persistent = self.module.state_dict(keep_vars=True)
-        for name, buffer in self.module.named_buffers():
-            if name in persistent:
-                tensors[f"model.{name}"] = buffer
+        tensors.update(self.buffers())
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():
                 if isinstance(value, Tensor):
                     tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
         return tensors
 
-    def init_optimizer_state(self) -> None:
-        """Let the optimizer make its moments, by a step that changes nothing: zero gradients, learning rate 0."""
-        if self.optimizer.state:
-            return
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        for group in self.optimizer.param_groups:
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over tensors that `state` gave and a checkpoint filled. Here they are the live ones."""
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The persistent buffers, as `state` names them."""
+        persistent = self.module.state_dict(keep_vars=True)
+        return {f"model.{name}": buffer for name, buffer in self.module.named_buffers() if name in persistent}
+
+    @staticmethod
+    def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+        """Let an optimizer make its moments, by a step that changes nothing: zero gradients, learning rate 0."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        rates = [group["lr"] for group in optimizer.param_groups]
+        saved = [(p.detach().clone(), p.grad) for p in parameters]
+        for group in optimizer.param_groups:
             group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        saved = [p.detach().clone() for g in self.optimizer.param_groups for p in g["params"]]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
         with torch.no_grad():
-            for parameter, value in zip((p for g in self.optimizer.param_groups for p in g["params"]), saved, strict=True):
+            for parameter, (value, gradient) in zip(parameters, saved, strict=True):
                 parameter.copy_(value)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                parameter.grad = gradient
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for moments in self.optimizer.state.values():
-            for value in moments.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        for value in [v for p in parameters for v in optimizer.state[p].values() if isinstance(v, Tensor)]:
+            value.zero_()

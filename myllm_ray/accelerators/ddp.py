@@ -9,17 +9,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.accelerators.options import keyword_options
 from myllm_ray.common.distributed import world_size
+from myllm_ray.common.materialize import materialize
 
 
 class DDPAccelerator(Accelerator):
-    """`torch.nn.parallel.DistributedDataParallel`; `accelerator.options` are its keyword arguments."""
+    """`torch.nn.parallel.DistributedDataParallel`; `accelerator.options` are its keyword arguments (`bucket_cap_mb`, ...)."""
 
     distributed = True
 
+    def __init__(self, config: Any = None):
+        super().__init__(config)
+        keyword_options(DistributedDataParallel, self.options, own=("module", "device_ids", "output_device", "process_group",
+                                                                    "device_mesh", "mixed_precision"))
+
     def wrap(self, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == "cuda" else None,
+            materialize(model, self.device), device_ids=[self.device] if self.device.type == "cuda" else None,
             **{"gradient_as_bucket_view": True, "forward_sync_buffers": False, **self.options})
 
     def microbatch(self, last: bool) -> AbstractContextManager[Any]:
@@ -28,4 +35,4 @@ class DDPAccelerator(Accelerator):
 
     def backward(self, loss: Tensor) -> None:
         # DDP averages over ranks; the contract is a sum.
-        (loss * world_size()).backward()
+        super().backward(loss * world_size())

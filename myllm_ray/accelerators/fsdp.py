@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.accelerators.options import check_names
+from myllm_ray.accelerators.precision import DTYPES
 from myllm_ray.common.distributed import world_size
+from myllm_ray.common.materialize import Source, fill, source_of
 from myllm_ray.common.modules import repeated_blocks
+from myllm_ray.config.errors import ConfigError
 
 
 class FSDPAccelerator(Accelerator):
-    """`fully_shard` per block (Zhao et al., 2023, arXiv:2304.11277): fp32 shards, compute in `precision`, fp32 reduce."""
+    """`fully_shard` per block (Zhao et al., 2023, arXiv:2304.11277): fp32 shards, compute in `precision`, fp32 reduce.
+
+    `accelerator.options`: `reshard_after_forward` (true: give gathered blocks back after the forward pass; false: keep
+    them for the backward pass; a number: reshard to so many ranks) and `replicas` (hybrid sharding: so many groups of
+    ranks hold a whole model each, sharded within the group).
+    """
 
     distributed = True
+    offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {"parameters": ("cpu",)}
+
+    def __init__(self, config: Any = None):
+        super().__init__(config)
+        check_names(self.options, ("reshard_after_forward", "replicas"), "fsdp")
+
+    def _mesh(self) -> DeviceMesh:
+        replicas = int(self.options.get("replicas", 1))
+        if replicas < 1 or world_size() % replicas:
+            raise ConfigError(f"accelerator.options.replicas={replicas} does not divide the {world_size()} workers")
+        if replicas == 1:
+            return init_device_mesh(self.device.type, (world_size(),))
+        return init_device_mesh(self.device.type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        mesh = init_device_mesh(self.device.type, (world_size(),))
-        compute = torch.bfloat16 if self.precision == "bf16" else None
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        source = source_of(model)
+        if source is None:
+            model.to("cpu" if self.offload["parameters"] == "cpu" else self.device)
+        compute = None if self.precision == "fp32" else DTYPES[self.precision]
+        arguments: dict[str, Any] = {
+            "mesh": self._mesh(), "reshard_after_forward": self.options.get("reshard_after_forward", True),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)}
+        if self.offload["parameters"] == "cpu":
+            arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         for block in repeated_blocks(model):
-            fully_shard(block, mesh=mesh, mp_policy=policy, **self.options)
-        return fully_shard(model, mesh=mesh, mp_policy=policy, **self.options)  # type: ignore[return-value]
+            fully_shard(block, **arguments)
+        fully_shard(model, **arguments)
+        if source is not None:
+            self._fill(model, source)
+        return model
+
+    def _fill(self, model: nn.Module, source: Source) -> None:
+        """Give a sharded model on the meta device its weights: of each tensor, this rank's part."""
+        place = torch.device("cpu") if self.offload["parameters"] == "cpu" else self.device
+        # What `to_empty` does, but for the shards alone: it would also empty the buffers.
+        model._apply(lambda t: torch.empty_like(t, device=place) if isinstance(t, DTensor) else t)
+        with torch.no_grad():
+            for name, shard in model.named_parameters():
+                assert isinstance(shard, DTensor)
+                part = distribute_tensor(source(name).to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None)
+                shard.to_local().copy_(part.to_local())
+        fill(model, source, self.device)  # the buffers
 
     def microbatch(self, last: bool) -> AbstractContextManager[Any]:
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
@@ -34,7 +79,22 @@ class FSDPAccelerator(Accelerator):
 
     def backward(self, loss: Tensor) -> None:
         # FSDP averages over ranks; the contract is a sum.
-        (loss * world_size()).backward()
+        super().backward(loss * world_size())
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        modules = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
+        for module in modules:
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.reshard()
+
+    def generation(self) -> AbstractContextManager[Any]:
+        """All parameters whole on every rank meanwhile: `generate` calls parts of the model past FSDP's hooks."""
+        return self._gathered()
 
     def state(self) -> dict[str, Tensor]:
         for module in self.model.modules():  # after an evaluation the root's parameters are still gathered

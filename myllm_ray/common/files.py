@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -60,3 +61,15 @@ class JSONLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Make a folder and write into it; the reason where that fails, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{uuid.uuid4().hex}"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

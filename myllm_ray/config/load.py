@@ -163,14 +163,14 @@ def _known_keys(cls: type[BaseModel], location: Sequence[int | str]) -> list[str
     for part in location:
         if isinstance(part, int):
             continue
-        field = cls.model_fields.get(part)
+        field = next((f for name, f in cls.model_fields.items() if part == (f.alias or name)), None)
         if field is None:
             return []
         nested = _section_in(field.annotation)
         if nested is None:
             return []
         cls = nested
-    return list(cls.model_fields)
+    return [field.alias or name for name, field in cls.model_fields.items()]
 
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:

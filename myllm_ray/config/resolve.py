@@ -25,6 +25,8 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "single": "myllm_ray.accelerators.single:SingleGPUAccelerator",
         "ddp": "myllm_ray.accelerators.ddp:DDPAccelerator",
         "fsdp": "myllm_ray.accelerators.fsdp:FSDPAccelerator",
+        "accelerate": "myllm_ray.accelerators.hf_accelerate:HFAccelerator",
+        "deepspeed": "myllm_ray.accelerators.deepspeed:DeepSpeedAccelerator",
     },
     "callbacks": {
         "print": "myllm_ray.engine.displays:PrintCallback",

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 class Section(BaseModel):
     """A part of the config. Unknown keys are refused: a misspelt key must not train at a default."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), serialize_by_alias=True)
 
 
 def _exactly_one(section: Section, names: tuple[str, ...]) -> None:
@@ -161,13 +161,38 @@ class SchedulerSection(Section):
         return self
 
 
+class OffloadSection(Section):
+    """What moves out of the device's memory between its uses: fsdp (parameters: cpu) and deepspeed."""
+
+    optimizer: Literal["none", "cpu", "disk"] = Field("none", description="deepspeed, stage 1 to 3")
+    parameters: Literal["none", "cpu", "disk"] = Field("none", description="deepspeed stage 3; fsdp: cpu, optimizer state too")
+    path: str | None = Field(None, description="folder on a fast local disk, for `disk`")
+
+    @model_validator(mode="after")
+    def _where(self) -> OffloadSection:
+        if "disk" in (self.optimizer, self.parameters) and self.path is None:
+            raise ValueError("disk needs a folder: give accelerator.offload.path")
+        return self
+
+
 class AcceleratorSection(Section):
     """Where the tensors live, and in which precision the model computes. Master weights are always fp32."""
 
-    name: str = Field("single", description="single, ddp, fsdp, or an import path")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    name: str = Field("single", description="single, ddp, fsdp, accelerate, deepspeed, or an import path")
+    stage: Literal[0, 1, 2, 3] | None = Field(None, description="deepspeed: what ZeRO shards; default 2")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    options: dict[str, Any] = Field(default_factory=dict)
+    offload: OffloadSection = Field(default_factory=OffloadSection)
+    activation_checkpointing: Literal["none", "full"] | PositiveInt = Field(
+        "none", description="recompute activations in the backward pass: of all blocks (full), or of every n-th")
+    compile: Literal["none", "model", "blocks"] = Field("none", description="torch.compile: the whole model, or each block")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the backend: docs/accelerators.md")
+
+    @model_validator(mode="after")
+    def _stage(self) -> AcceleratorSection:
+        if self.stage is not None and self.name in ("single", "ddp", "fsdp", "accelerate"):
+            raise ValueError(f"stage belongs to deepspeed, accelerator.name is {self.name}")
+        return self
 
 
 class ScalingSection(Section):
@@ -198,6 +223,7 @@ class CheckpointSection(Section):
     at_end: bool = True
     keep_last: PositiveInt | None = Field(2, description="null keeps all")
     keep_best: str | None = Field(None, description="also keep the checkpoint with the lowest value of this metric")
+    async_: bool = Field(False, alias="async", description="write in the background while training goes on")
     resume: str = Field("never", description="auto: the newest checkpoint of this run, if there is one; never; or a folder")
 
 
@@ -249,7 +275,7 @@ class TrainerConfig(Section):
                 f"= {workers} × {batch.micro_size}: change one of them so that every worker gets equally many micro-batches")
         if self.accelerator.name == "single" and self.scaling.workers > 1:
             raise ValueError(f"accelerator.name=single trains on one worker, scaling.workers={self.scaling.workers}: "
-                             "use ddp or fsdp")
+                             "use ddp, fsdp, accelerate or deepspeed")
         return self
 
 

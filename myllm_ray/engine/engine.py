@@ -169,7 +169,9 @@ class TrainerEngine:
 
     def _restore(self, folder: Path) -> None:
         assert self.checkpoints is not None, "a resume needs a checkpoint manager"
-        manifest = self.checkpoints.load(folder, self.accelerator.state())
+        tensors = self.accelerator.state()
+        manifest = self.checkpoints.load(folder, tensors)
+        self.accelerator.load_state(tensors)
         self.state.step = self._saved_step = int(manifest["step"])
         self.state.position = Position(**manifest["position"])
         self.state.epoch = self.state.position.epoch

@@ -6,11 +6,10 @@ import os
 import platform
 import shutil
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
-from myllm_ray.common.files import write_atomic, write_json
+from myllm_ray.common.files import why_not_writable, write_atomic, write_json
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import to_yaml
 from myllm_ray.config.schema import TrainerConfig
@@ -48,7 +47,9 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
         if folder.resolve() in start.resolve().parents and resume != "auto":
             raise ConfigError(f"checkpoint.resume={resume} lies inside the run it would replace: give another run.name, or "
                               "use checkpoint.resume=auto")
-    _check_writable(folder)
+    problem = why_not_writable(folder)
+    if problem:
+        raise ConfigError(f"run.storage: {folder} can't be written: {problem}")
     if used and resume != "auto":
         shutil.rmtree(folder)
         folder.mkdir(parents=True)
@@ -102,16 +103,6 @@ def _given(resume: str) -> Path:
     if damage:
         raise CheckpointError(f"checkpoint.resume: {damage}; give a step-… folder, a run's folder, auto or never")
     return path
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{uuid.uuid4().hex}"
-        probe.write_text("x")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"run.storage: {folder} can't be written: {error.strerror or error}") from None
 
 
 def _first_change(key: str, then: Any, now: Any) -> str | None:

@@ -7,54 +7,91 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from myllm_ray.common.materialize import Source, attach_source, materialize
 from myllm_ray.common.seeds import seed_all
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
+from myllm_ray.models.deferred import folder_source, record_initialization
 
 _TOO_FEW = ("the model has {} token embeddings, the tokenizer {} tokens: use the model's own tokenizer, or leave "
             "model.config.vocab_size out")
 
 
 def build_model(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int) -> nn.Module:
-    """The model of a config, in fp32, in training mode; random weights are a function of `seed`.
+    """The model of a config, in fp32, in training mode, with all its weights; see `build_deferred`."""
+    return materialize(build_deferred(section, tokenizer, sequence_length, seed))
+
+
+def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int) -> nn.Module:
+    """The model on the meta device, with the source of its weights: backends that shard never hold all of it.
+
+    Random weights are a function of `seed` and their names. A factory's model has its weights already, and so have the few
+    whose weights can't be made or read one by one (Mamba's; checkpoints with other names than the model's).
 
     Raises:
         ConfigError: the model can't be built or does not fit the tokenizer or the sequence length.
     """
+    if section.factory:
+        with torch.random.fork_rng(devices=[]):
+            seed_all("weights", seed)
+            model = load_object(section.factory, "model.factory")(**section.options)
+        if not isinstance(model, PreTrainedModel):
+            return cast(nn.Module, model.train())
+        _check_fit(model, tokenizer, sequence_length)
+        return CausalLM(model).train()
+    skeleton = _skeleton(section, tokenizer, sequence_length)
+    source = _source(section, skeleton, seed)
+    if source is not None:
+        return attach_source(CausalLM(skeleton).train(), lambda name: source(name.removeprefix("model.")))
     with torch.random.fork_rng(devices=[]):
         seed_all("weights", seed)
-        if section.factory:
-            model: Any = load_object(section.factory, "model.factory")(**section.options)
-        elif section.config is not None:
-            model = _from_config(section, tokenizer, sequence_length)
-        else:
-            model = _from_name(section)
-    if not isinstance(model, PreTrainedModel):
-        return cast(nn.Module, model.train())
-    _check_fit(model, tokenizer, sequence_length)
-    return CausalLM(model).train()
+        whole = _from_config(section, tokenizer, sequence_length) if section.config is not None else _from_name(section)
+    return CausalLM(whole).train()
 
 
 def build_skeleton(section: ModelSection, tokenizer: Any, sequence_length: int) -> nn.Module | None:
-    """The model without memory (meta device), to find mistakes in the config before anything starts.
+    """The model without weights (meta device), to find mistakes in the config before anything starts.
 
     None for a factory, which may do anything. Raises what `build_model` would, short of weights that can't be read.
     """
     if section.factory:
         load_object(section.factory, "model.factory")
         return None
+    return CausalLM(_skeleton(section, tokenizer, sequence_length))
+
+
+def _skeleton(section: ModelSection, tokenizer: Any, sequence_length: int) -> PreTrainedModel:
     with torch.device("meta"):
         if section.config is not None:
             model = _from_config(section, tokenizer, sequence_length)
         else:
-            model = AutoModelForCausalLM.from_config(_config_of_name(section), trust_remote_code=section.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(
+                _config_of_name(section), attn_implementation=section.attention, dtype=torch.float32,
+                trust_remote_code=section.trust_remote_code)
     _check_fit(model, tokenizer, sequence_length)
-    return CausalLM(model)
+    return model
+
+
+def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Source | None:
+    try:
+        random = record_initialization(skeleton, skeleton.initialize_weights, seed)
+    except (NotImplementedError, RuntimeError):  # RuntimeError: an initialisation that looks at values, which meta tensors lack
+        return None
+    if section.config is not None:
+        return random
+    folder = Path(section.name or "").expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(section.name or "", allow_patterns=["*.safetensors", "*.json"]))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.name: {section.name!r} can't be loaded: {_one_line(error)}") from None
+    return folder_source(folder, {name for name, _ in skeleton.named_parameters()}, random)
 
 
 def _config_of_name(section: ModelSection) -> Any:

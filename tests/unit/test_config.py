@@ -91,7 +91,7 @@ def test_environment_variables(base: Path, tmp_path: Path, monkeypatch: pytest.M
     ("data.train.formt=x", "unknown key data.train.formt: did you mean format?"),
     ("optimizer.lr=fast", "optimizer.lr: input should be a valid number"),
     ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0"),
-    ("accelerator.precision=fp8", "accelerator.precision: input should be 'fp32' or 'bf16'"),
+    ("accelerator.precision=fp8", "accelerator.precision: input should be 'fp32', 'bf16' or 'fp16'"),
     ("batch.global_size=6", "batch.global_size=6 is not divisible by"),
     ("scaling.workers=2", "accelerator.name=single trains on one worker"),
     ("run.epochs=2", "give max_steps or epochs"),

@@ -1,0 +1,192 @@
+"""DeepSpeed: ZeRO shards the optimizer state (stage 1), the gradients too (2), the parameters too (3); 0 shards nothing.
+
+What DeepSpeed would do by itself and the engine does instead: divide by accumulation steps, average over ranks, step the
+schedule. What stands in a checkpoint is `zero_state.py`'s affair.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
+from myllm_ray.accelerators.deepspeed_config import deepspeed_config
+from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.accelerators.precision import DTYPES
+from myllm_ray.accelerators.zero_state import ZeroLossScale, ZeroState
+from myllm_ray.common.distributed import world_size
+from myllm_ray.common.extras import require
+from myllm_ray.common.files import why_not_writable
+from myllm_ray.common.materialize import Filled, Source, fill, materialize, source_of
+from myllm_ray.config.errors import ConfigError
+
+_WHOLE_TENSORS = ("adafactor", "muon", "lbfgs", "sparseadam")
+"""Optimizers whose step looks at a tensor's shape. ZeRO gives them flat slices of many tensors: another algorithm."""
+
+
+class DeepSpeedAccelerator(Accelerator):
+    """`deepspeed.initialize` (ZeRO: Rajbhandari et al., 2020, arXiv:1910.02054).
+
+    In half precision stages 1 to 3 hold parameters of that type and fp32 masters; stage 0 holds fp32 parameters. All compute
+    under autocast, as the other backends do.
+    `accelerator.options` is a DeepSpeed JSON; keys that the config decides are refused where they say something else.
+    """
+
+    distributed = True
+    offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {"optimizer": ("cpu", "disk"), "parameters": ("cpu", "disk")}
+
+    def __init__(self, config: Any = None):
+        super().__init__(config)
+        _quieten(cuda=torch.cuda.is_available() and self.device_name != "cpu")
+        self.deepspeed = require("deepspeed", "deepspeed", "accelerator.name=deepspeed")
+        # Its shared-memory collectives for CPUs are compiled at the first start, which takes a compiler and half a minute.
+        self.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        stage = self.section.get("stage")
+        self.stage: int = 2 if stage is None else stage
+        self._check_stage()
+        self.json = deepspeed_config(self.options, self.config, self.stage, self.precision, self.offload)
+
+    def _check_stage(self) -> None:
+        if self.offload["optimizer"] != "none" and self.stage == 0:
+            raise ConfigError("accelerator.offload.optimizer: stage 0 shards nothing to offload; use accelerator.stage 1, 2 or 3")
+        if "disk" in (self.offload["optimizer"], self.offload["parameters"]) and self.stage != 3:
+            raise ConfigError(f"accelerator.offload: only stage 3 offloads to disk, accelerator.stage is {self.stage}")
+        if self.offload["parameters"] != "none" and self.stage != 3:
+            raise ConfigError(f"accelerator.offload.parameters: only stage 3 shards parameters, accelerator.stage is {self.stage}")
+        name = str((self.config.get("optimizer") or {}).get("name") or "adamw").rpartition(":")[2]
+        if self.stage > 0 and name.lower() in _WHOLE_TENSORS:
+            raise ConfigError(f"optimizer.name={name} needs whole tensors, ZeRO gives it flat slices: use fsdp, ddp, or "
+                              "accelerator.stage=0")
+
+    def check(self) -> None:
+        super().check()
+        if "disk" not in (self.offload["optimizer"], self.offload["parameters"]):
+            return
+        problem = why_not_writable(Path(self.offload["path"]))
+        if problem:
+            raise ConfigError(f"accelerator.offload.path: {self.offload['path']} can't be written: {problem}")
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not AsyncIOBuilder().is_compatible(verbose=False):
+            raise ConfigError("accelerator.offload: to disk needs DeepSpeed's async_io, and that needs libaio's headers "
+                              "(Debian: apt install libaio-dev)")
+
+    def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
+        save_memory(model, self.section)
+        self._autocast_inside(model)
+        self.module, source = model, source_of(model)
+        os.environ.setdefault("LOCAL_RANK", "0")  # read by zero.Init
+        if self.stage == 3 and source is not None:
+            self._fill(model, source)
+        else:
+            materialize(model, "cpu" if self.offload["parameters"] != "none" else self.device)
+        if source is None:
+            whole = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in model.named_parameters()}
+            source = whole.__getitem__
+        engine, self.optimizer, *_ = self.deepspeed.initialize(
+            model=model, optimizer=build_optimizer(model), config=self.json, dist_init_required=False)
+        self.engine = engine
+        self.model = cast(nn.Module, engine)
+        self.schedule = build_schedule(self.optimizer)
+        if self.stage > 0:
+            self.loss_scale = ZeroLossScale(self.optimizer, enabled=self.precision == "fp16")  # type: ignore[assignment]
+            self.zero = ZeroState(self.deepspeed, model, self.optimizer, self.stage, self.device)
+            if self.precision != "fp32":
+                # DeepSpeed made its fp32 masters from rounded parameters: give them back what the rounding took.
+                self.zero.set_masters(source)
+        return self.model
+
+    def _autocast_inside(self, model: nn.Module) -> None:
+        """Autocast within the model's forward: one around it would be switched off by DeepSpeed's engine."""
+        forward, context = model.forward, super().autocast
+
+        @functools.wraps(forward)
+        def autocasting(*args: Any, **kwargs: Any) -> Any:
+            with context():
+                return forward(*args, **kwargs)
+
+        if self.precision != "fp32":
+            model.forward = autocasting
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return self.model  # `prepare` has made it, together with the optimizer
+
+    def _fill(self, model: nn.Module, source: Source) -> None:
+        """Give a model on the meta device its weights, module by module, each sharded before the next is made."""
+        first_names = {id(p): name for name, p in model.named_parameters()}
+        named = {name: first_names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+        compute = torch.float32 if self.precision == "fp32" else DTYPES[self.precision]
+        done: Filled = {}
+        for name, module in reversed(list(model.named_modules())):  # the parts before the whole: Init looks at all inside
+            fill(module, lambda n: source(named.get(n, n)), "cpu", prefix=name, recurse=False, done=done)
+            own = list(module.parameters(recurse=False))
+            for parameter in own:
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(self.device, compute)
+            if own:
+                self.deepspeed.zero.Init(module=module, config_dict_or_path=self.json)
+            for key, buffer in module.named_buffers(recurse=False):
+                module._buffers[key] = buffer.to(self.device)
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        return materialize(model, self.device).requires_grad_(False).eval()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # see `_autocast_inside`
+
+    def microbatch(self, last: bool) -> AbstractContextManager[Any]:
+        # Before the forward pass; forgotten, nothing fails and the training is wrong.
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over ranks; the contract is a sum.
+        loss = loss * world_size()
+        self.engine.backward(self.loss_scale.scale(loss) if self.stage == 0 else loss, scale_wrt_gas=False)
+
+    def optimizer_step(self, gradient_clip: float | None) -> StepResult:
+        if self.stage == 0:
+            return super().optimizer_step(gradient_clip)
+        if (gradient_clip or 0.0) != self.json["gradient_clipping"]:
+            raise ValueError(f"gradient_clip={gradient_clip}, DeepSpeed was set up with {self.json['gradient_clipping']}")
+        self.engine.step()
+        # The schedule is not given to DeepSpeed, which would leave it standing in a skipped step.
+        self.schedule.step()
+        skipped = self.loss_scale.enabled and bool(cast(Any, self.optimizer).overflow)
+        return StepResult(float(self.engine.get_global_grad_norm()), skipped)
+
+    def generation(self) -> AbstractContextManager[Any]:
+        """All parameters whole on every rank meanwhile."""
+        if self.stage < 3:
+            return nullcontext()
+        return cast("AbstractContextManager[Any]", self.deepspeed.zero.GatheredParameters(list(self.module.parameters())))
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() if self.stage == 0 else {**self.zero.tensors(), **self.buffers()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        if self.stage > 0:
+            self.zero.load(tensors)
+
+    def close(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.destroy()
+        if self._owns_group and self.deepspeed.comm.is_initialized():
+            self.deepspeed.comm.destroy_process_group()  # and what DeepSpeed remembers of it, for the next run here
+            self._owns_group = False
+        super().close()
+
+
+def _quieten(cuda: bool) -> None:
+    """Before the first import: DeepSpeed looks for devices then, and logs a page."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -1,0 +1,123 @@
+"""Hugging Face Accelerate: `accelerate.Accelerator` with its plugins, behind the same contract as every other backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
+from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.accelerators.options import keyword_options
+from myllm_ray.common.distributed import world_size
+from myllm_ray.common.extras import require
+from myllm_ray.common.materialize import materialize
+from myllm_ray.config.errors import ConfigError
+
+_DECIDED = {
+    "mixed_precision": "accelerator.precision", "cpu": "accelerator.device", "dynamo_backend": "accelerator.compile",
+    "dynamo_plugin": "accelerator.compile", "gradient_accumulation_steps": "the section `batch`",
+    "gradient_accumulation_plugin": "the section `batch`", "dataloader_config": "the section `data`",
+    "step_scheduler_with_optimizer": "the section `scheduler`", "device_placement": "accelerator.device",
+    "project_dir": "run.storage", "project_config": "run.storage", "log_with": "the section `callbacks`",
+    "rng_types": "run.seed", "split_batches": "the section `batch`", "even_batches": "the section `batch`",
+    "deepspeed_plugin": "accelerator.name=deepspeed", "deepspeed_plugins": "accelerator.name=deepspeed",
+}
+_PLUGINS = {"fsdp_plugin": "FullyShardedDataParallelPlugin", "torch_tp_plugin": "TorchTensorParallelPlugin",
+            "megatron_lm_plugin": "MegatronLMPlugin"}
+
+
+class HFAccelerator(Accelerator):
+    """`accelerate.Accelerator`; `accelerator.options` are its keyword arguments.
+
+    Plugins and handlers are written as mappings of their own arguments: `fsdp_plugin: {fsdp_version: 2, ...}`,
+    `kwargs_handlers: {DistributedDataParallelKwargs: {bucket_cap_mb: 50}}`. Without a plugin it trains as DDP does.
+    """
+
+    distributed = True
+
+    def __init__(self, config: Any = None):
+        super().__init__(config)
+        self.accelerate = require("accelerate", "myllm_ray[accelerate]", "accelerator.name=accelerate")
+        for key in self.options:
+            if key in _DECIDED:
+                raise ConfigError(f"accelerator.options.{key}: {_DECIDED[key]} says that here; leave it out")
+        keyword_options(self.accelerate.Accelerator, self.options)
+        self.arguments = {key: self._object(key, value) for key, value in self.options.items()}
+
+    def _object(self, key: str, value: Any) -> Any:
+        """An option as Accelerate takes it: mappings become its plugins and handlers."""
+        if key == "kwargs_handlers" and isinstance(value, Mapping):
+            return [self._build(name, arguments, f"accelerator.options.{key}.{name}") for name, arguments in value.items()]
+        if key in _PLUGINS and isinstance(value, Mapping):
+            if key == "fsdp_plugin" and value.get("fsdp_version", 2) != 2:
+                raise ConfigError("accelerator.options.fsdp_plugin.fsdp_version: only 2 has parameters with names of their own, "
+                                  "which checkpoints need")
+            defaults = {"fsdp_version": 2, "auto_wrap_policy": "no_wrap"} if key == "fsdp_plugin" else {}
+            return self._build(_PLUGINS[key], {**defaults, **value}, f"accelerator.options.{key}")
+        return value
+
+    def _build(self, name: str, arguments: Mapping[str, Any] | None, key: str) -> Any:
+        cls = getattr(self.accelerate.utils, name, None)
+        if cls is None:
+            raise ConfigError(f"{key}: accelerate.utils has no {name}")
+        keyword_options(cls, arguments or {}, key=key)
+        return cls(**(arguments or {}))
+
+    def check(self) -> None:
+        super().check()
+        if self.precision == "fp16" and self._choose_device().type == "cpu":
+            raise ConfigError("accelerator.precision=fp16: Accelerate has it on GPUs only; use bf16, or ddp, fsdp or deepspeed")
+
+    def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
+        save_memory(model, self.section)
+        self._forget()
+        self.outer = self.accelerate.Accelerator(
+            cpu=self.device.type == "cpu", mixed_precision={"fp32": "no"}.get(self.precision, self.precision), **self.arguments)
+        self.module = materialize(model, self.device)
+        # Never the data loader, which would shard and seed; never the scheduler, which it would step once for every rank.
+        self.model, self.outer_optimizer = self.outer.prepare(self.module, build_optimizer(self.module))
+        self.module = self.outer.unwrap_model(self.model, keep_fp32_wrapper=True)
+        self.optimizer = self.outer_optimizer.optimizer
+        self.schedule = build_schedule(self.optimizer)
+        if self.outer.scaler is not None:
+            self.loss_scale.adopt(self.outer.scaler)
+        return self.model
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return self.model  # `prepare` has made it, together with the optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # Accelerate has put it around the model's forward
+
+    def microbatch(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self.outer.no_sync(self.model)
+
+    def backward(self, loss: Tensor) -> None:
+        # Accelerate averages over ranks; the contract is a sum.
+        self.outer.backward(loss * world_size())
+
+    def optimizer_step(self, gradient_clip: float | None) -> StepResult:
+        self.outer.unscale_gradients(self.outer_optimizer)
+        norm = self.clip(gradient_clip)
+        self.outer_optimizer.step()
+        self.schedule.step()
+        self.outer_optimizer.zero_grad(set_to_none=True)
+        return StepResult(norm, bool(self.outer_optimizer.step_was_skipped))
+
+    def close(self) -> None:
+        if hasattr(self, "outer"):
+            self.outer.free_memory()
+            self._forget()
+        super().close()
+
+    @staticmethod
+    def _forget() -> None:
+        """Accelerate keeps its state in the class; a second run in this process must not find the first one's."""
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        PartialState._reset_state()

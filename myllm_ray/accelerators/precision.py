@@ -1,0 +1,83 @@
+"""Precision: what the model computes in. Master weights, moments and the reduction of gradients stay in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from myllm_ray.config.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def why_not(precision: str, device: torch.device) -> str | None:
+    """Why a device can't train in a precision, or None."""
+    if precision == "fp32":
+        return None
+    if device.type == "cuda":
+        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return f"{torch.cuda.get_device_name(device)} has no bf16 (compute capability 8.0 and later has)"
+        return None
+    has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    if precision == "fp16" and (has is None or not has()):
+        return "this CPU has no fp16 arithmetic (AVX512-FP16 or AMX-FP16)"
+    return None
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that the device does not have.
+
+    Raises:
+        ConfigError: says why, and what to use.
+    """
+    reason = why_not(precision, device)
+    if reason:
+        other = "bf16 or fp32" if precision == "fp16" else "fp16 or fp32"
+        raise ConfigError(f"accelerator.precision={precision}: {reason}; use {other}")
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 (Micikevicius et al., 2018, arXiv:1710.03740, §3.2); does nothing where disabled.
+
+    The scale halves when a gradient is not finite (that step is skipped) and doubles after 2000 good steps.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool):
+        self._scaler = torch.amp.GradScaler(device.type, enabled=enabled)
+        self.enabled = enabled
+
+    @property
+    def value(self) -> float:
+        return float(self._scaler.get_scale())
+
+    def adopt(self, scaler: Any) -> None:
+        """Speak for a scaler that a backend made."""
+        self._scaler = scaler
+
+    def scale(self, loss: Tensor) -> Tensor:
+        scaled: Tensor = self._scaler.scale(loss)
+        return scaled
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients as they are without the scale."""
+        self._scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Step unless a gradient is not finite; returns whether the step was skipped."""
+        before = self.value
+        self._scaler.step(optimizer)
+        self._scaler.update()
+        return self.value < before
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON; empty where disabled."""
+        state = self._scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]} if self.enabled else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; one of another precision has nothing to go on from."""
+        if self.enabled and state:
+            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": state["scale"],
+                                          "_growth_tracker": state["good_steps"]})

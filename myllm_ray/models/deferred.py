@@ -1,0 +1,109 @@
+"""Weights on demand: a model on the meta device, and a source that makes each tensor when it is asked for.
+
+Random weights are a function of (seed, name of the tensor) alone: not of the backend, of the number of workers, nor of what
+else the model holds. The initialisation that transformers would do is recorded on the meta device, where it costs nothing,
+and replayed tensor by tensor (the idea of torchdistX's deferred initialisation).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from myllm_ray.common.materialize import Source
+from myllm_ray.common.seeds import derive_seed
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operation on meta tensors, by the storage that it writes to or looks at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[int, list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        touched = [a for a in tree_leaves((args, kwargs or {}, out)) if isinstance(a, Tensor) and a.is_meta]
+        for storage in {_storage(t) for t in touched}:
+            self.calls.setdefault(storage, []).append((func, args, kwargs or {}, out))
+        return out
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def record_initialization(model: nn.Module, initialize: Any, seed: int) -> Source:
+    """Run `initialize()` on a model on the meta device, and give the source that makes its tensors.
+
+    Raises:
+        NotImplementedError: a tensor is not initialised, or from other tensors' values.
+    """
+    tensors = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
+    with _Recorder() as recorder, torch.no_grad():
+        initialize()
+    by_name = {name: (t, recorder.calls.get(_storage(t), [])) for name, t in tensors.items()}
+    for name, (meta, calls) in by_name.items():
+        inputs = [a for _, args, kwargs, _ in calls for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor) and a.is_meta]
+        if not any(func._schema.is_mutable for func, *_ in calls) or any(_storage(a) != _storage(meta) for a in inputs):
+            raise NotImplementedError(f"{name} can't be initialised by itself")
+
+    def source(name: str) -> Tensor:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(derive_seed("weight", seed, name))
+            return _replay(*by_name[name])
+
+    return source
+
+
+def _replay(meta: Tensor, calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]]) -> Tensor:
+    real: dict[int, Tensor] = {id(meta): torch.empty_like(meta, device="cpu")}
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_meta:
+            # An object that no call returned is `.data` of the tensor: another object for the same memory.
+            return real.get(id(value), real[id(meta)])
+        return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
+
+    for func, args, kwargs, out in calls:
+        result = func(*tree_map(swap, args), **tree_map(swap, kwargs))
+        for before, after in zip(tree_leaves(out), tree_leaves(result), strict=True):
+            if isinstance(before, Tensor):
+                real.setdefault(id(before), after)
+    return real[id(meta)]
+
+
+def folder_source(folder: Path, names: set[str], otherwise: Source) -> Source | None:
+    """A source that reads safetensors files tensor by tensor; None if the files do not hold all of `names` under these names.
+
+    Args:
+        folder: in Hugging Face format, one file or several with an index.
+        names: the parameters that must be there, as the model names them.
+        otherwise: for tensors that are not there (buffers that are computed).
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    elif (folder / "model.safetensors").is_file():
+        with safe_open(folder / "model.safetensors", "pt") as opened:
+            files = dict.fromkeys(opened.keys(), "model.safetensors")
+    else:
+        return None
+    if not names <= files.keys():
+        return None
+
+    def source(name: str) -> Tensor:
+        if name not in files:
+            return otherwise(name)
+        with safe_open(folder / files[name], "pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    return source
