@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
@@ -74,8 +76,10 @@ class HFAccelerator(Accelerator):
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
         save_memory(model, self.section)
         self._forget()
-        self.outer = self.accelerate.Accelerator(
-            cpu=self.device.type == "cpu", mixed_precision={"fp32": "no"}.get(self.precision, self.precision), **self.arguments)
+        with _environment_kept(OMP_NUM_THREADS=str(torch.get_num_threads())):
+            self.outer = self.accelerate.Accelerator(
+                cpu=self.device.type == "cpu", mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+                **self.arguments)
         self.module = materialize(model, self.device)
         # Never the data loader, which would shard and seed; never the scheduler, which it would step once for every rank.
         self.model, self.outer_optimizer = self.outer.prepare(self.module, build_optimizer(self.module))
@@ -121,3 +125,16 @@ class HFAccelerator(Accelerator):
         AcceleratorState._reset_state()
         GradientState._reset_state()
         PartialState._reset_state()
+
+
+@contextmanager
+def _environment_kept(**variables: str) -> Iterator[None]:
+    """The environment as it was afterwards: Accelerate writes ranks into it, and a number of threads where none stands."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:
@@ -15,6 +16,12 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
     sizes = [sum(p.numel() for p in blocks.parameters()) for blocks in lists]
     return list(lists[sizes.index(max(sizes))])
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter as a whole. ZeRO-3 leaves an empty tensor in its place and puts the shape beside it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def forward_names(module: nn.Module) -> set[str] | None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -111,11 +113,26 @@ def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
         tokenizer = load_tokenizer(section, _texts(config) if section.train else None)
         folder = cache / f"tokenizer-{_hash([*described, fingerprint(tokenizer)])}" if not section.train else folder
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tokenizer.save_pretrained(folder)
+            _save_tokenizer(tokenizer, folder)
         except OSError as error:
             raise DataError(f"data.cache: {folder} can't be written: {error}") from None
     return folder
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Whole or absent, also when several processes prepare at once: what stands there already is the same."""
+    if folder.exists():
+        return
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    beside.mkdir(parents=True)
+    tokenizer.save_pretrained(beside)
+    try:
+        beside.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _store(config: TrainerConfig, cache: Path, tokenizer_folder: Path, named: list[tuple[SourceSection, str]],

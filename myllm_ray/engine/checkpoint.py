@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -162,6 +163,15 @@ class CheckpointManager:
         scored = [(m["metrics"][self.keep_best], p) for p in self.all()
                   if self.keep_best in (m := read_manifest(p)).get("metrics", {})]
         return min(scored)[1] if scored else None
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole, in this process, without a model."""
+    tensors = {name: torch.empty(shape) for name, shape in read_manifest(folder)["tensors"].items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return tensors
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from myllm_ray.common.modules import whole_shape
 from myllm_ray.common.types import as_mapping
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
@@ -106,8 +107,8 @@ def parameter_groups(model: nn.Module, section: dict[str, Any]) -> list[dict[str
 
 def _by_decay(named: dict[str, nn.Parameter], section: dict[str, Any], own: dict[str, Any]) -> list[dict[str, Any]]:
     decay = float(section.get("weight_decay") or 0.0)
-    matrices = [p for p in named.values() if p.dim() >= 2]
-    others = [p for p in named.values() if p.dim() < 2]
+    matrices = [p for p in named.values() if len(whole_shape(p)) >= 2]
+    others = [p for p in named.values() if len(whole_shape(p)) < 2]
     return [{**own, "params": params, "weight_decay": value} for params, value in ((matrices, decay), (others, 0.0)) if params]
 
 

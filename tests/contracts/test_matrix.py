@@ -1,0 +1,90 @@
+"""One truth on every backend: a tiny Llama's losses, gradient norms, weights and moments, wherever the tensors live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MakeConfig, comparable, ledger
+from spawned import BACKENDS, SHARED, run_all
+
+from myllm_ray.engine.checkpoint import read_tensors
+
+TEN = ("run.max_steps=10", "data.validation=null", "batch.micro_size=1", "checkpoint.keep_last=null", "data.sequence_length=96")
+PORTABLE = ["single", "ddp", "fsdp", "accelerate", "deepspeed-1", "deepspeed-2", "deepspeed-3"]
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+def column(folder: Path, name: str) -> list[float]:
+    return [row[name] for row in comparable(folder)]
+
+
+def assert_same_run(folder: Path, expected: Path, tolerance: float) -> None:
+    assert ledger(folder) == ledger(expected), folder.name
+    for name in ("loss", "grad_norm", "learning_rate"):
+        assert column(folder, name) == pytest.approx(column(expected, name), rel=tolerance), (folder.name, name)
+
+
+def assert_same_state(checkpoint: Path, expected: Path) -> None:
+    """Weights and moments, tensor by tensor, up to what fp32 sums in another order leave."""
+    found, wanted = read_tensors(checkpoint), read_tensors(expected)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        scale = float(tensor.abs().max()) or 1.0
+        difference = float((found[name] - tensor).abs().max())
+        assert difference <= 2e-4 * scale, (checkpoint, name, difference / scale)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_backend_trains_the_same_run(make_config: MakeConfig, precision: str) -> None:
+    common = (*TEN, f"accelerator.precision={precision}", "checkpoint.at_end=false")
+    single, = run_all(1, [make_config("run.name=single", *common)])
+    assert column(single, "loss")[-1] < 0.8 * column(single, "loss")[0]
+    for world in (1, 2):
+        folders = run_all(world, [make_config(f"run.name={name}-{world}", *BACKENDS[name], *common) for name in SHARED])
+        for folder in folders:
+            assert_same_run(folder, single, TOLERANCE[precision])
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_checkpoint_moves_between_every_pair(make_config: MakeConfig, first: int, then: int) -> None:
+    """5 steps on A, 5 on B with another number of workers: the ten losses, weights and moments of the undisturbed run."""
+    whole, = run_all(1, [make_config("run.name=whole", *TEN)])
+    half = (*TEN[1:], "run.max_steps=5", "scheduler.decay_steps=10")
+    sources = {name: make_config(f"run.name={name}", *BACKENDS[name], *half) for name in PORTABLE}
+    run_all(1, [sources.pop("single")])
+    run_all(first, list(sources.values()))
+    storage = whole.parent
+    for name in PORTABLE:
+        assert_same_run_half(storage / name, whole)
+    resumed = {(a, b): make_config(f"run.name={a}-{b}", *BACKENDS[b], *TEN, f"checkpoint.resume={storage / a}")
+               for a in PORTABLE for b in PORTABLE}
+    run_all(1, [config for (_, b), config in resumed.items() if b == "single"])
+    run_all(then, [config for (_, b), config in resumed.items() if b != "single"])
+    for a, b in resumed:
+        folder = storage / f"{a}-{b}"
+        assert ledger(folder) == ledger(whole)[5:]
+        assert column(folder, "loss") == pytest.approx(column(whole, "loss")[5:], rel=1e-5), (a, b)
+        assert column(folder, "grad_norm") == pytest.approx(column(whole, "grad_norm")[5:], rel=1e-4), (a, b)
+        assert_same_state(folder / "checkpoints" / "step-00000010", whole / "checkpoints" / "step-00000010")
+
+
+def assert_same_run_half(folder: Path, whole: Path) -> None:
+    assert column(folder, "loss") == pytest.approx(column(whole, "loss")[:5], rel=1e-5), folder.name
+
+
+def test_a_resume_is_bitwise_the_same_on_every_backend(make_config: MakeConfig) -> None:
+    """Stopped at step 5 and resumed on the same backend, against the run that never stopped."""
+    for precision in ("fp32", "bf16"):
+        common = (*TEN, f"accelerator.precision={precision}", "checkpoint.every_steps=5")
+        names = [f"{name}-{precision}" for name in SHARED]
+        folders = run_all(2, [make_config(f"run.name={n}", *BACKENDS[name], *common) for n, name in zip(names, SHARED, strict=True)])
+        again = run_all(2, [make_config(f"run.name={n}-again", *BACKENDS[name], *common,
+                                        f"checkpoint.resume={folder / 'checkpoints' / 'step-00000005'}")
+                            for n, name, folder in zip(names, SHARED, folders, strict=True)])
+        for folder, resumed in zip(folders, again, strict=True):
+            assert comparable(resumed) == comparable(folder)[5:], resumed.name
+            last = "checkpoints/step-00000010"
+            found, wanted = read_tensors(resumed / last), read_tensors(folder / last)
+            assert all(torch.equal(found[k], wanted[k]) for k in wanted), resumed.name

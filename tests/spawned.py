@@ -1,0 +1,51 @@
+"""Runs on real process groups without Ray: as many processes as asked for, one run after the other in each."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from myllm_ray.config import TrainerConfig, validate
+from myllm_ray.data.prepare import PreparedData, prepare
+from myllm_ray.engine.run_folder import claim
+from myllm_ray.worker import absolute, check_model, check_names, run_worker
+
+BACKENDS: dict[str, list[str]] = {
+    **{name: [f"accelerator.name={name}"] for name in ("single", "ddp", "fsdp", "accelerate")},
+    "accelerate-fsdp": ["accelerator.name=accelerate", "accelerator.options={fsdp_plugin: {fsdp_version: 2}}"],
+    **{f"deepspeed-{n}": ["accelerator.name=deepspeed", f"accelerator.stage={n}"] for n in range(4)}}
+SHARED = [name for name in BACKENDS if name != "single"]
+
+
+def _process(rank: int, world: int, store: str, jobs: list[tuple[dict[str, Any], PreparedData]]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    for raw, prepared in jobs:
+        run_worker(validate(raw), prepared)
+    dist.destroy_process_group()
+
+
+def run_all(world: int, configs: list[TrainerConfig]) -> list[Path]:
+    """Run the configs in `world` processes (1: in this one, without a group); returns the folders."""
+    configs = [absolute(c) for c in configs]
+    jobs = []
+    for config in configs:
+        check_names(config)
+        prepared = prepare(config)
+        check_model(config, prepared)
+        claim(config, prepared.identity)
+        jobs.append((config.model_dump(mode="json"), prepared))
+        if world == 1:
+            run_worker(config, prepared)
+    if world > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(_process, (world, f"{folder}/store", jobs), nprocs=world)
+    return [Path(c.run.storage) / c.run.name for c in configs]
+
