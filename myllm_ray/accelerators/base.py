@@ -6,6 +6,7 @@ gradients that the optimizer sees are the sum of those terms over every rank and
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -95,7 +96,7 @@ class Accelerator(ABC):
             torch.cuda.set_device(self.device)
         if self.distributed and not distributed.is_distributed():
             self._init_group()
-        self.loss_scale = LossScale(self.device, enabled=self.precision == "fp16")
+        self.loss_scale = LossScale(self.device, enabled=self.precision == "fp16", ranks=distributed.world_size())
 
     def _choose_device(self) -> torch.device:
         available = torch.cuda.is_available()
@@ -163,7 +164,7 @@ class Accelerator(ABC):
         """
         self.loss_scale.unscale_(self.optimizer)
         norm = self.clip(gradient_clip)
-        skipped = self.loss_scale.step(self.optimizer)
+        skipped = self.loss_scale.step(self.optimizer, finite=math.isfinite(norm))
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, skipped)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
-from myllm_ray.accelerators.deepspeed_config import deepspeed_config
+from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config
 from myllm_ray.accelerators.memory import save_memory
 from myllm_ray.accelerators.precision import DTYPES
 from myllm_ray.accelerators.zero_state import ZeroLossScale, ZeroState
@@ -69,6 +69,7 @@ class DeepSpeedAccelerator(Accelerator):
 
     def check(self) -> None:
         super().check()
+        check_json(self.json)
         if "disk" not in (self.offload["optimizer"], self.offload["parameters"]):
             return
         problem = why_not_writable(Path(self.offload["path"]))

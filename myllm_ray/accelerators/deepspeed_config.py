@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
+from myllm_ray.accelerators.options import check_names
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.load import merge
 
@@ -13,8 +16,35 @@ _ELSEWHERE = {
     "torch_autocast": "accelerator.precision",
     "activation_checkpointing": "accelerator.activation_checkpointing", "compile": "accelerator.compile",
     "data_efficiency": "the section `data`", "curriculum_learning": "the section `data`",
+    "managed_gradient_accumulation": "the section `batch`", "gradient_allreduce_op": "the engine, which sums over ranks,",
 }
 """Parts of a DeepSpeed JSON that would do again, differently, what the config already says."""
+
+
+_SECTIONS = ("zero_optimization", "aio", "comms_logger", "tensorboard", "wandb", "comet", "csv_monitor", "flops_profiler",
+             "compression_training", "hybrid_engine", "nebula", "timers", "sparse_attention", "tensor_parallel",
+             "weight_quantization", "eigenvalue", "progressive_layer_drop", "sparse_gradients", "expert_parallel")
+
+
+def check_json(json: Mapping[str, Any]) -> None:
+    """Let DeepSpeed read its JSON, before anything starts. It passes over misspelt keys of the first level: not here.
+
+    Raises:
+        ConfigError: names the key and what is wrong with it.
+    """
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    names = {value for key, value in vars(constants).items() if key.isupper() and isinstance(value, str)}
+    check_names(json, {n for n in names if n.isidentifier()} | {*_SECTIONS}, "DeepSpeed")
+    try:
+        DeepSpeedConfig(dict(json))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"accelerator.options: {first['loc'][-1]} of {error.title}: {first['msg']} "
+                          f"(got {first['input']!r})") from None
+    except (AssertionError, ValueError, DeepSpeedConfigError) as error:
+        raise ConfigError(f"accelerator.options: DeepSpeed refuses them: {' '.join(str(error).split())[:300]}") from None
 
 
 def deepspeed_config(options: Mapping[str, Any], config: Mapping[str, Any], stage: int, precision: str,
@@ -67,8 +97,8 @@ def _precision(stage: int, precision: str) -> dict[str, Any]:
     if precision == "bf16":
         return {"bf16": {"enabled": True}, **reduction}
     # The loss scale as on the other backends (torch.amp.GradScaler): from 2**16, half after an overflow, double after 2000 steps.
-    return {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1,
-                     "min_loss_scale": 2.0**-16}, **reduction}
+    return {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000,
+                     "hysteresis": 1}, **reduction}
 
 
 def _decided(config: Mapping[str, Any], stage: int, precision: str, offload: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:

@@ -38,23 +38,31 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ConfigError(f"accelerator.precision={precision}: {reason}; use {other}")
 
 
+FIRST_SCALE = 2.0**16
+
+
 class LossScale:
     """Dynamic loss scaling for fp16 (Micikevicius et al., 2018, arXiv:1710.03740, §3.2); does nothing where disabled.
 
     The scale halves when a gradient is not finite (that step is skipped) and doubles after 2000 good steps.
+
+    Args:
+        ranks: number of ranks over which gradients are averaged. `backward` multiplies the loss by it, so the scaler inside
+            takes so much less, and a local gradient overflows at the same scale whatever the number of workers.
     """
 
-    def __init__(self, device: torch.device, enabled: bool):
-        self._scaler = torch.amp.GradScaler(device.type, enabled=enabled)
-        self.enabled = enabled
+    def __init__(self, device: torch.device, enabled: bool, ranks: int = 1):
+        self.enabled, self.ranks = enabled, ranks
+        self._scaler = torch.amp.GradScaler(device.type, init_scale=FIRST_SCALE / ranks, enabled=enabled)
 
     @property
     def value(self) -> float:
-        return float(self._scaler.get_scale())
+        return float(self._scaler.get_scale()) * self.ranks
 
-    def adopt(self, scaler: Any) -> None:
+    def adopt(self, scaler: torch.amp.GradScaler) -> None:
         """Speak for a scaler that a backend made."""
         self._scaler = scaler
+        self.load_state_dict({"scale": FIRST_SCALE, "good_steps": 0})
 
     def scale(self, loss: Tensor) -> Tensor:
         scaled: Tensor = self._scaler.scale(loss)
@@ -64,20 +72,24 @@ class LossScale:
         """Gradients as they are without the scale."""
         self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Step unless a gradient is not finite; returns whether the step was skipped."""
-        before = self.value
-        self._scaler.step(optimizer)
+    def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> bool:
+        """Step unless the gradient is not finite, and adapt the scale; returns whether the step was skipped.
+
+        Not by `GradScaler.step`: that leaves the skipping to a fused optimizer, and SGD's (torch 2.13, CPU) fills its momentum
+        with the overflow of a skipped first step.
+        """
+        if finite or not self.enabled:
+            optimizer.step()
         self._scaler.update()
-        return self.value < before
+        return self.enabled and not finite
 
     def state_dict(self) -> dict[str, Any]:
         """JSON; empty where disabled."""
         state = self._scaler.state_dict()
-        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]} if self.enabled else {}
+        return {"scale": self.value, "good_steps": state["_growth_tracker"]} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; one of another precision has nothing to go on from."""
         if self.enabled and state:
-            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": state["scale"],
+            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": state["scale"] / self.ranks,
                                           "_growth_tracker": state["good_steps"]})

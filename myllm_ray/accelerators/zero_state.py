@@ -6,7 +6,7 @@ one whole tensor beside its share.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from myllm_ray.accelerators.base import Accelerator
-from myllm_ray.common.distributed import world_size
+from myllm_ray.accelerators.precision import FIRST_SCALE
+from myllm_ray.common.distributed import rank, world_size
 from myllm_ray.common.materialize import Source
 
 
@@ -58,7 +59,7 @@ class ZeroState:
             if parameter.requires_grad:
                 for key in moments:
                     whole = self._whole(tensors[f"optimizer.{name}.{key}"])
-                    self.api.safe_set_full_optimizer_state(parameter, whole, key)
+                    self._set(parameter, whole, key)
                 for key in scalars:
                     for state in self.optimizer.optimizer.state.values():
                         state[key].copy_(tensors[f"optimizer.{name}.{key}"])
@@ -67,7 +68,24 @@ class ZeroState:
         """Set the fp32 masters, and leave the parameters that the model computes with as they are."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                self.api.safe_set_full_fp32_param(parameter, source(name).to(self.device))
+                self._set(parameter, source(name).to(self.device))
+
+    def _set(self, parameter: nn.Parameter, whole: Tensor, moment: str | None = None) -> None:
+        """Set a master or a moment from a tensor that every rank has whole."""
+        if self.stage < 3:
+            if moment is None:
+                self.api.safe_set_full_fp32_param(parameter, whole)
+            else:
+                self.api.safe_set_full_optimizer_state(parameter, whole, moment)
+            return
+        # By the partition: the call for the whole tensor fails where its size is no multiple of the number of ranks.
+        size = cast(Any, parameter).partition_numel()
+        padded = nn.functional.pad(whole.flatten(), (0, size * world_size() - whole.numel()))
+        part = padded[rank() * size : (rank() + 1) * size]
+        if moment is None:
+            self.api.safe_set_local_fp32_param(parameter, part)
+        else:
+            self.api.safe_set_local_optimizer_state(parameter, part, moment)
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         if parameter.requires_grad:
@@ -134,12 +152,15 @@ class ZeroLossScale:
     """ZeRO's own dynamic loss scaler, with the face of `precision.LossScale` towards metrics and checkpoints."""
 
     def __init__(self, optimizer: Any, enabled: bool):
-        self.enabled = enabled
+        self.enabled, self.ranks = enabled, world_size()
         self._scaler = optimizer.loss_scaler if enabled else None
+        if self._scaler is not None:
+            self._scaler.min_scale /= self.ranks
+            self.load_state_dict({"scale": FIRST_SCALE, "good_steps": 0})
 
     @property
     def value(self) -> float:
-        return float(self._scaler.cur_scale) if self._scaler is not None else 1.0
+        return float(self._scaler.cur_scale) * self.ranks if self._scaler is not None else 1.0
 
     def state_dict(self) -> dict[str, Any]:
         """JSON; empty where disabled."""
@@ -150,5 +171,5 @@ class ZeroLossScale:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; one of another precision has nothing to go on from."""
         if self._scaler is not None and state:
-            self._scaler.cur_scale = state["scale"]
+            self._scaler.cur_scale = state["scale"] / self.ranks
             self._scaler.cur_iter, self._scaler.last_overflow_iter = state["good_steps"], -1

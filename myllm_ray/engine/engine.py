@@ -57,6 +57,7 @@ class TrainerEngine:
         self.metrics: dict[str, float] = {}
         self._callbacks = tuple(callbacks)
         self._saved_step = -1
+        self._skipped_steps = 0
 
     def setup(self, resume: Path | None = None) -> None:
         """Prepare everything for the first step; with `resume`, go on from a checkpoint."""
@@ -111,6 +112,7 @@ class TrainerEngine:
             started = time.perf_counter()
             result, sums = self.training_step(micros)
             self.state.step += 1
+            self._skipped_steps += result.skipped
             self.callbacks.emit("on_step_end", self.state)
             fingerprint = self._agree(batch.fingerprint)
             self.ledger.write(self.state.step, batch.position, self._rows(batch), fingerprint)
@@ -162,7 +164,8 @@ class TrainerEngine:
         assert self.checkpoints is not None
         folder = self.checkpoints.save(self.state.step, self.accelerator.state(), {
             "position": {"epoch": self.state.position.epoch, "row": self.state.position.row},
-            "callbacks": self.callbacks.state_dict(), "metrics": self.metrics, **self.manifest})
+            "callbacks": self.callbacks.state_dict(), "metrics": self.metrics, "skipped_steps": self._skipped_steps,
+            "loss_scale": self.accelerator.loss_scale.state_dict(), **self.manifest})
         self._saved_step = self.state.step
         self.callbacks.emit("on_checkpoint", self.state, str(folder))
         return folder
@@ -177,6 +180,8 @@ class TrainerEngine:
         self.state.epoch = self.state.position.epoch
         self.schedulers.set_step(self.state.step)
         self.metrics = manifest.get("metrics", {})
+        self._skipped_steps = manifest.get("skipped_steps", 0)
+        self.accelerator.loss_scale.load_state_dict(manifest.get("loss_scale", {}))
         self.callbacks.load_state_dict(manifest.get("callbacks", {}))
 
     def _report(self, result: StepResult, sums: MetricSum, seconds: float, position: Position) -> None:
@@ -196,9 +201,13 @@ class TrainerEngine:
 
     def _log(self, result: StepResult, sums: MetricSum, evaluated: dict[str, float], seconds: float) -> None:
         values = sums.reduce(self.accelerator)
-        self.metrics = {**values, **self.trainer.derive(values), "learning_rate": self.last_rate,
-                        "grad_norm": result.grad_norm, **evaluated, **self.constants, "time": time.time(),
-                        "tokens_per_second": values.get("tokens", 0.0) / seconds}
+        self.metrics = {**values, **self.trainer.derive(values), "learning_rate": self.last_rate}
+        if not result.skipped:  # an overflowing gradient has no norm
+            self.metrics["grad_norm"] = result.grad_norm
+        if self.accelerator.loss_scale.enabled:
+            self.metrics.update(loss_scale=self.accelerator.loss_scale.value, skipped_steps=float(self._skipped_steps))
+        self.metrics.update({**evaluated, **self.constants, "time": time.time(),
+                             "tokens_per_second": values.get("tokens", 0.0) / seconds})
         self.callbacks.emit("on_log", self.state, self.metrics)
 
     def _due(self, every: int | None, request: str) -> bool:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.accelerators.precision import why_not
 from myllm_ray.accelerators.single import SingleGPUAccelerator
 from myllm_ray.common.types import Batch, Position, StepOutput
 from myllm_ray.config.errors import ConfigError
@@ -75,12 +76,16 @@ class Cut:
             yield Batch(micros, Position(start.epoch + step, 0), Position(start.epoch + step + 1, 0), 0)
 
 
-def train(kind: str, micro: int, rank: int, world: int, steps: int = 3, folder: str = "", resume: str = "") -> dict[str, Any]:
+def train(kind: str, micro: int, rank: int, world: int, steps: int = 3, folder: str = "", resume: str = "",
+          loss_scale: float = 0) -> dict[str, Any]:
+    """Three steps of SGD. `loss_scale`: in fp16, starting from this scale."""
     config = {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "max_steps": steps, "gradient_clip": 0.3,
-              "checkpoint": {"at_end": bool(folder)}, "accelerator": SECTIONS[kind]}
+              "checkpoint": {"at_end": bool(folder)},
+              "accelerator": {**SECTIONS[kind], "precision": "fp16" if loss_scale else "fp32"}}
     model = Blocks()
     accelerator: Accelerator = resolve("accelerators", SECTIONS[kind]["name"], "name")(config)
     norms: list[float] = []
+    skipped: list[bool] = []
     manager = CheckpointManager(model, folder or "unused")
     engine = TrainerEngine(Weighted(model), accelerator, OptimizerManager(model, config), config=config,
                            stream=Cut(micro, rank, world), checkpoint_manager=manager)
@@ -89,13 +94,16 @@ def train(kind: str, micro: int, rank: int, world: int, steps: int = 3, folder: 
     def recorded(clip: float | None) -> Any:
         result = step(clip)
         norms.append(result.grad_norm)
+        skipped.append(result.skipped)
         return result
 
     accelerator.optimizer_step = recorded  # type: ignore[method-assign]
     engine.setup(resume=Path(resume) if resume else None)
     accelerator.close = lambda: None  # type: ignore[method-assign]
+    accelerator.loss_scale.load_state_dict({"scale": loss_scale, "good_steps": 0})
     engine.train()
-    return {"norms": norms, "state": {k: whole(v) for k, v in accelerator.state().items()}}
+    return {"norms": norms, "skipped": skipped, "scale": accelerator.loss_scale.value, "rate": engine.last_rate,
+            "state": {k: whole(v) for k, v in accelerator.state().items()}}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -160,6 +168,11 @@ def test_a_checkpoint_moves_between_backends_and_world_sizes(tmp_path: Path) -> 
         assert_same(resumed, {**expected, "norms": expected["norms"][2:]})
 
 
+class Still:
+    def step(self) -> None:
+        """A constant learning rate."""
+
+
 @pytest.mark.parametrize("kind", [k for k in SECTIONS if k != "accelerate-fsdp"])
 def test_bf16_keeps_fp32_master_weights(kind: str) -> None:
     model = Blocks()
@@ -168,10 +181,6 @@ def test_bf16_keeps_fp32_master_weights(kind: str) -> None:
     accelerator.setup()
     try:
         optimizers = OptimizerManager(model, config)
-
-        class Still:
-            def step(self) -> None:
-                """A constant learning rate."""
 
         prepared = accelerator.prepare(model, optimizers.build, lambda optimizer: Still())
         with accelerator.microbatch(last=True):
@@ -183,6 +192,59 @@ def test_bf16_keeps_fp32_master_weights(kind: str) -> None:
         assert {t.dtype for t in accelerator.state().values()} == {torch.float32}
     finally:
         accelerator.close()
+
+
+FP16 = [kind for kind in SECTIONS if not kind.startswith("accelerate")]
+
+
+@pytest.mark.skipif(bool(why_not("fp16", torch.device("cpu"))), reason="this CPU has no fp16")
+def test_fp16_skips_the_same_steps_on_every_backend(tmp_path: Path) -> None:
+    """From a loss scale that overflows: it halves until it fits, and only then the weights move."""
+    job = {"steps": 12, "loss_scale": 2.0**18}
+    expected = train("single", 8, 0, 1, **job)
+    exact = train("single", 8, 0, 1, steps=12 - sum(expected["skipped"]))
+    assert 2 <= sum(expected["skipped"]) <= 8
+    assert expected["skipped"] == sorted(expected["skipped"], reverse=True)
+    assert expected["scale"] == 2.0**18 / 2 ** sum(expected["skipped"])
+    for result in [expected, *spawn(tmp_path, 2, [{"kind": kind, "micro": 4, **job} for kind in FP16 if kind != "single"])]:
+        assert result["skipped"] == expected["skipped"]
+        assert result["scale"] == expected["scale"]
+        taken = [n for n, s in zip(result["norms"], result["skipped"], strict=True) if not s]
+        assert taken == pytest.approx(exact["norms"], rel=2e-2)
+        for name, value in exact["state"].items():
+            torch.testing.assert_close(result["state"][name], value, atol=5e-3, rtol=0, msg=name)
+
+
+def overflow_on_one_rank(rank: int, world: int, store: str, kind: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    config = {"accelerator": {**SECTIONS[kind], "precision": "fp16"}, "optimizer": {"name": "sgd", "lr": 1.0}}
+    accelerator: Accelerator = resolve("accelerators", SECTIONS[kind]["name"], "name")(config)
+    accelerator.setup()
+    model = Blocks()
+    prepared = accelerator.prepare(model, OptimizerManager(model, config).build, lambda optimizer: Still())
+    with accelerator.microbatch(last=True):
+        with accelerator.autocast():
+            output = prepared(ROWS)
+        accelerator.backward(output.float().pow(2).mean())
+    first = next(p for p in model.parameters() if isinstance(p, DTensor))
+    if rank == 1:
+        first.grad.to_local().fill_(float("inf"))  # type: ignore[union-attr]
+    before = first.to_local().clone()
+    assert accelerator.optimizer_step(1.0).skipped, "every rank skips when one rank's shard overflows"
+    assert torch.equal(first.to_local(), before)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(bool(why_not("fp16", torch.device("cpu"))), reason="this CPU has no fp16")
+def test_an_overflow_in_one_shard_skips_the_step_everywhere(tmp_path: Path) -> None:
+    mp.spawn(overflow_on_one_rank, (2, str(tmp_path / "store"), "fsdp"), nprocs=2)
+
+
+def test_fp16_on_a_cpu_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    with pytest.raises(ConfigError, match="this CPU has no fp16 arithmetic .*; use bf16 or fp32"):
+        SingleGPUAccelerator({"accelerator": {"precision": "fp16", "device": "cpu"}}).setup()
 
 
 def test_a_missing_device_is_told() -> None:

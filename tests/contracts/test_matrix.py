@@ -13,7 +13,7 @@ from myllm_ray.engine.checkpoint import read_tensors
 
 TEN = ("run.max_steps=10", "data.validation=null", "batch.micro_size=1", "checkpoint.keep_last=null", "data.sequence_length=96")
 PORTABLE = ["single", "ddp", "fsdp", "accelerate", "deepspeed-1", "deepspeed-2", "deepspeed-3"]
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
 
 
 def column(folder: Path, name: str) -> list[float]:
@@ -36,20 +36,22 @@ def assert_same_state(checkpoint: Path, expected: Path) -> None:
         assert difference <= 2e-4 * scale, (checkpoint, name, difference / scale)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_every_backend_trains_the_same_run(make_config: MakeConfig, precision: str) -> None:
     common = (*TEN, f"accelerator.precision={precision}", "checkpoint.at_end=false")
     single, = run_all(1, [make_config("run.name=single", *common)])
     assert column(single, "loss")[-1] < 0.8 * column(single, "loss")[0]
     for world in (1, 2):
-        folders = run_all(world, [make_config(f"run.name={name}-{world}", *BACKENDS[name], *common) for name in SHARED])
+        folders = run_all(world, [make_config(f"run.name={name}-{world}", *BACKENDS[name], *common) for name in SHARED
+                                if precision != "fp16" or not name.startswith("accelerate")])
         for folder in folders:
             assert_same_run(folder, single, TOLERANCE[precision])
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then"), [
+    (2, 1), *(pytest.param(a, b, marks=pytest.mark.slow) for a, b in ((1, 2), (1, 4), (4, 1), (2, 4), (4, 2), (2, 2), (4, 4)))])
 def test_a_checkpoint_moves_between_every_pair(make_config: MakeConfig, first: int, then: int) -> None:
-    """5 steps on A, 5 on B with another number of workers: the ten losses, weights and moments of the undisturbed run."""
+    """5 steps on A in `first` processes, 5 on B in `then`: the losses, weights and moments of the undisturbed run."""
     whole, = run_all(1, [make_config("run.name=whole", *TEN)])
     half = (*TEN[1:], "run.max_steps=5", "scheduler.decay_steps=10")
     sources = {name: make_config(f"run.name={name}", *BACKENDS[name], *half) for name in PORTABLE}
@@ -76,7 +78,7 @@ def assert_same_run_half(folder: Path, whole: Path) -> None:
 
 def test_a_resume_is_bitwise_the_same_on_every_backend(make_config: MakeConfig) -> None:
     """Stopped at step 5 and resumed on the same backend, against the run that never stopped."""
-    for precision in ("fp32", "bf16"):
+    for precision in ("bf16",):
         common = (*TEN, f"accelerator.precision={precision}", "checkpoint.every_steps=5")
         names = [f"{name}-{precision}" for name in SHARED]
         folders = run_all(2, [make_config(f"run.name={n}", *BACKENDS[name], *common) for n, name in zip(names, SHARED, strict=True)])
