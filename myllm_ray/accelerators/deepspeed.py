@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
-from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config
+from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config, quieten
 from myllm_ray.accelerators.memory import save_memory
 from myllm_ray.accelerators.precision import DTYPES
 from myllm_ray.accelerators.zero_state import ZeroLossScale, ZeroState
@@ -46,8 +45,9 @@ class DeepSpeedAccelerator(Accelerator):
 
     def __init__(self, config: Any = None):
         super().__init__(config)
-        _quieten(cuda=torch.cuda.is_available() and self.device_name != "cpu")
+        quieten(cuda=torch.cuda.is_available() and self.device_name != "cpu")
         self.deepspeed = require("deepspeed", "deepspeed", "accelerator.name=deepspeed")
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # a page at every start
         # Its shared-memory collectives for CPUs are compiled at the first start, which takes a compiler and half a minute.
         self.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         stage = self.section.get("stage")
@@ -185,11 +185,3 @@ class DeepSpeedAccelerator(Accelerator):
             self.deepspeed.comm.destroy_process_group()  # and what DeepSpeed remembers of it, for the next run here
             self._owns_group = False
         super().close()
-
-
-def _quieten(cuda: bool) -> None:
-    """Before the first import: DeepSpeed looks for devices then, and logs a page."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
+from myllm_ray.accelerators.deepspeed_config import quieten
 from myllm_ray.accelerators.memory import save_memory
 from myllm_ray.accelerators.options import keyword_options
 from myllm_ray.common.distributed import world_size
@@ -42,6 +43,7 @@ class HFAccelerator(Accelerator):
 
     def __init__(self, config: Any = None):
         super().__init__(config)
+        quieten(cuda=torch.cuda.is_available() and self.device_name != "cpu")  # Accelerate imports DeepSpeed where it is there
         self.accelerate = require("accelerate", "myllm_ray[accelerate]", "accelerator.name=accelerate")
         for key in self.options:
             if key in _DECIDED:

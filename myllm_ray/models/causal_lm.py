@@ -41,3 +41,10 @@ class CausalLM(nn.Module):
             return cross_entropy_from_logits(self.model(**inputs).logits, targets)
         hidden = self.model.base_model(**inputs).last_hidden_state
         return linear_cross_entropy(hidden, self.model.get_output_embeddings().weight, targets)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.compile` of all but the fused head, which picks its rows and writes its own gradients already."""
+        if self.fused:
+            self.model.base_model.compile(*args, **kwargs)
+        else:
+            super().compile(*args, **kwargs)

@@ -243,7 +243,7 @@ def test_an_overflow_in_one_shard_skips_the_step_everywhere(tmp_path: Path) -> N
 
 def test_fp16_on_a_cpu_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
-    with pytest.raises(ConfigError, match="this CPU has no fp16 arithmetic .*; use bf16 or fp32"):
+    with pytest.raises(ConfigError, match=r"this CPU has no fp16 arithmetic .*; use bf16 or fp32"):
         SingleGPUAccelerator({"accelerator": {"precision": "fp16", "device": "cpu"}}).setup()
 
 
