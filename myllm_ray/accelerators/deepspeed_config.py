@@ -88,7 +88,8 @@ def deepspeed_config(options: Mapping[str, Any], config: Mapping[str, Any], stag
 _DEFAULTS: dict[str, Any] = {
     "steps_per_print": None, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     # False: true would replace torch.nn.functional.linear for the whole process.
-    "zero_optimization": {"memory_efficient_linear": False},
+    # 50M elements: DeepSpeed's own 500M are a buffer of 2 GB in fp32 for every worker, whatever the model.
+    "zero_optimization": {"memory_efficient_linear": False, "reduce_bucket_size": 50_000_000},
 }
 
 
