@@ -52,6 +52,7 @@ class DeepSpeedAccelerator(Accelerator):
         self.deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         stage = self.section.get("stage")
         self.stage: int = 2 if stage is None else stage
+        self.state_is_a_copy = self.stage > 0
         self._check_stage()
         self.json = deepspeed_config(self.options, self.config, self.stage, self.precision, self.offload)
 
@@ -172,11 +173,15 @@ class DeepSpeedAccelerator(Accelerator):
         return cast("AbstractContextManager[Any]", self.deepspeed.zero.GatheredParameters(list(self.module.parameters())))
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() if self.stage == 0 else {**self.zero.tensors(), **self.buffers()}
+        if self.stage == 0:
+            return super().state()
+        return {**self.zero.tensors(), **{name: buffer.detach().cpu().clone() for name, buffer in self.buffers().items()}}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         if self.stage > 0:
             self.zero.load(tensors)
+            for name, buffer in self.buffers().items():
+                buffer.copy_(tensors[name])
 
     def close(self) -> None:
         if hasattr(self, "engine"):

@@ -36,12 +36,12 @@ def all_reduce_(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:
     return tensor
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """The value of every rank, by rank, on all of them. JSON-like values only."""
     if not is_distributed() or world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

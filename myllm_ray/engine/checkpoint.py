@@ -7,7 +7,6 @@ versions, names and shapes of all tensors, and a checksum per file. A directory 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -20,12 +19,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from myllm_ray.common import distributed
-from myllm_ray.common.files import write_json
 from myllm_ray.config.errors import CheckpointError
+from myllm_ray.engine.checkpoint_writer import BackgroundWriter, own_part, sha256, write
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d{8})$")
@@ -40,51 +38,71 @@ class CheckpointManager:
         folder: where the `step-…` directories stand.
         keep_last: how many of the newest to keep; None keeps all.
         keep_best: name of a metric; the checkpoint with its lowest value is kept as well.
+        background: write from a copy while training goes on; one at a time.
     """
 
     def __init__(self, model: nn.Module | None = None, folder: str | Path = "checkpoints", keep_last: int | None = 2,
-                 keep_best: str | None = None):
+                 keep_best: str | None = None, background: bool = False):
         self.model = model
         self.folder = Path(folder)
         self.keep_last, self.keep_best = keep_last, keep_best
+        self.background = background
+        self._background = BackgroundWriter() if background else None
+        self._committed: list[Path] = []
 
-    def save(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> Path:
+    def save(self, step: int, tensors: dict[str, Tensor], manifest: dict[str, Any], copied: bool = False) -> Path:
         """Write a checkpoint: all ranks call this, with their shards of the same tensors.
 
         Args:
             step: optimizer steps done.
             tensors: by fully-qualified name; sharded ones are DTensors.
             manifest: what else must be known to go on (JSON).
+            copied: the tensors are copies, which nobody changes while they are written.
 
         Raises:
-            CheckpointError: it can't be written; nothing half-written is left, earlier checkpoints stay.
+            CheckpointError: it can't be written (in the background: the one before); nothing half-written is left, earlier
+                checkpoints stay.
         """
         final = self.folder / f"step-{step:08d}"
-        beside = self.folder / f".step-{step:08d}.tmp"
-        problem = distributed.from_main(self._start(beside))
-        if problem:
-            raise CheckpointError(f"checkpoint {final}: can't be written: {problem}")
-        try:
-            writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
-            with warnings.catch_warnings():  # "assuming the intent is to save in a single process": it is
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.save(tensors, storage_writer=writer, no_dist=not distributed.is_distributed())
-        except (CheckpointException, OSError, RuntimeError) as error:
-            distributed.barrier()
+        shapes = {name: list(t.shape) for name, t in tensors.items()}
+        manifest = {"format": FORMAT_VERSION, "step": step, **manifest, "tensors": shapes, "versions": versions()}
+
+        def job(part: dict[str, Tensor], group: Any) -> None:
+            write(final, part, manifest, group)
             if distributed.is_main():
-                shutil.rmtree(beside, ignore_errors=True)
-            raise CheckpointError(f"checkpoint {final}: can't be written: {_reason(error)}") from error
-        sums = {k: v for part in distributed.gather_objects(self._checksums(beside)) for k, v in part.items()}
-        if distributed.is_main():
-            shapes = {name: list(t.shape) for name, t in tensors.items()}
-            write_json(beside / "manifest.json", {"format": FORMAT_VERSION, "step": step, **manifest, "tensors": shapes,
-                                                  "versions": versions(), "files": sums})
-            if final.exists():
-                shutil.rmtree(final)
-            beside.rename(final)
-            self._thin_out()
-        distributed.barrier()
+                self._thin_out()
+            self._committed.append(final)
+
+        if self._background is None:
+            job(own_part(tensors), None)
+            distributed.barrier()
+        else:
+            self._background.start(job, own_part(tensors), copied)
         return final
+
+    def make_ready(self, tensors: dict[str, Tensor]) -> None:
+        """Before the first step: get the memory that writing in the background needs. Nothing to do for writing at once."""
+        if self._background is not None:
+            self._background.make_ready(own_part(tensors))
+
+    @property
+    def failed(self) -> bool:
+        """Whether writing in the background failed, here; `wait` then says how."""
+        return self._background is not None and self._background.failed
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until no checkpoint is being written, or for so many seconds.
+
+        Raises:
+            CheckpointError: the last one failed.
+        """
+        if self._background is not None:
+            self._background.wait(seconds)
+
+    def committed(self) -> list[Path]:
+        """Checkpoints that became whole since the last call, oldest first."""
+        done, self._committed = self._committed, []
+        return done
 
     def load(self, folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Copy a checkpoint into live tensors, whatever backend and world size wrote it; returns its manifest.
@@ -121,23 +139,6 @@ class CheckpointManager:
         if not self.folder.is_dir():
             return []
         return sorted(p for p in self.folder.iterdir() if _NAME.match(p.name) and (p / "manifest.json").is_file())
-
-    def _start(self, beside: Path) -> str | None:
-        if not distributed.is_main():
-            return None
-        try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        except OSError as error:
-            return _reason(error)
-        return None
-
-    @staticmethod
-    def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
-        """Checksums of this rank's share of the files."""
-        files = sorted(p for p in folder.iterdir() if p.is_file())
-        mine = files[distributed.rank() :: distributed.world_size()]
-        return {p.name: {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in mine}
 
     @staticmethod
     def _read_on_main(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -191,7 +192,7 @@ def find_damage(folder: Path) -> str | None:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             return f"{folder}: file {name} is missing"
-        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
             return f"{folder}: file {name} is damaged (its checksum differs)"
     return None
 
@@ -207,20 +208,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _difference(saved: dict[str, Any], now: dict[str, Any]) -> str:
     for name in sorted(set(saved) | set(now)):
         if saved.get(name) != now.get(name):
             was, is_now = saved.get(name, "not there"), now.get(name, "not there")
             return f"tensor {name} was {was}, now it is {is_now}; the model or the optimizer has changed"
     return "it has other tensors"
-
-
-def _reason(error: BaseException) -> str:
-    inner = next(iter(getattr(error, "failures", {}).values()), None)
-    text = str(inner[0] if isinstance(inner, tuple) else error)
-    return " ".join(text.split())[:300]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.common import distributed
 from myllm_ray.common.seeds import seed_all
 from myllm_ray.common.types import Batch, BatchStream, Micro, Position, RunState
-from myllm_ray.config.errors import TrainingError
+from myllm_ray.config.errors import CheckpointError, TrainingError
 from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpoint import CheckpointManager
+from myllm_ray.engine.checkpoint_writer import WAIT_SECONDS
 from myllm_ray.engine.metrics import MetricSum
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.records import Ledger
@@ -77,6 +79,8 @@ class TrainerEngine:
             self.trainer.bytes_per_token = self.trainer.bytes_per_token.to(self.accelerator.device)
         if resume is not None:
             self._restore(resume)
+        if self.checkpoints and self.checkpoints.background and not self.accelerator.state_is_a_copy:
+            self.checkpoints.make_ready(self.accelerator.state())
 
     def train(self) -> RunState:
         """Run to the last step. The run's folder then holds all that the config asked for."""
@@ -92,11 +96,15 @@ class TrainerEngine:
                     break
             if self.checkpoints and self.settings.save_at_end and self._saved_step != self.state.step:
                 self.save()
+            self._wait_for_checkpoint()
             self.callbacks.emit("on_train_end", self.state)
         except BaseException as error:
             self.callbacks.emit("on_exception", self.state, error)
             raise
         finally:
+            if self.checkpoints:  # what is being written is not lost when the run fails
+                with suppress(CheckpointError):
+                    self.checkpoints.wait(WAIT_SECONDS)
             self.callbacks.close()
             self.ledger.close()
             self.accelerator.close()
@@ -115,6 +123,7 @@ class TrainerEngine:
             self._skipped_steps += result.skipped
             self.callbacks.emit("on_step_end", self.state)
             fingerprint = self._agree(batch.fingerprint)
+            self._tell_checkpoints()
             self.ledger.write(self.state.step, batch.position, self._rows(batch), fingerprint)
             self._report(result, sums, time.perf_counter() - started, batch.position)
         self.state.position = batch.next
@@ -165,10 +174,19 @@ class TrainerEngine:
         folder = self.checkpoints.save(self.state.step, self.accelerator.state(), {
             "position": {"epoch": self.state.position.epoch, "row": self.state.position.row},
             "callbacks": self.callbacks.state_dict(), "metrics": self.metrics, "skipped_steps": self._skipped_steps,
-            "loss_scale": self.accelerator.loss_scale.state_dict(), **self.manifest})
+            "loss_scale": self.accelerator.loss_scale.state_dict(), **self.manifest}, copied=self.accelerator.state_is_a_copy)
         self._saved_step = self.state.step
-        self.callbacks.emit("on_checkpoint", self.state, str(folder))
+        self._tell_checkpoints()
         return folder
+
+    def _tell_checkpoints(self) -> None:
+        for folder in self.checkpoints.committed() if self.checkpoints else ():
+            self.callbacks.emit("on_checkpoint", self.state, str(folder))
+
+    def _wait_for_checkpoint(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.wait()
+        self._tell_checkpoints()
 
     def _restore(self, folder: Path) -> None:
         assert self.checkpoints is not None, "a resume needs a checkpoint manager"
@@ -215,9 +233,16 @@ class TrainerEngine:
         return asked or bool(every and self.state.step % every == 0)
 
     def _agree(self, fingerprint: int) -> int:
-        """Sum the fingerprint over ranks, and let every rank have the requests that any rank has."""
+        """Sum the fingerprint over ranks, and let every rank have the requests that any rank has.
+
+        A checkpoint that failed in the background of one rank ends the run on all, at the same step.
+        """
         names = ("save", "evaluate", "stop")
-        total, *asked = self.accelerator.all_reduce_ints([fingerprint, *(n in self.state.requests for n in names)])
+        failed = self.checkpoints is not None and self.checkpoints.failed
+        total, failures, *asked = self.accelerator.all_reduce_ints(
+            [fingerprint, failed, *(n in self.state.requests for n in names)])
+        if failures:
+            self._wait_for_checkpoint()
         for name, count in zip(names, asked, strict=True):
             if count:
                 self.state.requests.setdefault(name, "asked for by another rank")

@@ -25,7 +25,7 @@ def folder_of(config: TrainerConfig) -> Path:
 
 def checkpoints_of(config: TrainerConfig) -> CheckpointManager:
     return CheckpointManager(folder=folder_of(config) / "checkpoints", keep_last=config.checkpoint.keep_last,
-                             keep_best=config.checkpoint.keep_best)
+                             keep_best=config.checkpoint.keep_best, background=config.checkpoint.async_)
 
 
 def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
