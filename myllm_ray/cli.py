@@ -1,4 +1,4 @@
-"""The command line: `myllm-ray train | data | sample | export | submit | schema`.
+"""The command line: `myllm-ray train | data | verify | doctor | sample | export | submit | schema`.
 
 Errors that are the user's to fix are one line on standard error and exit code 2.
 """
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from myllm_ray.common.files import write_json
 from myllm_ray.common.logs import show_progress
 from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.load import json_schema, load_config
@@ -105,6 +106,59 @@ def _print_rows(spec: Any, rows: list[Any], tokenizer: Any, first: int = 0) -> N
         for _, piece, trained in pieces(spec, row, tokenizer):
             text.append(piece if out.is_terminal or not trained else f"⟦{piece}⟧", style="green" if trained else "dim")
         out.print(text)
+
+
+@app.command()
+def verify(config: Config, overrides: Overrides = None,
+           steps: Annotated[int, typer.Option(min=2, help="optimizer steps of each run")] = 5,
+           workers: Annotated[int, typer.Option(min=2, help="the larger number of workers")] = 2,
+           backend: Annotated[list[str] | None, typer.Option(help="only these; repeatable: ddp, fsdp, deepspeed-2, own, ...")]
+           = None, output: Annotated[Path | None, typer.Option(help="write the certificate as JSON")] = None) -> None:
+    """Shrink the config, train it many ways, and certify that all train the same run, or name what differs. Exit code 1: it differs."""
+    from myllm_ray.verify.certificate import verify as run
+
+    given = load_config(config, overrides or [])
+    with out.status("verifying") as status:
+        certificate = run(given, steps, backend, workers, tell=lambda line: status.update(f"verifying: {line}"))
+    _print_certificate(certificate)
+    if output is not None:
+        write_json(output, certificate.as_json())
+    sys.exit(0 if certificate.holds else 1)
+
+
+def _print_certificate(certificate: Any) -> None:
+    table = Table(title=f"shrunk: {certificate.shrunk}", title_justify="left")
+    for column in ("backend", "workers", "micro", "loss", "grad norm", "lr", "weights", ""):
+        table.add_column(column, justify="left" if column in ("backend", "") else "right", no_wrap=True)
+    bad = {f.variant for f in certificate.findings}
+    for variant, apart in certificate.rows:
+        shown = [f"{apart[name]:.1e}" for name in ("loss", "grad_norm", "learning_rate", "weights")]
+        table.add_row(variant.backend, str(variant.workers), str(variant.micro_size), *shown,
+                      "[red]differs[/red]" if variant in bad else "same")
+    out.print(table)
+    out.print("(largest relative differences from one process with the whole batch at once; "
+              f"loss and gradient norm may differ by {certificate.tolerance:g})")
+    for variant, reason in certificate.left_out:
+        out.print(Text(f"left out: {variant}: {reason}", style="dim"))
+    for finding in certificate.findings:
+        out.print(Text(str(finding), style="red"))
+    if certificate.holds:
+        out.print(f"certified: {len(certificate.rows)} ways to train this config are the same run")
+    else:
+        out.print(f"not certified: {len(certificate.findings)} of {len(certificate.rows)} runs differ")
+
+
+@app.command()
+def doctor() -> None:
+    """Tell which backends, precisions and devices work here, by a training step each, and why the others do not."""
+    from myllm_ray.verify.doctor import examine
+
+    table = Table(title_justify="left")
+    for column in ("", "works", "why not"):
+        table.add_column(column)
+    for line in examine():
+        table.add_row(line.what, "[green]yes[/green]" if line.works else "[red]no[/red]", Text(line.detail))
+    out.print(table)
 
 
 @app.command()

@@ -7,10 +7,11 @@ schedule. What stands in a checkpoint is `zero_state.py`'s affair.
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -94,8 +95,9 @@ class DeepSpeedAccelerator(Accelerator):
         if source is None:
             whole = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in model.named_parameters()}
             source = whole.__getitem__
-        engine, self.optimizer, *_ = self.deepspeed.initialize(
-            model=model, optimizer=build_optimizer(model), config=self.json, dist_init_required=False)
+        with redirect_stdout(io.StringIO()):  # it prints its memory at every start
+            engine, self.optimizer, *_ = self.deepspeed.initialize(
+                model=model, optimizer=build_optimizer(model), config=self.json, dist_init_required=False)
         self.engine = engine
         self.model = cast(nn.Module, engine)
         self.schedule = build_schedule(self.optimizer)

@@ -94,6 +94,14 @@ def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Sour
     return folder_source(folder, {name for name, _ in skeleton.named_parameters()}, random)
 
 
+def config_of(section: ModelSection) -> Any:
+    """The transformers config of a model section that is not a factory."""
+    if section.config is None:
+        return _config_of_name(section)
+    given = dict(section.config)
+    return AutoConfig.for_model(given.pop("model_type"), **given)
+
+
 def _config_of_name(section: ModelSection) -> Any:
     name = section.name or ""
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():

@@ -1,0 +1,171 @@
+"""The certificate: a config, shrunk, under several backends and cuts of the batch, against one process and one micro-batch."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.resolve import resolve
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.models.shrink import small_model, without_dropout
+from myllm_ray.verify.compare import TOLERANCE, distances
+from myllm_ray.verify.diagnose import Finding, diagnose
+from myllm_ray.verify.runs import Runner, Variant
+
+BACKENDS: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in ("single", "ddp", "fsdp", "accelerate")},
+    **{f"deepspeed-{stage}": {"name": "deepspeed", "stage": stage} for stage in range(4)}}
+
+
+@dataclass
+class Certificate:
+    """What was compared, and what came out."""
+
+    shrunk: str
+    tolerance: float
+    rows: list[tuple[Variant, dict[str, float]]] = field(default_factory=list)
+    """Runs that were compared, with the largest differences of each quantity."""
+    left_out: list[tuple[Variant, str]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.rows) and not self.findings
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, for a file beside the run."""
+        return {"holds": self.holds, "shrunk": self.shrunk, "tolerance": self.tolerance,
+                "runs": [{"backend": v.backend, "workers": v.workers, "micro_size": v.micro_size, **d} for v, d in self.rows],
+                "left_out": [{"run": str(v), "reason": reason} for v, reason in self.left_out],
+                "findings": [{"run": str(f.variant), "step": f.difference.step, "quantity": f.difference.quantity,
+                              "kind": f.kind, "text": str(f)} for f in self.findings]}
+
+
+def verify(config: TrainerConfig, steps: int = 5, backends: Iterable[str] | None = None, workers: int = 2,
+           setup: str | None = None, tell: Callable[[str], None] = lambda line: None) -> Certificate:
+    """Run a shrunk config many ways and compare.
+
+    Args:
+        config: as for training.
+        steps: optimizer steps of each run.
+        backends: names of `BACKENDS`, or `own` for what the config says; default: all, and `own` where it is something else.
+        workers: the larger number of workers.
+        setup: import path of a function that every process calls first.
+        tell: gets a line when something takes its time.
+
+    Raises:
+        ConfigError: the config can't be run at all.
+    """
+    small, shrunk = shrink(config, steps)
+    with tempfile.TemporaryDirectory(prefix="myllm-ray-verify-") as folder:
+        small.data.cache = str(Path(folder) / "data")
+        small = _biting_clip(Runner(small, Path(folder) / "first", setup), small)
+        runner = Runner(small, Path(folder) / "runs", setup)
+        certificate = Certificate(shrunk, TOLERANCE["fp32"])
+        own = config.accelerator.model_dump(mode="json")
+        names = list(backends) if backends is not None else [*BACKENDS, *(["own"] if _is_special(own) else [])]
+        unknown = [name for name in names if name not in BACKENDS and name != "own"]
+        if unknown:
+            raise ConfigError(f"--backend {unknown[0]}: choose from {', '.join(BACKENDS)}, own (what the config says)")
+        sections = {name: BACKENDS.get(name, own) for name in names}
+        plain: dict[str, Any] = {"precision": "fp32", "device": "cpu", "stage": None, "options": {}}
+        reference = Variant("single", 1, small.batch.global_size, _text({**plain, "name": "single"}))
+        cuts = [replace(reference, micro_size=m) for m in (1, 2) if m < small.batch.global_size]
+        variants = cuts + [Variant(name, w, m, _text({**plain, **section, "precision": "fp32", "device": "cpu"}))
+                           for name, section in sections.items() if name != "single"
+                           for w, m in dict.fromkeys(((1, 2), (workers, 1), (workers, 2)))
+                           if small.batch.global_size % (w * m) == 0 and (w == 1 or _is_distributed(section))]
+        _, dropout = without_dropout(small.model)
+        off = _dropout_off(small) if dropout else ()
+        tell(f"{len(variants) + 1} runs of {steps} steps")
+        # Dropout draws by micro-batch, so it is compared at one size of micro-batches; the cuts are compared without.
+        _compare(runner, certificate, replace(reference, changes=off), [replace(v, changes=off) for v in variants], ())
+        if dropout:
+            same_cut = [v for v in variants if v.micro_size == 1]
+            _compare(runner, certificate, replace(reference, micro_size=1), same_cut, off)
+        if config.accelerator.precision != "fp32" and not certificate.findings:
+            certificate.tolerance = TOLERANCE[config.accelerator.precision]
+            precise = [replace(v, accelerator=_text({**json.loads(v.accelerator), "precision": config.accelerator.precision}),
+                               backend=f"{v.backend} {config.accelerator.precision}", changes=off)
+                       for v in [reference, *variants] if v is reference or v.micro_size == 2]
+            _compare(runner, certificate, precise[0], precise[1:], ())
+    return certificate
+
+
+def _compare(runner: Runner, certificate: Certificate, reference: Variant, variants: list[Variant], off: tuple[str, ...]) -> None:
+    expected, *traces = runner.run([reference, *variants])
+    if expected.error:
+        raise ConfigError(expected.error)
+    for variant, trace in zip(variants, traces, strict=True):
+        if trace.error:
+            certificate.left_out.append((variant, trace.error))
+            continue
+        certificate.rows.append((variant, distances(trace, expected)))
+        finding = diagnose(runner, reference, variant, certificate.tolerance, off)
+        if finding:
+            certificate.findings.append(finding)
+
+
+def shrink(config: TrainerConfig, steps: int) -> tuple[TrainerConfig, str]:
+    """The config with a small model, short rows, few documents and a small batch, and what became of it in words."""
+    small = config.model_copy(deep=True)
+    small.model = small_model(config.model)
+    small.data.sequence_length = min(config.data.sequence_length, 512)
+    small.data.validation = None
+    small.data.overflow = "truncate" if config.data.overflow == "error" else config.data.overflow
+    for source in small.data.sources:
+        source.limit = min(source.limit or 128, 128)
+    small.batch.micro_size = 1
+    small.batch.global_size = 4 if config.batch.global_size < 8 else 8
+    small.run.epochs, small.run.max_steps = None, steps
+    if (config.scheduler.warmup_steps or 0) > 2:
+        small.scheduler.warmup_steps = 2
+    small.checkpoint = small.checkpoint.model_copy(update={
+        "every_steps": 1, "keep_last": None, "keep_best": None, "resume": "never", "async_": False, "at_end": True})
+    small.evaluation = small.evaluation.model_copy(update={"every_steps": None, "at_start": False, "at_end": False})
+    small.logging.every_steps = 1
+    small.callbacks = ["jsonl"]
+    small.scaling = small.scaling.model_copy(update={"workers": 0, "gpus_per_worker": 0.0})
+    kind = "the factory's model as it is" if config.model.factory else "a model of 2 layers"
+    return small, (f"{kind}, rows of {small.data.sequence_length} tokens, batches of {small.batch.global_size}, "
+                   f"{steps} steps")
+
+
+def _biting_clip(runner: Runner, small: TrainerConfig) -> TrainerConfig:
+    """Clipping that never happens would never be compared: lower it below the smallest norm, where there is clipping."""
+    trace, = runner.run([Variant("single", 1, small.batch.global_size, _text({"name": "single", "precision": "fp32",
+                                                                               "device": "cpu", "stage": None, "options": {}}))])
+    if trace.error:
+        raise ConfigError(trace.error)
+    norms = [float(row["grad_norm"]) for row in trace.rows if row.get("grad_norm")]
+    if not norms:
+        raise ConfigError(f"no gradient in {len(trace.rows)} steps: rows of {small.data.sequence_length} tokens hold nothing "
+                          "that is trained on (`myllm-ray data CONFIG` shows them); raise data.sequence_length")
+    if small.gradient_clip is not None and min(norms) <= small.gradient_clip:
+        small = small.model_copy(update={"gradient_clip": 0.5 * min(norms)})
+    return small
+
+
+def _dropout_off(config: TrainerConfig) -> tuple[str, ...]:
+    before, after = config.model.config or {}, without_dropout(config.model)[0].config or {}
+    return tuple(f"model.config.{k}=0.0" for k, v in after.items() if before.get(k) != v)
+
+
+def _is_special(section: Mapping[str, Any]) -> bool:
+    """Whether the config's accelerator is more than one of `BACKENDS`."""
+    return section["name"] not in {b["name"] for b in BACKENDS.values()} or bool(section["options"]) or any(
+        section[key] != "none" for key in ("activation_checkpointing", "compile")) or any(
+        section["offload"][key] != "none" for key in ("optimizer", "parameters"))
+
+
+def _is_distributed(section: Mapping[str, Any]) -> bool:
+    return bool(resolve("accelerators", section["name"], "accelerator.name").distributed)
+
+
+def _text(section: Mapping[str, Any]) -> str:
+    return json.dumps(section, sort_keys=True)

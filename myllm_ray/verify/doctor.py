@@ -1,0 +1,100 @@
+"""What works on this machine: tried, not looked up in a table."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.config.errors import UserError
+from myllm_ray.config.resolve import names, resolve
+from myllm_ray.engine.checkpoint import versions
+from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.scheduler import SchedulerManager
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was tried."""
+
+    what: str
+    works: bool
+    detail: str = ""
+
+
+class _Blocks(nn.Module):
+    """A model just large enough to be sharded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+def examine() -> Iterator[Line]:
+    """Devices, then every backend in every precision on every device by one step, then what else a config can ask for."""
+    yield Line("versions", True, ", ".join(f"{k} {v}" for k, v in versions().items()))
+    yield Line("cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    cuda = torch.cuda.is_available()
+    yield Line("cuda", cuda, ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if cuda else
+               "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU (driver? CUDA_VISIBLE_DEVICES?)")
+    for device in ("cpu", "cuda") if cuda else ("cpu",):
+        for name in sorted(names("accelerators")):
+            for stage in (0, 1, 2, 3) if name == "deepspeed" else (None,):
+                for precision in ("fp32", "bf16", "fp16"):
+                    section = {"name": name, "precision": precision, "device": device, "stage": stage}
+                    label = f"{name}{'' if stage is None else f' stage {stage}'}, {precision}, {device}"
+                    yield _try(label, section)
+    yield _disk_offload()
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    yield Line("torch.compile on the CPU", compiler is not None, "" if compiler else "no C++ compiler (Debian: apt install g++)")
+
+
+def _disk_offload() -> Line:
+    """Not tried: DeepSpeed compiles its I/O library at the first use, which takes minutes."""
+    with tempfile.TemporaryDirectory() as folder:
+        section = {"name": "deepspeed", "stage": 3, "offload": {"optimizer": "disk", "parameters": "disk", "path": folder}}
+        try:
+            resolve("accelerators", "deepspeed", "accelerator.name")({"accelerator": section}).check()
+        except UserError as error:
+            return Line("deepspeed offload to disk", False, str(error))
+    return Line("deepspeed offload to disk", True, "the first run compiles DeepSpeed's async_io")
+
+
+def _try(label: str, section: dict[str, Any]) -> Line:
+    """One training step of a tiny model."""
+    try:
+        _step(section)
+    except UserError as error:
+        return Line(label, False, str(error))
+    except Exception as error:  # whatever a library says, in one line
+        return Line(label, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return Line(label, True)
+
+
+def _step(section: dict[str, Any]) -> None:
+    config = {"accelerator": section, "optimizer": {"name": "adamw", "lr": 1e-3}}
+    accelerator: Accelerator = resolve("accelerators", section["name"], "accelerator.name")(config)
+    accelerator.setup()
+    try:
+        model = _Blocks()
+        prepared = accelerator.prepare(model, OptimizerManager(model, config).build, SchedulerManager(config=config).build)
+        with accelerator.microbatch(last=True):
+            with accelerator.autocast():
+                output = prepared(torch.ones(2, 8, device=accelerator.device))
+            accelerator.backward(output.float().pow(2).mean())
+        accelerator.optimizer_step(None)
+    finally:
+        accelerator.close()

@@ -1,0 +1,154 @@
+"""Small runs of a config, each in its own folder, on as many processes as it asks for. They are real runs: `run_worker`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from myllm_ray.common.files import read_jsonl
+from myllm_ray.config.errors import UserError
+from myllm_ray.config.load import apply_override, validate
+from myllm_ray.config.resolve import load_object
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.data.prepare import PreparedData, prepare
+from myllm_ray.engine.checkpoint import read_tensors
+from myllm_ray.engine.run_folder import claim, folder_of
+from myllm_ray.worker import absolute, check_model, check_names, run_worker
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the config: a backend (overrides of its `accelerator` section), and a cut of the batch."""
+
+    backend: str
+    workers: int
+    micro_size: int
+    accelerator: str = "{}"
+    """JSON: overrides of the `accelerator` section."""
+    changes: tuple[str, ...] = ()
+    """Further overrides, `key=value`."""
+
+    @property
+    def name(self) -> str:
+        """A folder's."""
+        parts = [self.backend, str(self.workers), str(self.micro_size), *self.changes]
+        return re.sub(r"[^A-Za-z0-9.-]+", "-", "-".join(parts))
+
+    def __str__(self) -> str:
+        return f"{self.backend}, {self.workers} worker{'s' * (self.workers > 1)}, micro-batches of {self.micro_size}"
+
+
+@dataclass
+class Trace:
+    """What a run did: per step its batch, learning rate, loss and gradient norm, and the weights after it."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    error: str | None = None
+    _weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def weights(self, step: int) -> dict[str, Tensor]:
+        """By name, after optimizer step `step` (counted from 1)."""
+        if step not in self._weights:
+            saved = read_tensors(self.folder / "checkpoints" / f"step-{step:08d}")
+            self._weights[step] = {k: v for k, v in saved.items() if k.startswith("model.")}
+        return self._weights[step]
+
+
+class Runner:
+    """Runs variants of a small config, each once.
+
+    Args:
+        config: the small config.
+        folder: where the runs' folders go.
+        setup: import path of a function that every process calls first.
+    """
+
+    def __init__(self, config: TrainerConfig, folder: Path, setup: str | None = None):
+        self.config, self.folder, self.setup = config, folder, setup
+        self._done: dict[Variant, Trace] = {}
+
+    def run(self, variants: list[Variant]) -> list[Trace]:
+        """Traces of the variants; one that can't be run has an `error`."""
+        left = [v for v in dict.fromkeys(variants) if v not in self._done]
+        for workers in sorted({v.workers for v in left}):
+            jobs = []
+            for variant in (v for v in left if v.workers == workers):
+                try:
+                    config = self._configure(variant)
+                    check_names(config)
+                    prepared = prepare(config)
+                    check_model(config, prepared)
+                    claim(config, prepared.identity)
+                    jobs.append((config.model_dump(mode="json"), prepared))
+                    self._done[variant] = Trace(folder_of(config), [])
+                except UserError as error:
+                    self._done[variant] = Trace(self.folder, [], str(error))
+            _run_jobs(workers, jobs, self.setup)
+        for variant in left:
+            self._read(self._done[variant])
+        return [self._done[v] for v in variants]
+
+    def _configure(self, variant: Variant) -> TrainerConfig:
+        raw = self.config.model_dump(mode="json")
+        raw["accelerator"] = {**raw["accelerator"], **json.loads(variant.accelerator)}
+        raw["batch"]["micro_size"] = variant.micro_size
+        raw["scaling"]["workers"] = 0 if variant.workers == 1 else variant.workers
+        raw["run"].update(name=variant.name, storage=str(self.folder))
+        for change in variant.changes:
+            apply_override(raw, change)
+        return absolute(validate(raw))
+
+    @staticmethod
+    def _read(trace: Trace) -> None:
+        if trace.error:
+            return
+        failed = trace.folder / "error.txt"
+        if failed.exists():
+            trace.error = failed.read_text(encoding="utf-8")
+            return
+        hashes = {row["step"]: row["tokens_hash"] for row in read_jsonl(trace.folder / "ledger.jsonl")}
+        rows = [row for row in read_jsonl(trace.folder / "metrics.jsonl") if "learning_rate" in row]
+        trace.rows = [{**row, "tokens_hash": hashes[row["step"]]} for row in rows]
+
+
+def _run_jobs(workers: int, jobs: list[tuple[dict[str, Any], PreparedData]], setup: str | None) -> None:
+    if not jobs:
+        return
+    if workers == 1:
+        _run(jobs, setup)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_process, (workers, f"{folder}/store", jobs, setup), nprocs=workers)
+
+
+def _process(rank: int, world: int, store: str, jobs: list[tuple[dict[str, Any], PreparedData]], setup: str | None) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    _run(jobs, setup)
+    dist.destroy_process_group()
+
+
+def _run(jobs: list[tuple[dict[str, Any], PreparedData]], setup: str | None) -> None:
+    if setup:
+        load_object(setup, "setup")()
+    for raw, prepared in jobs:
+        config = validate(raw)
+        try:
+            run_worker(config, prepared)
+        except UserError as error:  # the same on every rank, so the next run finds them all
+            folder = folder_of(config)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(str(error), encoding="utf-8")
+

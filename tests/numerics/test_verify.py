@@ -1,0 +1,123 @@
+"""`myllm-ray verify`: certifies what is right, and names the kind of each planted fault."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, MakeConfig
+
+from myllm_ray.cli import main
+from myllm_ray.common.types import Batch
+from myllm_ray.config import ConfigError
+from myllm_ray.config.schema import ModelSection
+from myllm_ray.data.stream import LocalStream
+from myllm_ray.models.shrink import small_model
+from myllm_ray.verify.certificate import verify
+
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.2, "embd_pdrop": 0.1}
+
+
+def found_kinds(config: Any, workers: int = 1, backends: tuple[str, ...] = ("own",)) -> list[tuple[str, int]]:
+    certificate = verify(config, steps=3, backends=backends, workers=workers)
+    assert not certificate.holds
+    assert certificate.left_out == []
+    return [(f.kind, f.difference.step) for f in certificate.findings]
+
+
+def test_a_sound_config_is_certified(make_config: MakeConfig) -> None:
+    certificate = verify(make_config("run.max_steps=1000", "scheduler.warmup_steps=100"), steps=3,
+                         backends=("single", "ddp", "deepspeed-1"))
+    assert certificate.holds, certificate.findings
+    assert len(certificate.rows) == 2 + 2 * 3
+    assert all(0 <= apart["loss"] < 1e-5 for _, apart in certificate.rows)
+    assert max(apart["weights"] for _, apart in certificate.rows) > 0, "something was compared"
+
+
+def test_dropout_and_half_precision_are_certified_too(make_config: MakeConfig) -> None:
+    certificate = verify(make_config("accelerator.precision=bf16", model={"config": GPT2}), steps=3, backends=("ddp",), workers=1)
+    assert certificate.holds, certificate.findings
+    assert any("bf16" in variant.backend for variant, _ in certificate.rows)
+    assert any("model.config.resid_pdrop=0.0" in variant.changes for variant, _ in certificate.rows)
+    assert any(not variant.changes for variant, _ in certificate.rows)
+
+
+def test_a_mean_of_means_is_normalisation(make_config: MakeConfig) -> None:
+    config = make_config("data.packing=false", trainer="faults:MeanOfMeans")
+    assert {(kind, step) for kind, step in found_kinds(config, backends=())} == {("normalisation", 1)}
+
+
+def test_a_mean_over_ranks_is_normalisation(make_config: MakeConfig) -> None:
+    kinds = found_kinds(make_config("accelerator.name=faults:MeanOverRanks"), workers=2)
+    assert kinds == [("normalisation", 1), ("normalisation", 1)]
+
+
+@pytest.mark.parametrize(("fault", "kind", "step"), [
+    ("SteppedTwice", "schedule stepped twice", 3), ("LowPrecision", "precision", 1), ("Unclipped", "clipping", 1),
+    ("NoDropout", "dropout", 1)])
+def test_a_planted_fault_is_named(make_config: MakeConfig, fault: str, kind: str, step: int) -> None:
+    overrides = {"model": {"config": GPT2}} if fault == "NoDropout" else {}
+    found = found_kinds(make_config(f"accelerator.name=faults:{fault}", **overrides))
+    assert set(found) == {(kind, step)}
+
+
+def test_another_order_of_the_data_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches of one row come from the next batch: what a stream does that counts in micro-batches."""
+    batches = LocalStream.batches
+
+    def shifted(self: LocalStream, start: Any, steps: int) -> Any:
+        found: list[Batch] = list(batches(self, start, steps + 1))
+        yield from found[1:] if self.spec.micro_size == 1 else found[:-1]
+
+    monkeypatch.setattr(LocalStream, "batches", shifted)
+    assert found_kinds(make_config(), backends=()) == [("data order", 1)]
+
+
+def test_the_command(make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                     monkeypatch: pytest.MonkeyPatch) -> None:
+    import yaml
+
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config("run.max_steps=1000").model_dump(mode="json")))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["myllm-ray", "verify", str(path), "--steps", "3", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        shown = capsys.readouterr()
+        return int(stopped.value.code or 0), shown.out, shown.err
+
+    code, out, _ = call("--backend", "single", "--output", str(tmp_path / "certificate.json"))
+    assert code == 0, out
+    assert "certified: 2 ways to train this config are the same run" in out
+    assert json.loads((tmp_path / "certificate.json").read_text())["holds"] is True
+    code, out, _ = call("--backend", "own", "--workers", "2", "accelerator.name=faults:SteppedTwice")
+    assert code == 1
+    assert "schedule stepped twice: the learning rate is that of step 5" in out
+    code, _, err = call("--backend", "dpp")
+    assert code == 2
+    assert "--backend dpp: choose from single, ddp" in err
+
+
+def test_nothing_to_train_on_is_told(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"no gradient in 3 steps: rows of 8 tokens hold nothing"):
+        verify(make_config("data.sequence_length=8"), steps=3, backends=())
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "quickstart"])
+def test_models_are_shrunk_in_kind(name: str) -> None:
+    from myllm_ray.config import load_config
+
+    section = load_config(ROOT / "configs" / f"{name}.yaml").model
+    small = small_model(section)
+    assert small.config is not None
+    assert section.config is not None
+    assert small.config["model_type"] == section.config["model_type"]
+
+
+def test_layer_kinds_are_kept_when_shrunk() -> None:
+    small = small_model(ModelSection(config={"model_type": "gemma3_text", "num_hidden_layers": 12}))
+    assert small.config is not None
+    assert sorted(small.config["layer_types"]) == ["full_attention", "sliding_attention"]
