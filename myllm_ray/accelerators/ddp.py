@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.accelerators.options import keyword_options
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.materialize import materialize
@@ -24,14 +24,24 @@ class DDPAccelerator(Accelerator):
         keyword_options(DistributedDataParallel, self.options, own=("module", "device_ids", "output_device", "process_group",
                                                                     "device_mesh", "mixed_precision"))
 
+    _stepped = False
+
     def wrap(self, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(
             materialize(model, self.device), device_ids=[self.device] if self.device.type == "cuda" else None,
             **{"gradient_as_bucket_view": True, "forward_sync_buffers": False, **self.options})
 
     def microbatch(self, last: bool) -> AbstractContextManager[Any]:
-        # The forward pass decides whether DDP prepares the exchange, so no_sync must stand around it too.
-        return nullcontext() if last else self.model.no_sync()  # type: ignore[operator]
+        # The forward pass decides whether DDP prepares the exchange, so no_sync must stand around it too. With a static graph
+        # DDP learns the graph in its first exchange and fails without one: the first step exchanges every micro-batch,
+        # which gives the same sum.
+        if last or (self.options.get("static_graph") and not self._stepped):
+            return nullcontext()
+        return self.model.no_sync()  # type: ignore[operator]
+
+    def optimizer_step(self, gradient_clip: float | None) -> StepResult:
+        self._stepped = True
+        return super().optimizer_step(gradient_clip)
 
     def backward(self, loss: Tensor) -> None:
         # DDP averages over ranks; the contract is a sum.
