@@ -88,6 +88,10 @@ class DeepSpeedAccelerator(Accelerator):
         self._autocast_inside(model)
         self.module, source = model, source_of(model)
         os.environ.setdefault("LOCAL_RANK", "0")  # read by zero.Init
+        if self.offload["parameters"] == "disk":
+            # Buffers through which parameters pass, for the largest one: DeepSpeed's default is 2 GB for every worker.
+            largest = max(p.numel() for p in model.parameters())
+            self.json["zero_optimization"]["offload_param"].setdefault("buffer_size", largest)
         if self.stage == 3 and source is not None:
             self._fill(model, source)
         else:

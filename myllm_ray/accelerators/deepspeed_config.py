@@ -78,9 +78,6 @@ def deepspeed_config(options: Mapping[str, Any], config: Mapping[str, Any], stag
         if offload[what] != "none":
             device = {"disk": "nvme"}.get(offload[what], offload[what])
             mine["zero_optimization"][name] = {"device": device, **({"nvme_path": offload["path"]} if device == "nvme" else {})}
-    if "disk" in (offload["optimizer"], offload["parameters"]):
-        # At least what one tensor needs: DeepSpeed's default buffer is for models of billions of parameters.
-        mine["zero_optimization"].setdefault("sub_group_size", 100_000_000)
     given = {k: v for k, v in options.items() if k not in ("train_batch_size", "gradient_accumulation_steps")}
     return merge(merge(_DEFAULTS, _without_auto(given)), mine)
 

@@ -27,7 +27,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_readme_commands(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line for block in blocks("README.md", "") for line in block.splitlines() if line.startswith(".venv/bin/myllm-ray")]
-    assert len(lines) == 6
+    assert len(lines) == 8
     for line in lines:
         code, out, err = call(capsys, monkeypatch, *shlex.split(line)[1:])
         assert code == 0, (line, err)

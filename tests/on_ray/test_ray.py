@@ -28,14 +28,18 @@ def norms(folder: str | Path) -> list[float]:
     return [r["grad_norm"] for r in comparable(folder)]
 
 
-@pytest.mark.timeout(600)
-def test_same_run_at_every_world_size(make_config: MakeConfig) -> None:
-    """fp32, 20 steps: workers 0, 1, 2 and 4 with single, ddp and fsdp."""
+FEW = [("ddp", 0), ("single", 1), ("ddp", 2), ("fsdp", 4), ("deepspeed", 2)]
+ALL = [(name, workers) for name in ("ddp", "fsdp", "accelerate", "deepspeed") for workers in (0, 1, 2, 4)]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("cases", [pytest.param(FEW, id="few"), pytest.param(ALL, id="all", marks=pytest.mark.slow)])
+def test_same_run_at_every_world_size(make_config: MakeConfig, cases: list[tuple[str, int]]) -> None:
+    """fp32, 20 steps: workers 0, 1, 2 and 4 (0: in this process, without Ray)."""
     common = ("run.max_steps=20", "evaluation.every_steps=10", "batch.micro_size=1")
     expected = train(make_config("run.name=plain", *common)).folder
     assert {r["epoch"] for r in ledger(expected)} >= {0, 1}
-    for accelerator, workers in [("ddp", 0), ("fsdp", 0), ("single", 1), ("ddp", 1), ("fsdp", 1), ("ddp", 2), ("fsdp", 2),
-                                 ("ddp", 4), ("fsdp", 4)]:
+    for accelerator, workers in cases:
         folder = train(make_config(f"run.name={accelerator}-{workers}", f"accelerator.name={accelerator}",
                                    f"scaling.workers={workers}", *common)).folder
         assert ledger(folder) == ledger(expected), (accelerator, workers)
@@ -48,7 +52,9 @@ def test_same_run_at_every_world_size(make_config: MakeConfig) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("accelerator", "workers"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(("accelerator", "workers"), [
+    ("ddp", 2), *(pytest.param(name, workers, marks=pytest.mark.slow) for name, workers in (
+        ("single", 1), ("fsdp", 2), ("accelerate", 2), ("deepspeed", 2)))])
 def test_stop_and_resume_is_bitwise_the_same(make_config: MakeConfig, accelerator: str, workers: int) -> None:
     """Stop at step 13 of 30, in the middle of the second epoch."""
     common = (f"accelerator.name={accelerator}", f"scaling.workers={workers}", "run.max_steps=30", "batch.global_size=4",
