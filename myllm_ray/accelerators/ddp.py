@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +37,7 @@ class DDPAccelerator(Accelerator):
         # which gives the same sum.
         if last or (self.options.get("static_graph") and not self._stepped):
             return nullcontext()
-        return self.model.no_sync()  # type: ignore[operator]
+        return cast(DistributedDataParallel, self.model).no_sync()
 
     def optimizer_step(self, gradient_clip: float | None) -> StepResult:
         self._stepped = True
