@@ -64,3 +64,10 @@ class NoDropout(SingleGPUAccelerator):
         wrapped.train(False)
         wrapped.train = lambda mode=True: wrapped  # type: ignore[method-assign, assignment, misc]
         return wrapped
+
+
+class Broken(SingleGPUAccelerator):
+    """Fails in the first backward pass."""
+
+    def backward(self, loss: Tensor) -> None:
+        raise ZeroDivisionError("planted")

@@ -57,6 +57,8 @@ class Accelerator(ABC):
 
     distributed = False
     """Whether the backend needs a process group, also with one process."""
+    stages: ClassVar[tuple[int | None, ...]] = (None,)
+    """Values of `accelerator.stage` that mean something here."""
     state_is_a_copy = False
     """Whether `state` gives copies, which training leaves alone, and not the live tensors."""
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {}

@@ -42,6 +42,7 @@ class DeepSpeedAccelerator(Accelerator):
     """
 
     distributed = True
+    stages = (0, 1, 2, 3)
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {"optimizer": ("cpu", "disk"), "parameters": ("cpu", "disk")}
 
     def __init__(self, config: Any = None):
@@ -96,7 +97,8 @@ class DeepSpeedAccelerator(Accelerator):
             self._fill(model, source)
         else:
             materialize(model, "cpu" if self.offload["parameters"] != "none" else self.device)
-        if source is None:
+        rounded = self.precision != "fp32" and self.stage > 0
+        if rounded and source is None:
             whole = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in model.named_parameters()}
             source = whole.__getitem__
         with redirect_stdout(io.StringIO()):  # it prints its memory at every start
@@ -108,7 +110,7 @@ class DeepSpeedAccelerator(Accelerator):
         if self.stage > 0:
             self.loss_scale = ZeroLossScale(self.optimizer, enabled=self.precision == "fp16")  # type: ignore[assignment]
             self.zero = ZeroState(self.deepspeed, model, self.optimizer, self.stage, self.device)
-            if self.precision != "fp32":
+            if rounded and source is not None:
                 # DeepSpeed made its fp32 masters from rounded parameters: give them back what the rounding took.
                 self.zero.set_masters(source)
         return self.model
@@ -144,9 +146,6 @@ class DeepSpeedAccelerator(Accelerator):
                 self.deepspeed.zero.Init(module=module, config_dict_or_path=self.json)
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(self.device)
-
-    def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        return materialize(model, self.device).requires_grad_(False).eval()
 
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()  # see `_autocast_inside`

@@ -183,9 +183,9 @@ class TrainerEngine:
         for folder in self.checkpoints.committed() if self.checkpoints else ():
             self.callbacks.emit("on_checkpoint", self.state, str(folder))
 
-    def _wait_for_checkpoint(self) -> None:
+    def _wait_for_checkpoint(self, seconds: float | None = None) -> None:
         if self.checkpoints:
-            self.checkpoints.wait()
+            self.checkpoints.wait(seconds)
         self._tell_checkpoints()
 
     def _restore(self, folder: Path) -> None:
@@ -242,7 +242,8 @@ class TrainerEngine:
         total, failures, *asked = self.accelerator.all_reduce_ints(
             [fingerprint, failed, *(n in self.state.requests for n in names)])
         if failures:
-            self._wait_for_checkpoint()
+            self._wait_for_checkpoint(WAIT_SECONDS)
+            raise CheckpointError("another rank could not write its part of the checkpoint; its own message says why")
         for name, count in zip(names, asked, strict=True):
             if count:
                 self.state.requests.setdefault(name, "asked for by another rank")

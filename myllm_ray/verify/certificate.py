@@ -11,7 +11,7 @@ from typing import Any
 
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
-from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.schema import AcceleratorSection, TrainerConfig
 from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.verify.compare import TOLERANCE, distances
 from myllm_ray.verify.diagnose import Finding, diagnose
@@ -20,6 +20,8 @@ from myllm_ray.verify.runs import Runner, Variant
 BACKENDS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("single", "ddp", "fsdp", "accelerate")},
     **{f"deepspeed-{stage}": {"name": "deepspeed", "stage": stage} for stage in range(4)}}
+_PLAIN: dict[str, Any] = {**AcceleratorSection().model_dump(mode="json"), "precision": "fp32", "device": "cpu"}
+"""Nothing of the config's own accelerator: what the reference and the plain backends run with."""
 
 
 @dataclass
@@ -47,7 +49,7 @@ class Certificate:
 
 
 def verify(config: TrainerConfig, steps: int = 5, backends: Iterable[str] | None = None, workers: int = 2,
-           setup: str | None = None, tell: Callable[[str], None] = lambda line: None) -> Certificate:
+           tell: Callable[[str], None] = lambda line: None) -> Certificate:
     """Run a shrunk config many ways and compare.
 
     Args:
@@ -55,7 +57,6 @@ def verify(config: TrainerConfig, steps: int = 5, backends: Iterable[str] | None
         steps: optimizer steps of each run.
         backends: names of `BACKENDS`, or `own` for what the config says; default: all, and `own` where it is something else.
         workers: the larger number of workers.
-        setup: import path of a function that every process calls first.
         tell: gets a line when something takes its time.
 
     Raises:
@@ -64,8 +65,8 @@ def verify(config: TrainerConfig, steps: int = 5, backends: Iterable[str] | None
     small, shrunk = shrink(config, steps)
     with tempfile.TemporaryDirectory(prefix="myllm-ray-verify-") as folder:
         small.data.cache = str(Path(folder) / "data")
-        small = _biting_clip(Runner(small, Path(folder) / "first", setup), small)
-        runner = Runner(small, Path(folder) / "runs", setup)
+        small = _biting_clip(Runner(small, Path(folder) / "first"), small)
+        runner = Runner(small, Path(folder) / "runs")
         certificate = Certificate(shrunk, TOLERANCE["fp32"])
         own = config.accelerator.model_dump(mode="json")
         names = list(backends) if backends is not None else [*BACKENDS, *(["own"] if _is_special(own) else [])]
@@ -73,7 +74,7 @@ def verify(config: TrainerConfig, steps: int = 5, backends: Iterable[str] | None
         if unknown:
             raise ConfigError(f"--backend {unknown[0]}: choose from {', '.join(BACKENDS)}, own (what the config says)")
         sections = {name: BACKENDS.get(name, own) for name in names}
-        plain: dict[str, Any] = {"precision": "fp32", "device": "cpu", "stage": None, "options": {}}
+        plain = _PLAIN
         reference = Variant("single", 1, small.batch.global_size, _text({**plain, "name": "single"}))
         cuts = [replace(reference, micro_size=m) for m in (1, 2) if m < small.batch.global_size]
         variants = cuts + [Variant(name, w, m, _text({**plain, **section, "precision": "fp32", "device": "cpu"}))
@@ -138,8 +139,7 @@ def shrink(config: TrainerConfig, steps: int) -> tuple[TrainerConfig, str]:
 
 def _biting_clip(runner: Runner, small: TrainerConfig) -> TrainerConfig:
     """Clipping that never happens would never be compared: lower it below the smallest norm, where there is clipping."""
-    trace, = runner.run([Variant("single", 1, small.batch.global_size, _text({"name": "single", "precision": "fp32",
-                                                                               "device": "cpu", "stage": None, "options": {}}))])
+    trace, = runner.run([Variant("single", 1, small.batch.global_size, _text({**_PLAIN, "name": "single"}))])
     if trace.error:
         raise ConfigError(trace.error)
     norms = [float(row["grad_norm"]) for row in trace.rows if row.get("grad_norm")]

@@ -52,7 +52,7 @@ def examine() -> Iterator[Line]:
                "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU (driver? CUDA_VISIBLE_DEVICES?)")
     for device in ("cpu", "cuda") if cuda else ("cpu",):
         for name in sorted(names("accelerators")):
-            for stage in (0, 1, 2, 3) if name == "deepspeed" else (None,):
+            for stage in resolve("accelerators", name, "accelerator.name").stages:
                 for precision in ("fp32", "bf16", "fp16"):
                     section = {"name": name, "precision": precision, "device": device, "stage": stage}
                     label = f"{name}{'' if stage is None else f' stage {stage}'}, {precision}, {device}"

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import Tensor
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.load import apply_override, validate
-from myllm_ray.config.resolve import load_object
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.engine.checkpoint import read_tensors
@@ -71,11 +71,10 @@ class Runner:
     Args:
         config: the small config.
         folder: where the runs' folders go.
-        setup: import path of a function that every process calls first.
     """
 
-    def __init__(self, config: TrainerConfig, folder: Path, setup: str | None = None):
-        self.config, self.folder, self.setup = config, folder, setup
+    def __init__(self, config: TrainerConfig, folder: Path):
+        self.config, self.folder = config, folder
         self._done: dict[Variant, Trace] = {}
 
     def run(self, variants: list[Variant]) -> list[Trace]:
@@ -94,7 +93,7 @@ class Runner:
                     self._done[variant] = Trace(folder_of(config), [])
                 except UserError as error:
                     self._done[variant] = Trace(self.folder, [], str(error))
-            _run_jobs(workers, jobs, self.setup)
+            _run_jobs(workers, jobs)
         for variant in left:
             self._read(self._done[variant])
         return [self._done[v] for v in variants]
@@ -122,33 +121,31 @@ class Runner:
         trace.rows = [{**row, "tokens_hash": hashes[row["step"]]} for row in rows]
 
 
-def _run_jobs(workers: int, jobs: list[tuple[dict[str, Any], PreparedData]], setup: str | None) -> None:
+def _run_jobs(workers: int, jobs: list[tuple[dict[str, Any], PreparedData]]) -> None:
     if not jobs:
         return
     if workers == 1:
-        _run(jobs, setup)
+        _run(jobs)
         return
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (workers, f"{folder}/store", jobs, setup), nprocs=workers)
+        mp.spawn(_process, (workers, f"{folder}/store", jobs), nprocs=workers)
 
 
-def _process(rank: int, world: int, store: str, jobs: list[tuple[dict[str, Any], PreparedData]], setup: str | None) -> None:
+def _process(rank: int, world: int, store: str, jobs: list[tuple[dict[str, Any], PreparedData]]) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    _run(jobs, setup)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world,
+                            timeout=timedelta(minutes=2))  # where one rank fails alone, the others wait no longer
+    _run(jobs)
     dist.destroy_process_group()
 
 
-def _run(jobs: list[tuple[dict[str, Any], PreparedData]], setup: str | None) -> None:
-    if setup:
-        load_object(setup, "setup")()
+def _run(jobs: list[tuple[dict[str, Any], PreparedData]]) -> None:
     for raw, prepared in jobs:
         config = validate(raw)
         try:
             run_worker(config, prepared)
-        except UserError as error:  # the same on every rank, so the next run finds them all
-            folder = folder_of(config)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "error.txt").write_text(str(error), encoding="utf-8")
+        except Exception as error:  # one way that does not work is a line of the certificate, not the end of it
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            (folder_of(config) / "error.txt").write_text(text, encoding="utf-8")
 

@@ -15,7 +15,7 @@ from conftest import MakeConfig, comparable, ledger
 from spawned import BACKENDS, run_all
 
 from myllm_ray.accelerators.base import Accelerator
-from myllm_ray.config import ConfigError, TrainerConfig, UserError
+from myllm_ray.config import ConfigError, TrainerConfig, UserError, validate
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.data.tokenizer import byte_tokenizer
@@ -88,6 +88,9 @@ def test_offload_to_disk(make_config: MakeConfig, tmp_path: Path) -> None:
     folders = run_all(2, [config])
     assert_same(folders, plain)
     assert any((tmp_path / "disk").rglob("*")), "something was on the disk"
+    raw = config.model_dump(mode="json")
+    raw["run"]["name"], raw["checkpoint"]["resume"] = "disk-again", str(plain / "checkpoints/step-00000003")
+    assert_same(run_all(2, [validate(raw)]), plain)
 
 
 def test_zero_3_goes_on_in_one_process_without_deepspeed(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -44,6 +44,19 @@ def test_dropout_and_half_precision_are_certified_too(make_config: MakeConfig) -
     assert any(not variant.changes for variant, _ in certificate.rows)
 
 
+def test_the_configs_own_accelerator_is_compared_with_a_plain_one(make_config: MakeConfig) -> None:
+    own = ("accelerator.name=fsdp", "accelerator.offload.parameters=cpu", "accelerator.activation_checkpointing=full")
+    certificate = verify(make_config(*own), steps=3, backends=("own",), workers=1)
+    assert certificate.holds, certificate.findings
+    assert [v.backend for v, _ in certificate.rows] == ["single", "single", "own", "own"]
+
+
+def test_a_way_that_fails_is_left_out_with_its_reason(make_config: MakeConfig) -> None:
+    certificate = verify(make_config("accelerator.name=faults:Broken"), steps=3, backends=("own",), workers=1)
+    assert certificate.holds
+    assert [(v.backend, reason) for v, reason in certificate.left_out] == [("own", "ZeroDivisionError: planted")] * 2
+
+
 def test_a_mean_of_means_is_normalisation(make_config: MakeConfig) -> None:
     config = make_config("data.packing=false", trainer="faults:MeanOfMeans")
     assert {(kind, step) for kind, step in found_kinds(config, backends=())} == {("normalisation", 1)}
