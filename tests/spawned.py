@@ -18,7 +18,6 @@ from myllm_ray.worker import absolute, check_model, check_names, run_worker
 
 BACKENDS: dict[str, list[str]] = {
     **{name: [f"accelerator.name={name}"] for name in ("single", "ddp", "fsdp", "accelerate")},
-    "accelerate-fsdp": ["accelerator.name=accelerate", "accelerator.options={fsdp_plugin: {fsdp_version: 2}}"],
     **{f"deepspeed-{n}": ["accelerator.name=deepspeed", f"accelerator.stage={n}"] for n in range(4)}}
 SHARED = [name for name in BACKENDS if name != "single"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from myllm_ray.accelerators.options import keyword_options
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.extras import require
 from myllm_ray.common.materialize import materialize
+from myllm_ray.common.modules import repeated_blocks
 from myllm_ray.config.errors import ConfigError
 
 _DECIDED = {
@@ -49,7 +51,13 @@ class HFAccelerator(Accelerator):
             if key in _DECIDED:
                 raise ConfigError(f"accelerator.options.{key}: {_DECIDED[key]} says that here; leave it out")
         keyword_options(self.accelerate.Accelerator, self.options)
-        self.arguments = {key: self._object(key, value) for key, value in self.options.items()}
+        self._arguments()  # a mistake in them is told now
+
+    _wrapping: Mapping[str, Any] = MappingProxyType({"auto_wrap_policy": "no_wrap"})
+    """What the FSDP plugin wraps where its options do not say: the blocks that repeat, once the model is known."""
+
+    def _arguments(self) -> dict[str, Any]:
+        return {key: self._object(key, value) for key, value in self.options.items()}
 
     def _object(self, key: str, value: Any) -> Any:
         """An option as Accelerate takes it: mappings become its plugins and handlers."""
@@ -59,7 +67,7 @@ class HFAccelerator(Accelerator):
             if key == "fsdp_plugin" and value.get("fsdp_version", 2) != 2:
                 raise ConfigError("accelerator.options.fsdp_plugin.fsdp_version: only 2 has parameters with names of their own, "
                                   "which checkpoints need")
-            defaults = {"fsdp_version": 2, "auto_wrap_policy": "no_wrap"} if key == "fsdp_plugin" else {}
+            defaults = {"fsdp_version": 2, **self._wrapping} if key == "fsdp_plugin" else {}
             return self._build(_PLUGINS[key], {**defaults, **value}, f"accelerator.options.{key}")
         return value
 
@@ -74,14 +82,20 @@ class HFAccelerator(Accelerator):
         super().check()
         if self.precision == "fp16" and self._choose_device().type == "cpu":
             raise ConfigError("accelerator.precision=fp16: Accelerate has it on GPUs only; use bf16, or ddp, fsdp or deepspeed")
+        if "fsdp_plugin" in self.options and self._choose_device().type == "cpu":
+            raise ConfigError("accelerator.options.fsdp_plugin: Accelerate passes over it on CPUs and trains as DDP; use "
+                              "accelerator.name=fsdp here")
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
         save_memory(model, self.section)
         self._forget()
+        blocks = {type(block).__name__ for block in repeated_blocks(model)}
+        if blocks:
+            self._wrapping = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": sorted(blocks)}
         with _environment_kept(OMP_NUM_THREADS=str(torch.get_num_threads())):
             self.outer = self.accelerate.Accelerator(
                 cpu=self.device.type == "cpu", mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
-                **self.arguments)
+                **self._arguments())
         self.module = materialize(model, self.device)
         # Never the data loader, which would shard and seed; never the scheduler, which it would step once for every rank.
         self.model, self.outer_optimizer = self.outer.prepare(self.module, build_optimizer(self.module))

@@ -30,7 +30,6 @@ from myllm_ray.trainers.base import BaseTrainer
 
 SECTIONS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("single", "ddp", "fsdp", "accelerate")},
-    "accelerate-fsdp": {"name": "accelerate", "options": {"fsdp_plugin": {"fsdp_version": 2}}},
     **{f"deepspeed-{stage}": {"name": "deepspeed", "stage": stage} for stage in range(4)}}
 SHARED = [kind for kind in SECTIONS if kind != "single"]
 ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -173,7 +172,7 @@ class Still:
         """A constant learning rate."""
 
 
-@pytest.mark.parametrize("kind", [k for k in SECTIONS if k != "accelerate-fsdp"])
+@pytest.mark.parametrize("kind", SECTIONS)
 def test_bf16_keeps_fp32_master_weights(kind: str) -> None:
     model = Blocks()
     config = {"accelerator": {**SECTIONS[kind], "precision": "bf16"}, "optimizer": {"name": "adamw", "lr": 1e-2}}

@@ -159,6 +159,7 @@ def test_generation_with_sharded_parameters(tmp_path: Path, name: str) -> None:
     (["accelerator.name=accelerate", "accelerator.options={mixed_precision: bf16}"], "accelerator.precision says that here; leave it out"),
     (["accelerator.name=accelerate", "accelerator.options={fsdp_plugin: {shard: 1}}"], "options.fsdp_plugin.shard for FullyShardedDataParallelPlugin"),
     (["accelerator.name=accelerate", "accelerator.precision=fp16", "accelerator.device=cpu"], "Accelerate has it on GPUs only"),
+    (["accelerator.name=accelerate", "accelerator.options={fsdp_plugin: {}}", "accelerator.device=cpu"], "use accelerator.name=fsdp here"),
     (["accelerator.activation_checkpointing=0"], "accelerator.activation_checkpointing"),
 ])
 def test_mistakes_are_told_before_anything_starts(make_config: MakeConfig, overrides: list[str], said: str) -> None:
