@@ -28,7 +28,13 @@ def _process(rank: int, world: int, store: str, jobs: list[tuple[dict[str, Any],
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for raw, prepared in jobs:
         run_worker(validate(raw), prepared)
+    leave()
+
+
+def leave() -> None:
+    """End a spawned process. Not through the interpreter's end: now and then a thread of torch is not joined by then, and aborts."""
     dist.destroy_process_group()
+    os._exit(0)
 
 
 def run_all(world: int, configs: list[TrainerConfig]) -> list[Path]:

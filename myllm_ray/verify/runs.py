@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -138,6 +139,9 @@ def _process(rank: int, world: int, store: str, jobs: list[tuple[dict[str, Any],
                             timeout=timedelta(minutes=2))  # where one rank fails alone, the others wait no longer
     _run(jobs)
     dist.destroy_process_group()
+    # Not through the interpreter's own end: now and then a thread of torch is not joined by then, and aborts the process.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _run(jobs: list[tuple[dict[str, Any], PreparedData]]) -> None:

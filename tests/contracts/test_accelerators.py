@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from spawned import leave
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -123,7 +124,7 @@ def process(rank: int, world: int, store: str, jobs: list[dict[str, Any]], out: 
     results = [train(rank=rank, world=world, **job) for job in jobs]
     if rank == 0:
         torch.save(results, out)
-    dist.destroy_process_group()
+    leave()
 
 
 def spawn(tmp_path: Path, world: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -232,7 +233,7 @@ def overflow_on_one_rank(rank: int, world: int, store: str, kind: str) -> None:
     before = first.to_local().clone()
     assert accelerator.optimizer_step(1.0).skipped, "every rank skips when one rank's shard overflows"
     assert torch.equal(first.to_local(), before)
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.skipif(bool(why_not("fp16", torch.device("cpu"))), reason="this CPU has no fp16")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import MakeConfig, comparable, ledger
-from spawned import BACKENDS, run_all
+from spawned import BACKENDS, leave, run_all
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.config import ConfigError, TrainerConfig, UserError, validate
@@ -122,7 +122,7 @@ def generate(rank: int, world: int, store: str, name: str, out: str) -> None:
     with accelerator.generation(), torch.no_grad():
         tokens = accelerator.module.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, do_sample=False)  # type: ignore[union-attr, operator]
     torch.save(tokens, f"{out}-{rank}")
-    dist.destroy_process_group()
+    leave()
 
 
 SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

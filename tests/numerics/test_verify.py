@@ -29,9 +29,9 @@ def found_kinds(config: Any, workers: int = 1, backends: tuple[str, ...] = ("own
 
 def test_a_sound_config_is_certified(make_config: MakeConfig) -> None:
     certificate = verify(make_config("run.max_steps=1000", "scheduler.warmup_steps=100"), steps=3,
-                         backends=("single", "ddp", "deepspeed-1"))
+                         backends=("single", "deepspeed-1"))
     assert certificate.holds, certificate.findings
-    assert len(certificate.rows) == 2 + 2 * 3
+    assert len(certificate.rows) == 2 + 3
     assert all(0 <= apart["loss"] < 1e-5 for _, apart in certificate.rows)
     assert max(apart["weights"] for _, apart in certificate.rows) > 0, "something was compared"
 
