@@ -77,6 +77,7 @@ def test_a_model_without_blocks_is_told() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")  # torch, compiling
 @pytest.mark.parametrize("what", ["blocks", "model"])
 def test_compiled_is_the_same_run(make_config: MakeConfig, what: str) -> None:
     plain, = run_all(1, [make_config("run.name=plain", *FEW)])
