@@ -27,6 +27,9 @@ from myllm_ray.config.errors import ConfigError
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
+_last_group: list[Any] = []
+
+
 class Schedule(Protocol):
     """A learning-rate schedule as a backend needs it."""
 
@@ -35,10 +38,12 @@ class Schedule(Protocol):
 
 
 BuildSchedule = Callable[[torch.optim.Optimizer], Schedule]
+Veto = Callable[[float], bool]
+"""(norm of the gradient before clipping) -> whether this step is to be left out. The same answer on every rank."""
 
 
 class StepResult(NamedTuple):
-    """`grad_norm`: of all parameters, before clipping. `skipped`: the step was left out (a loss scaler's overflow)."""
+    """`grad_norm`: of all parameters, before clipping. `skipped`: the step was left out (a loss scaler's overflow, a veto)."""
 
     grad_norm: float
     skipped: bool = False
@@ -73,6 +78,8 @@ class Accelerator(ABC):
         self.offload: dict[str, Any] = {"optimizer": "none", "parameters": "none", "path": None,
                                         **(self.section.get("offload") or {})}
         self.device = torch.device("cpu")
+        self.veto: Veto | None = None
+        """Asked once a step, when the norm is known and no weight has changed yet; not about an overflow of fp16."""
         self._owns_group = False
         for what in ("optimizer", "parameters"):
             if self.offload[what] not in ("none", *self.offloads.get(what, ())):
@@ -122,8 +129,18 @@ class Accelerator(ABC):
     def close(self) -> None:
         """Give up what `setup` made."""
         if self._owns_group and distributed.is_distributed():
+            self._keep_group()
             dist.destroy_process_group()
             self._owns_group = False
+
+    @staticmethod
+    def _keep_group() -> None:
+        """Put off the end of gloo's threads until the next group ends.
+
+        A group's destructor joins its threads while it holds the interpreter's lock; a thread that still drops the Python
+        objects of its last work waits for that lock, and both wait for ever (torch 2.13).
+        """
+        _last_group[:] = [dist.group.WORLD]
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
         """Place and wrap the model, then build optimizer and schedule on it (sharding must come before the optimizer).
@@ -168,10 +185,15 @@ class Accelerator(ABC):
         """
         self.loss_scale.unscale_(self.optimizer)
         norm = self.clip(gradient_clip)
-        skipped = self.loss_scale.step(self.optimizer, finite=math.isfinite(norm))
+        skipped = self.loss_scale.step(self.optimizer, math.isfinite(norm), vetoed=self.vetoed(norm))
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, skipped)
+
+    def vetoed(self, norm: float) -> bool:
+        """Whether the step is to be left out, for another reason than fp16's overflow."""
+        overflow = self.loss_scale.enabled and not math.isfinite(norm)
+        return self.veto is not None and not overflow and self.veto(norm)
 
     def clip(self, gradient_clip: float | None) -> float:
         """Scale the gradients down to a norm of at most `gradient_clip`; returns the norm they had."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -109,11 +110,25 @@ class DeepSpeedAccelerator(Accelerator):
         self.schedule = build_schedule(self.optimizer)
         if self.stage > 0:
             self.loss_scale = ZeroLossScale(self.optimizer, enabled=self.precision == "fp16")  # type: ignore[assignment]
+            self._gate()
             self.zero = ZeroState(self.deepspeed, model, self.optimizer, self.stage, self.device)
             if rounded and source is not None:
                 # DeepSpeed made its fp32 masters from rounded parameters: give them back what the rounding took.
                 self.zero.set_masters(source)
         return self.model
+
+    def _gate(self) -> None:
+        """Ask for a veto where ZeRO, its norm computed, calls the optimizer inside it, once for every group of parameters."""
+        zero = cast(Any, self.optimizer)
+        step = zero.optimizer.step
+        self._answer: bool | None = None
+
+        def gated(*args: Any, **kwargs: Any) -> Any:
+            if self._answer is None:
+                self._answer = self.veto is not None and self.vetoed(float(zero._global_grad_norm))
+            return None if self._answer else step(*args, **kwargs)
+
+        zero.optimizer.step = gated
 
     def _autocast_inside(self, model: nn.Module) -> None:
         """Autocast within the model's forward: one around it would be switched off by DeepSpeed's engine."""
@@ -165,11 +180,16 @@ class DeepSpeedAccelerator(Accelerator):
             return super().optimizer_step(gradient_clip)
         if (gradient_clip or 0.0) != self.json["gradient_clipping"]:
             raise ValueError(f"gradient_clip={gradient_clip}, DeepSpeed was set up with {self.json['gradient_clipping']}")
+        self._answer = None
         self.engine.step()
         # The schedule is not given to DeepSpeed, which would leave it standing in a skipped step.
         self.schedule.step()
-        skipped = self.loss_scale.enabled and bool(cast(Any, self.optimizer).overflow)
-        return StepResult(float(self.engine.get_global_grad_norm()), skipped)
+        norm = self.engine.get_global_grad_norm()
+        norm = math.nan if norm is None else float(norm)
+        if self._answer is None and not math.isfinite(norm):  # ZeRO left the step out by itself
+            self._answer = self.vetoed(norm)
+        overflow = self.loss_scale.enabled and bool(cast(Any, self.optimizer).overflow)
+        return StepResult(norm, bool(self._answer) or overflow)
 
     def generation(self) -> AbstractContextManager[Any]:
         """All parameters whole on every rank meanwhile."""
@@ -192,6 +212,7 @@ class DeepSpeedAccelerator(Accelerator):
         if hasattr(self, "engine"):
             self.engine.destroy()
         if self._owns_group and self.deepspeed.comm.is_initialized():
+            self._keep_group()
             self.deepspeed.comm.destroy_process_group()  # and what DeepSpeed remembers of it, for the next run here
             self._owns_group = False
         super().close()

@@ -122,10 +122,14 @@ class HFAccelerator(Accelerator):
     def optimizer_step(self, gradient_clip: float | None) -> StepResult:
         self.outer.unscale_gradients(self.outer_optimizer)
         norm = self.clip(gradient_clip)
-        self.outer_optimizer.step()
+        vetoed = self.vetoed(norm)
+        if not vetoed:
+            self.outer_optimizer.step()
+        elif self.outer.scaler is not None:
+            self.outer.scaler.update()
         self.schedule.step()
         self.outer_optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm, bool(self.outer_optimizer.step_was_skipped))
+        return StepResult(norm, vetoed or bool(self.outer_optimizer.step_was_skipped))
 
     def close(self) -> None:
         if hasattr(self, "outer"):

@@ -72,16 +72,17 @@ class LossScale:
         """Gradients as they are without the scale."""
         self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, finite: bool) -> bool:
-        """Step unless the gradient is not finite, and adapt the scale; returns whether the step was skipped.
+    def step(self, optimizer: torch.optim.Optimizer, finite: bool, vetoed: bool = False) -> bool:
+        """Step unless the gradient is not finite or there is a veto, and adapt the scale; returns whether it was skipped.
 
         Not by `GradScaler.step`: that leaves the skipping to a fused optimizer, and SGD's (torch 2.13, CPU) fills its momentum
         with the overflow of a skipped first step.
         """
-        if finite or not self.enabled:
+        skipped = vetoed or (self.enabled and not finite)
+        if not skipped:
             optimizer.step()
         self._scaler.update()
-        return self.enabled and not finite
+        return skipped
 
     def state_dict(self) -> dict[str, Any]:
         """JSON; empty where disabled."""

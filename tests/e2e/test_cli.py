@@ -207,3 +207,12 @@ def test_local_mode_never_imports_ray(config: Path, tmp_path: Path) -> None:
             "assert result.step == 3 and len(result.history) == 4\nassert 'ray' not in sys.modules\n")
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_doctor_tells_what_works_and_ends() -> None:
+    """Once it hung in four runs of five: a process group's destructor and a thread of gloo waited for each other."""
+    done = subprocess.run([sys.executable, "-m", "myllm_ray.cli", "doctor"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for backend in ("single", "ddp", "fsdp", "accelerate", "deepspeed stage 3"):
+        line = next(row for row in done.stdout.splitlines() if f"│ {backend}, fp32, cpu " in row)
+        assert "yes" in line
