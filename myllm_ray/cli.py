@@ -18,11 +18,14 @@ from rich.text import Text
 
 from myllm_ray.common.files import write_json
 from myllm_ray.common.logs import show_progress
+from myllm_ray.common.secrets import mask_text
 from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.load import json_schema, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Train language models from one YAML file.")
+EXIT_LEFT = 75
+"""A run that was asked to stop, and saved first (sysexits.h: EX_TEMPFAIL, try again later)."""
 out = Console(highlight=False, soft_wrap=True)
 
 Config = Annotated[Path, typer.Argument(help="a YAML or JSON file")]
@@ -35,7 +38,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(mask_text(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
 
 
@@ -45,7 +48,15 @@ def train(config: Config, overrides: Overrides = None,
     """Train to the end of the config."""
     from myllm_ray.orchestration.launch import train as run
 
-    out.print(run(config, overrides or [], verbose).summary())
+    try:
+        result = run(config, overrides or [], verbose)
+    except KeyboardInterrupt:
+        print("stopped at once; the newest checkpoint is kept (checkpoint.resume=auto goes on from it)", file=sys.stderr)
+        sys.exit(130)
+    out.print(result.summary())
+    if result.left is not None:
+        out.print(f"stopped before its end ({result.left}); to go on: the same command with checkpoint.resume=auto")
+        sys.exit(EXIT_LEFT)
 
 
 @app.command()
@@ -194,6 +205,17 @@ def _open_run(path: Path) -> tuple[Any, Any]:
     from myllm_ray.worker import open_run
 
     return open_run(path)
+
+
+@app.command()
+def stop(run: Annotated[Path, typer.Argument(help="the folder of a run that is going on")],
+         wait: Annotated[float, typer.Option(min=0, help="seconds to wait for its end")] = 600) -> None:
+    """Stop a run, wherever it was started: it saves a checkpoint first. Exit code 1: it has not ended in time."""
+    from myllm_ray.engine.watch import stop as ask
+
+    left = ask(run, wait)
+    out.print(f"stopped; newest checkpoint: {left}" if left else f"it has not ended after {wait:g} s")
+    sys.exit(0 if left else 1)
 
 
 @app.command()

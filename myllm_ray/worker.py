@@ -5,6 +5,7 @@ Every worker process runs `run_worker`; which process it is, it learns from the 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common import distributed
+from myllm_ray.common.secrets import mask
+from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import BatchStream
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import validate
@@ -27,10 +30,14 @@ from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
 from myllm_ray.engine.engine import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.pulse import Pulse, remove, request
 from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.engine.watch import Watch
 from myllm_ray.models.load import build_deferred, build_model, build_skeleton
 from myllm_ray.trainers.base import BaseTrainer
+
+log = logging.getLogger(__name__)
 
 
 def absolute(config: TrainerConfig) -> TrainerConfig:
@@ -62,7 +69,14 @@ def run_local(config: TrainerConfig) -> dict[str, Any]:
     prepared = prepare(config)
     check_model(config, prepared)
     claim(config, prepared.identity)
-    return run_worker(config, prepared)
+    folder = folder_of(config)
+    with stop_on_signals(lambda name: request(folder, "stop", name)):
+        summary = run_worker(config, prepared)
+        while summary["rewound"]:
+            log.warning("%s", summary["left"])
+            summary = run_worker(config, prepared)
+    remove(folder)
+    return summary
 
 
 def check_names(config: TrainerConfig) -> None:
@@ -84,20 +98,26 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
 
 
 def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStream | None = None,
-               callbacks: Sequence[Callback] | None = None) -> dict[str, Any]:
-    """One worker's whole run.
+               callbacks: Sequence[Callback] | None = None, start: Path | None = None,
+               watched: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One worker's part of a run, to its end or until it is left.
 
     Args:
         config: with absolute paths.
         prepared: where the prepared data is.
         stream: this worker's micro-batches; default: read in this process.
         callbacks: default: the config's.
+        start: the checkpoint to go on from; default: what `resume_point` finds.
+        watched: by somebody outside who looks for workers that hang, and gets to know this of the worker. Default: rank 0 looks.
 
     Returns:
-        `step`, `metrics` (the last that were logged), `folder`, `checkpoint` (the newest).
+        `step`, `metrics` (the last that were logged), `folder`, `checkpoint` (the newest); `left`: why the run was left before
+        its end, or None; `rewound`: to go on at once, from the checkpoint before a bad step.
     """
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     accelerator.setup()
+    folder = folder_of(config)
+    pulse = _pulse(config, watched)
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     model = build_deferred(config.model, tokenizer, config.data.sequence_length, config.run.seed)
     stream = stream or LocalStream(prepared.train)
@@ -110,15 +130,35 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
     engine = TrainerEngine(
         trainer, accelerator, optimizers, schedulers, checkpoints,
         callbacks=build_callbacks(config) if callbacks is None else callbacks, config=config, stream=stream,
-        validation=validation, folder=str(folder_of(config)), constants=data_counts(prepared),
-        manifest={"identity": prepared.identity, "config": config.model_dump(mode="json")})
+        validation=validation, folder=str(folder), constants=data_counts(prepared), pulse=pulse,
+        manifest={"identity": prepared.identity, "config": mask(config.model_dump(mode="json"))})
     if distributed.is_main():
-        tokenizer.save_pretrained(folder_of(config) / "tokenizer")
-    engine.setup(resume=distributed.from_main(resume_point(config) if distributed.is_main() else None))
-    state = engine.train()
+        tokenizer.save_pretrained(folder / "tokenizer")
+        start = start or resume_point(config)
+    try:
+        engine.setup(resume=distributed.from_main(start))
+        state = engine.train()
+    finally:
+        pulse.close()
     newest = checkpoints.all()
     return {"step": state.step, "metrics": engine.metrics, "folder": state.folder,
-            "checkpoint": str(newest[-1]) if newest else None}
+            "checkpoint": str(newest[-1]) if newest else None, "left": state.left, "rewound": state.rewound}
+
+
+def _pulse(config: TrainerConfig, watched: dict[str, Any] | None) -> Pulse:
+    """The sign of life of this worker. Where nobody outside looks at it, rank 0 looks for ranks that hang, and says so."""
+    folder, rank = folder_of(config), distributed.rank()
+    if watched is not None or rank != 0:
+        return Pulse(folder, rank, watched)
+    watch, told = Watch(folder, config.stability.hang_seconds), set()
+
+    def look() -> None:
+        lag = watch.look()
+        if lag is not None and (lag.rank, lag.step, lag.phase) not in told:
+            told.add((lag.rank, lag.step, lag.phase))
+            log.warning("%s", lag)
+
+    return Pulse(folder, rank, on_beat=look)
 
 
 def build_trainer(config: TrainerConfig, model: torch.nn.Module, tokenizer: Any, sources: Iterable[str]) -> BaseTrainer:

@@ -36,6 +36,13 @@ def all_reduce_(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:
     return tensor
 
 
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone: a consequence, not a cause."""
+    # torch raises most of these as plain RuntimeErrors; what marks them is where gloo and NCCL say they happened.
+    return isinstance(error, dist.DistError) or any(
+        sign in str(error) for sign in ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error"))
+
+
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
     """The value of every rank, by rank, on all of them. JSON-like values only."""
     if not is_distributed() or world_size() == 1:

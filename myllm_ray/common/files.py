@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never half."""
+def write_atomic(path: Path, text: str, durable: bool = True) -> None:
+    """Write beside, then rename: a reader sees the old file or the new one, never half. `durable`: also after a power cut."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(beside, path)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 
+from myllm_ray.common.secrets import mask_text
+
 
 class _Printer(logging.Handler):
     """Prints to what standard output is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stdout, flush=True)
+        print(mask_text(self.format(record)), file=sys.stdout, flush=True)
 
 
 def show_progress() -> None:

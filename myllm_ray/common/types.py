@@ -82,7 +82,11 @@ class RunState:
     folder: str | None = None
     is_main: bool = True
     requests: dict[str, str] = field(default_factory=dict)
-    """Open requests of callbacks: `save`, `evaluate`, `stop`, each with its reason."""
+    """Open requests: `save`, `evaluate` and `stop` of callbacks, and `leave` from outside, each with its reason."""
+    left: str | None = None
+    """Why the run was left before its end, to go on from its newest checkpoint; None where it has ended."""
+    rewound: bool = False
+    """It was left because of a bad step: to go on at once, from the checkpoint before it."""
 
     def request(self, what: str, reason: str = "") -> None:
         """Ask the engine to `save`, `evaluate` or `stop` after this step. All ranks follow when one asks."""

@@ -179,9 +179,10 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
 
 
-def to_yaml(config: TrainerConfig) -> str:
+def to_yaml(config: TrainerConfig | Mapping[str, Any]) -> str:
     """The resolved config as YAML, every default written out: what `config.yaml` in a run folder holds."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    raw = config.model_dump(mode="json") if isinstance(config, TrainerConfig) else dict(config)
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 
 class Section(BaseModel):
@@ -196,13 +196,27 @@ class AcceleratorSection(Section):
 
 
 class ScalingSection(Section):
-    """How many worker processes. 0: this very process, without Ray."""
+    """How many worker processes. 0: this very process, without Ray. [least, most]: as many as the cluster holds at the time."""
 
-    workers: int = Field(0, ge=0)
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = 0
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
-    max_failures: int = Field(0, ge=-1, description="how often Ray restarts the workers after a failure; -1: always")
+    max_failures: int = Field(0, ge=-1, description="how often workers that died are started again; -1: always")
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom Ray resources")
+
+    @property
+    def least(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _range(self) -> ScalingSection:
+        if self.least > self.most:
+            raise ValueError(f"workers: [least, most], so [{self.most}, {self.least}] instead of [{self.least}, {self.most}]")
+        return self
 
 
 class RunSection(Section):
@@ -223,8 +237,25 @@ class CheckpointSection(Section):
     at_end: bool = True
     keep_last: PositiveInt | None = Field(2, description="null keeps all")
     keep_best: str | None = Field(None, description="also keep the checkpoint with the lowest value of this metric")
+    keep_every: PositiveInt | None = Field(None, description="also keep the checkpoints whose step is a multiple of this")
+    mirror: str | None = Field(None, description="URL of a folder (s3://, gs://, ...) that every checkpoint is copied to as well")
     async_: bool = Field(False, alias="async", description="write in the background while training goes on")
     resume: str = Field("never", description="auto: the newest checkpoint of this run, if there is one; never; or a folder")
+
+
+class StabilitySection(Section):
+    """What is done about numbers that are none, about spikes, and about workers that hang."""
+
+    on_spike: Literal["ignore", "skip", "rewind", "stop"] = Field(
+        "ignore", description="a loss or gradient norm far above the last ones, or not finite (which `ignore` stops at, too)")
+    zscore: PositiveFloat = Field(6.0, description="how many standard deviations above the mean of the last steps a spike is")
+    history: int = Field(128, ge=2, description="number of steps that a spike is measured by")
+    min_history: int = Field(16, ge=2, description="steps at the start without a judgement on spikes")
+    window: PositiveInt = Field(1, description="rewind: batches that are stepped over, up to the bad one and with it")
+    max_interventions: PositiveInt = Field(10, description="skips and rewinds, after which the run stops")
+    hang_seconds: PositiveFloat | None = Field(
+        1800, description="a worker that stays in one phase of a step for so long hangs: stacks of all are saved, and it is "
+                          "started again; null: never")
 
 
 class EvaluationSection(Section):
@@ -257,6 +288,7 @@ class TrainerConfig(Section):
     run: RunSection = Field(default_factory=RunSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    stability: StabilitySection = Field(default_factory=StabilitySection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
     callbacks: list[str | dict[str, dict[str, Any]]] = Field(
         default_factory=_default_callbacks,
@@ -268,15 +300,21 @@ class TrainerConfig(Section):
     def _consistent(self) -> TrainerConfig:
         if (self.run.max_steps is None) == (self.run.epochs is None):
             raise ValueError("run: give max_steps or epochs (exactly one): they say when the run is done")
-        workers, batch = max(1, self.scaling.workers), self.batch
-        if batch.global_size % (batch.micro_size * workers):
+        scaling, batch = self.scaling, self.batch
+        if not self.worker_counts():
+            workers = f"{max(1, scaling.least)}" if scaling.least == scaling.most else f"({scaling.least} to {scaling.most})"
             raise ValueError(
                 f"batch.global_size={batch.global_size} is not divisible by scaling.workers × batch.micro_size "
                 f"= {workers} × {batch.micro_size}: change one of them so that every worker gets equally many micro-batches")
-        if self.accelerator.name == "single" and self.scaling.workers > 1:
-            raise ValueError(f"accelerator.name=single trains on one worker, scaling.workers={self.scaling.workers}: "
+        if self.accelerator.name == "single" and scaling.most > 1:
+            raise ValueError(f"accelerator.name=single trains on one worker, scaling.workers={scaling.most}: "
                              "use ddp, fsdp, accelerate or deepspeed")
         return self
+
+    def worker_counts(self) -> list[int]:
+        """Numbers of workers that `scaling.workers` allows and that cut the global batch into equal parts, ascending."""
+        micros, rest = divmod(self.batch.global_size, self.batch.micro_size)
+        return [] if rest else [n for n in range(max(1, self.scaling.least), max(1, self.scaling.most) + 1) if micros % n == 0]
 
 
 class PretrainKnobs(Section):

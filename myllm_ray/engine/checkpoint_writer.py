@@ -54,6 +54,8 @@ def write(final: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], gro
         try:
             outcome = {"result": step()}
         except (CheckpointException, OSError, RuntimeError) as error:
+            if distributed.lost_a_peer(error):
+                raise
             outcome = {"failed": _reason(error)}
         outcomes = distributed.gather_objects(outcome, group)
         failed = next((o["failed"] for o in outcomes if "failed" in o), None)
@@ -76,7 +78,7 @@ class BackgroundWriter:
         self._buffers: dict[str, Tensor] = {}
         self._group: Any = None
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | None = None
+        self._error: Exception | None = None
 
     def start(self, job: Callable[[dict[str, Tensor], Any], None], tensors: dict[str, Tensor], copied: bool = False) -> None:
         """Copy the tensors and let the thread do `job(copies, process group)`, after the one before has ended.
@@ -98,7 +100,8 @@ class BackgroundWriter:
             except CheckpointError as error:
                 self._error = error
             except Exception as error:  # kept for the main thread, which says it in one line
-                self._error = CheckpointError(f"writing a checkpoint in the background failed: {_reason(error)}")
+                lost = distributed.lost_a_peer(error)
+                self._error = error if lost else CheckpointError(f"writing a checkpoint in the background failed: {_reason(error)}")
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -119,6 +122,7 @@ class BackgroundWriter:
 
         Raises:
             CheckpointError: what was written last failed. Told once.
+            RuntimeError: another rank is gone.
         """
         if self._thread is not None:
             self._thread.join(seconds)

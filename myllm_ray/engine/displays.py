@@ -52,6 +52,9 @@ class PrintCallback(Callback):
         _console.print(f"saved {folder}")
 
     def on_train_end(self, state: RunState) -> None:
+        if state.left is not None:
+            _console.print(f"left after step {state.step}/{state.total_steps}: {state.left}")
+            return
         reason = state.requests.get("stop")
         early = f" (stopped early: {reason})" if reason and state.step < state.total_steps else ""
         _console.print(f"done: {state.step} steps{early}")
@@ -68,7 +71,7 @@ class ProgressCallback(Callback):
         self._task: Any = None
 
     def on_train_start(self, state: RunState) -> None:
-        if not _console.is_terminal:
+        if not _console.is_terminal or self._progress:  # there already: the workers were started again
             return
         self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn(),
                                   TextColumn("{task.fields[shown]}"), console=_console)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from myllm_ray.engine.checkpoint import CheckpointManager
 from myllm_ray.engine.checkpoint_writer import WAIT_SECONDS
 from myllm_ray.engine.metrics import MetricSum
 from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.pulse import Pulse
 from myllm_ray.engine.records import Ledger
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.engine.settings import EngineSettings
+from myllm_ray.engine.stability import Stability
 from myllm_ray.engine.stream import InMemoryStream
 from myllm_ray.trainers.base import BaseTrainer
 
@@ -42,24 +45,29 @@ class TrainerEngine:
         folder: the run's folder; without one nothing but checkpoints is written.
         manifest: what every checkpoint shall say of the run besides (JSON).
         constants: metrics that do not change, repeated in every line of the log (rows that were skipped).
+        pulse: tells which phase this rank is in, and what is asked of it from outside.
     """
 
     def __init__(self, trainer: BaseTrainer, accelerator: Accelerator, optimizer_manager: OptimizerManager,
                  scheduler_manager: SchedulerManager | None = None, checkpoint_manager: CheckpointManager | None = None,
                  callbacks: Iterable[Callback] = (), config: Any = None, stream: BatchStream | None = None,
                  validation: BatchStream | None = None, folder: str | None = None, manifest: dict[str, Any] | None = None,
-                 constants: dict[str, float] | None = None):
+                 constants: dict[str, float] | None = None, pulse: Pulse | None = None):
         self.trainer, self.accelerator = trainer, accelerator
         self.optimizers, self.schedulers = optimizer_manager, scheduler_manager or SchedulerManager(config=config)
         self.checkpoints = checkpoint_manager
         self.settings = EngineSettings.from_config(config)
         self.stream, self.validation = stream, validation
         self.manifest, self.constants = manifest or {}, constants or {}
+        self.pulse = pulse or Pulse()
+        self.stability = Stability(self.settings.stability, folder)
         self.state = RunState(folder=folder)
         self.metrics: dict[str, float] = {}
         self._callbacks = tuple(callbacks)
         self._saved_step = -1
         self._skipped_steps = 0
+        self._bad: str | None = None
+        """What was wrong with the last step, so that it was left out."""
 
     def setup(self, resume: Path | None = None) -> None:
         """Prepare everything for the first step; with `resume`, go on from a checkpoint."""
@@ -90,12 +98,17 @@ class TrainerEngine:
             self.callbacks.emit("on_train_start", self.state)
             if self.settings.evaluate_at_start and self.state.step == 0 and self.validation is not None:
                 self.callbacks.emit("on_log", self.state, self.evaluate())
+            self.pulse.enter("data", self.state.step + 1)
             for batch in self.stream.batches(self.state.position, self.state.total_steps - self.state.step):
                 self._train_batch(batch)
-                if "stop" in self.state.requests:
+                if self.state.left is not None or "stop" in self.state.requests:
                     break
-            if self.checkpoints and self.settings.save_at_end and self._saved_step != self.state.step:
+                self.pulse.enter("data", self.state.step + 1)
+            # A run that is left saves where it stands; one that goes back to an earlier checkpoint must not.
+            wanted = self.settings.save_at_end if self.state.left is None else not self.state.rewound
+            if self.checkpoints and wanted and self._saved_step != self.state.step:
                 self.save()
+            self.pulse.enter("end", self.state.step)
             self._wait_for_checkpoint()
             self.callbacks.emit("on_train_end", self.state)
         except BaseException as error:
@@ -103,7 +116,7 @@ class TrainerEngine:
             raise
         finally:
             if self.checkpoints:  # what is being written is not lost when the run fails
-                with suppress(CheckpointError):
+                with suppress(CheckpointError, RuntimeError):
                     self.checkpoints.wait(WAIT_SECONDS)
             self.callbacks.close()
             self.ledger.close()
@@ -118,15 +131,23 @@ class TrainerEngine:
         for micros in self.trainer.expand(batch):
             self.callbacks.emit("on_step_start", self.state)
             started = time.perf_counter()
-            result, sums = self.training_step(micros)
+            left_out = self.stability.stepped_over(self.state.step + 1)
+            result, sums = self.training_step(micros) if left_out is None else self._step_over()
+            if self._bad is not None:
+                left_out = self._bad
+                if self.stability.intervene(self.state.step + 1, self._bad, self.state.is_main) == "rewind":
+                    self.state.left, self.state.rewound = f"step {self.state.step + 1}: {self._bad}: going back", True
+                    return
             self.state.step += 1
             self._skipped_steps += result.skipped
             self.callbacks.emit("on_step_end", self.state)
             fingerprint = self._agree(batch.fingerprint)
             self._tell_checkpoints()
-            self.ledger.write(self.state.step, batch.position, self._rows(batch), fingerprint)
+            self.ledger.write(self.state.step, batch.position, self._rows(batch), fingerprint, left_out)
             self._report(result, sums, time.perf_counter() - started, batch.position)
         self.state.position = batch.next
+        if "leave" in self.state.requests and self.state.step < self.state.total_steps:
+            self.state.left = self.state.requests["leave"]
         if self._due(self.settings.save_every, "save") and self.checkpoints:
             self.save()
         if batch.next.epoch != batch.position.epoch:
@@ -136,15 +157,32 @@ class TrainerEngine:
         """One optimizer step: the loss is summed over micro-batches and ranks and divided once, by the global weight."""
         weight = self.accelerator.all_reduce([sum(self.trainer.batch_weight(m) for m in micros)])[0]
         sums = MetricSum(weight)
+        step, self._bad = self.state.step + 1, None
         for i, micro in enumerate(micros):
             self._seed_micro(i)
             with self.accelerator.microbatch(last=i == len(micros) - 1):
+                self.pulse.enter("forward", step)
                 with self.accelerator.autocast():
                     output = self.trainer.train_step(self.accelerator.move(micro))
+                self.pulse.enter("backward", step)
                 self.accelerator.backward(output.loss_sum / max(float(weight), 1e-9))
             sums.add(output)
+        self.pulse.enter("optimizer", step)
+        if self.stability.active:
+            self.accelerator.veto = partial(self._judge, sums.loss(self.accelerator))
         result = self.accelerator.optimizer_step(self.settings.gradient_clip)
         return result, sums
+
+    def _judge(self, loss: float, grad_norm: float) -> bool:
+        """The accelerator's question, before it changes a weight: whether to leave the step out."""
+        self._bad = self.stability.judge(loss, grad_norm)
+        return self._bad is not None
+
+    def _step_over(self) -> tuple[StepResult, None]:
+        """A step without training: only the schedule goes on."""
+        self.last_rate, self._bad = self.schedulers.learning_rate, None
+        self.schedulers.step()
+        return StepResult(0.0, skipped=True), None
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -155,6 +193,7 @@ class TrainerEngine:
         steps = min(self.validation.steps_in_epoch(0), self.settings.evaluate_batches or 2**62)
         total = MetricSum(torch.tensor(0.0, dtype=torch.float64))
         for batch in self.validation.batches(Position(), steps):
+            self.pulse.enter("evaluation", self.state.step)
             for micro in batch.micros:
                 total.weight += self.trainer.batch_weight(micro).double()
                 with self.accelerator.autocast():
@@ -171,9 +210,11 @@ class TrainerEngine:
     def save(self) -> Path:
         """Write a checkpoint of this moment."""
         assert self.checkpoints is not None
+        self.pulse.enter("checkpoint", self.state.step)
         folder = self.checkpoints.save(self.state.step, self.accelerator.state(), {
             "position": {"epoch": self.state.position.epoch, "row": self.state.position.row},
             "callbacks": self.callbacks.state_dict(), "metrics": self.metrics, "skipped_steps": self._skipped_steps,
+            "stability": self.stability.state_dict(),
             "loss_scale": self.accelerator.loss_scale.state_dict(), **self.manifest}, copied=self.accelerator.state_is_a_copy)
         self._saved_step = self.state.step
         self._tell_checkpoints()
@@ -199,10 +240,11 @@ class TrainerEngine:
         self.schedulers.set_step(self.state.step)
         self.metrics = manifest.get("metrics", {})
         self._skipped_steps = manifest.get("skipped_steps", 0)
+        self.stability.load_state_dict(manifest.get("stability", {}))
         self.accelerator.loss_scale.load_state_dict(manifest.get("loss_scale", {}))
         self.callbacks.load_state_dict(manifest.get("callbacks", {}))
 
-    def _report(self, result: StepResult, sums: MetricSum, seconds: float, position: Position) -> None:
+    def _report(self, result: StepResult, sums: MetricSum | None, seconds: float, position: Position) -> None:
         """Stop on numbers that are none; evaluate and log when it is time."""
         if not math.isfinite(result.grad_norm) and not result.skipped:
             raise TrainingError(
@@ -217,13 +259,16 @@ class TrainerEngine:
         if evaluated or self.state.step % self.settings.log_every == 0 or self.state.step == self.state.total_steps:
             self._log(result, sums, evaluated, seconds)
 
-    def _log(self, result: StepResult, sums: MetricSum, evaluated: dict[str, float], seconds: float) -> None:
-        values = sums.reduce(self.accelerator)
-        self.metrics = {**values, **self.trainer.derive(values), "learning_rate": self.last_rate}
+    def _log(self, result: StepResult, sums: MetricSum | None, evaluated: dict[str, float], seconds: float) -> None:
+        values = sums.reduce(self.accelerator) if sums else {}  # nothing was computed in a step that was stepped over
+        self.metrics = {**values, **(self.trainer.derive(values) if values else {}), "learning_rate": self.last_rate}
         if not result.skipped:  # an overflowing gradient has no norm
             self.metrics["grad_norm"] = result.grad_norm
         if self.accelerator.loss_scale.enabled:
-            self.metrics.update(loss_scale=self.accelerator.loss_scale.value, skipped_steps=float(self._skipped_steps))
+            self.metrics["loss_scale"] = self.accelerator.loss_scale.value
+        if self.accelerator.loss_scale.enabled or self.stability.active:
+            self.metrics["skipped_steps"] = float(self._skipped_steps)
+            self.metrics = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
         self.metrics.update({**evaluated, **self.constants, "time": time.time(),
                              "tokens_per_second": values.get("tokens", 0.0) / seconds})
         self.callbacks.emit("on_log", self.state, self.metrics)
@@ -237,7 +282,9 @@ class TrainerEngine:
 
         A checkpoint that failed in the background of one rank ends the run on all, at the same step.
         """
-        names = ("save", "evaluate", "stop")
+        names = ("save", "evaluate", "stop", "leave")
+        if self.pulse.leave is not None:
+            self.state.requests["leave"] = self.pulse.leave
         failed = self.checkpoints is not None and self.checkpoints.failed
         total, failures, *asked = self.accelerator.all_reduce_ints(
             [fingerprint, failed, *(n in self.state.requests for n in names)])

@@ -33,6 +33,10 @@ class MetricSum:
             self._sums[name] = self._sums.get(name, 0.0) + torch.as_tensor(total).detach().double()
             self._weights[name] = self._weights.get(name, 0.0) + torch.as_tensor(weight).detach().double()
 
+    def loss(self, accelerator: Reducer) -> float:
+        """Of the whole global batch, over all ranks."""
+        return float(accelerator.all_reduce([self._loss])[0]) / max(float(self.weight), 1e-9)
+
     def reduce(self, accelerator: Reducer) -> dict[str, float]:
         """`loss` and all metrics, over all ranks. A metric whose weight is 0 is left out; `tokens` is a plain sum."""
         names = sorted(self._sums)

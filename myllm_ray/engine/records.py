@@ -39,10 +39,11 @@ class Ledger:
     def __init__(self, folder: str | None, step: int):
         self._file = JSONLines(Path(folder) / "ledger.jsonl", keep=lambda row: row.get("step", 0) <= step) if folder else None
 
-    def write(self, step: int, position: Position, rows: int, fingerprint: int) -> None:
+    def write(self, step: int, position: Position, rows: int, fingerprint: int, left_out: str | None = None) -> None:
+        """`left_out`: why the step changed no weight."""
         if self._file:
             self._file.write({"step": step, "epoch": position.epoch, "row": position.row, "rows": rows,
-                              "tokens_hash": f"{fingerprint & (2**64 - 1):016x}"})
+                              "tokens_hash": f"{fingerprint & (2**64 - 1):016x}", **({"left_out": left_out} if left_out else {})})
 
     def close(self) -> None:
         if self._file:

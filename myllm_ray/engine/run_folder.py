@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from myllm_ray.common.files import why_not_writable, write_atomic, write_json
+from myllm_ray.common.secrets import mask, mask_text
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import to_yaml
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.engine import pulse
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest, versions
 
 _SAME = ("trainer", "model", "tokenizer")
@@ -53,9 +55,10 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
     if used and resume != "auto":
         shutil.rmtree(folder)
         folder.mkdir(parents=True)
-    write_atomic(folder / "config.yaml", to_yaml(config))
-    write_json(folder / "environment.json", {**versions(), "platform": platform.platform(), "command": sys.argv,
-                                             "cpus": os.cpu_count()})
+    pulse.remove(folder)  # what processes that were killed left behind
+    write_atomic(folder / "config.yaml", to_yaml(mask(config.model_dump(mode="json"))))
+    write_json(folder / "environment.json", {**versions(), "platform": platform.platform(),
+                                             "command": [mask_text(word) for word in sys.argv], "cpus": os.cpu_count()})
 
 
 def resume_point(config: TrainerConfig) -> Path | None:
@@ -76,7 +79,7 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
         CheckpointError: says what changed.
     """
     saved = read_manifest(checkpoint)
-    then, now = saved["config"], config.model_dump(mode="json")
+    then, now = saved["config"], mask(config.model_dump(mode="json"))
     for section in _SAME:
         change = _first_change(section, then.get(section), now[section])
         if change:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from myllm_ray.common.types import as_mapping
@@ -26,6 +27,7 @@ class EngineSettings:
     evaluate_batches: int | None = None
     batch_size: int = 8
     micro_size: int | None = None
+    stability: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: Any) -> EngineSettings:
@@ -47,6 +49,7 @@ class EngineSettings:
             evaluate_batches=evaluation.get("max_batches"),
             batch_size=batch.get("global_size", raw.get("batch_size", 8)),
             micro_size=batch.get("micro_size"),
+            stability=raw.get("stability") or {},
         )
         if settings.max_steps is None and settings.epochs is None:
             settings.epochs = 1

@@ -11,6 +11,7 @@ would keep them from the CPU for seconds.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from myllm_ray.config.load import validate
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from myllm_ray.data.prepare import PreparedData
 
 LAUNCHED = "myllm_ray.launched"
-"""Key under which `train(config)` puts what it has made ready: {"prepared": PreparedData, "queue": actor handle}."""
+"""Key under which `train(config)` puts what it has made ready: {"prepared": PreparedData, "queue": actor handle,
+"start": checkpoint to go on from, or None}."""
 
 
 def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     """Any trainer: the one that the config names. Returns the summary of `run_worker`."""
+    import ray
     import ray.train
     import torch
 
@@ -42,7 +45,9 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     prepared: PreparedData = launched["prepared"]
     own = [c for c in build_callbacks(parsed) if not c.on_driver]
     stream = RayStream(prepared.train, ray.train.get_dataset_shard("train"))
-    return run_worker(parsed, prepared, stream, [*own, ForwardCallback(launched["queue"])])
+    start = Path(launched["start"]) if launched["start"] else None
+    return run_worker(parsed, prepared, stream, [*own, ForwardCallback(launched["queue"])], start,
+                      watched={"node": ray.get_runtime_context().get_node_id()})
 
 
 def _prepare_alone(config: TrainerConfig) -> PreparedData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -19,10 +20,7 @@ if os.environ.get("RAY_ADDRESS"):
 
 import ray
 
-
-def cpus_needed(config: TrainerConfig) -> float:
-    """CPUs that the workers reserve, and one for the tasks of Ray Data, without which training would wait for ever."""
-    return config.scaling.workers * config.scaling.cpus_per_worker + 1
+from myllm_ray.orchestration.cluster import check_size, cpus_needed
 
 
 def connect(config: TrainerConfig, verbose: bool = False) -> bool:
@@ -40,7 +38,7 @@ def connect(config: TrainerConfig, verbose: bool = False) -> bool:
         options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
         if not address:
             # More logical CPUs than cores: a laptop with 2 cores can hold 2 workers and the data tasks beside them.
-            options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, int(cpus_needed(config) + 0.99)),
+            options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus_needed(config, config.scaling.most))),
                         "include_dashboard": False, "runtime_env": {"env_vars": _worker_environment()}}
             started = True
         try:
@@ -50,7 +48,7 @@ def connect(config: TrainerConfig, verbose: bool = False) -> bool:
     if not verbose:
         for name in ("ray.train", "ray.data", "ray.tune", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    _check_size(config)
+    check_size(config)
     return started
 
 
@@ -59,13 +57,3 @@ def _worker_environment() -> dict[str, str]:
     path = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)
     return {"PYTHONPATH": path, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 
-
-def _check_size(config: TrainerConfig) -> None:
-    scaling, has = config.scaling, ray.cluster_resources()
-    wanted = {"CPU": cpus_needed(config), "GPU": scaling.workers * scaling.gpus_per_worker,
-              **{k: scaling.workers * v for k, v in scaling.resources_per_worker.items()}}
-    for name, amount in wanted.items():
-        if amount > has.get(name, 0):
-            extra = " (one of them for reading data)" if name == "CPU" else ""
-            raise ConfigError(f"scaling.workers={scaling.workers} need {amount:g} {name}{extra}, the Ray cluster has "
-                              f"{has.get(name, 0):g}: use fewer workers or a larger cluster")

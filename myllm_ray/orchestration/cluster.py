@@ -1,0 +1,90 @@
+"""What the cluster holds at this moment: how many workers fit, which nodes are about to leave, and a way to end a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray._private.state import state  # the State API proper asks the dashboard, which may be off
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.schema import ScalingSection, TrainerConfig
+
+
+def worker_resources(scaling: ScalingSection) -> dict[str, float]:
+    """What one worker reserves."""
+    resources = {"CPU": scaling.cpus_per_worker, **scaling.resources_per_worker}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = scaling.gpus_per_worker
+    return resources
+
+
+def cpus_needed(config: TrainerConfig, workers: int) -> float:
+    """CPUs that the workers reserve, and one for the tasks of Ray Data, without which training would wait for ever."""
+    return workers * config.scaling.cpus_per_worker + 1
+
+
+def check_size(config: TrainerConfig) -> None:
+    """Refuse a run that the cluster as a whole is too small for.
+
+    Raises:
+        ConfigError: says what is missing.
+    """
+    has, workers = ray.cluster_resources(), config.worker_counts()[0]
+    wanted = {name: workers * amount for name, amount in worker_resources(config.scaling).items()}
+    wanted["CPU"] = cpus_needed(config, workers)
+    for name, amount in wanted.items():
+        if amount > has.get(name, 0):
+            extra = " (one of them for reading data)" if name == "CPU" else ""
+            raise ConfigError(f"scaling.workers={workers} need {amount:g} {name}{extra}, the Ray cluster has "
+                              f"{has.get(name, 0):g}: use fewer workers or a larger cluster")
+
+
+def draining_nodes() -> set[str]:
+    """Nodes that Ray has been told will leave (preemption, scaling down), by id."""
+    return set(state.get_draining_nodes())
+
+
+def workers_that_fit(config: TrainerConfig, placed: Iterable[str] = ()) -> int:
+    """The largest number of workers of `scaling.workers` that could run now; 0 if not even the least could.
+
+    Args:
+        placed: the node of every worker that runs at present; what these hold counts as free.
+    """
+    need, leaving = worker_resources(config.scaling), draining_nodes()
+    free: dict[str, dict[str, float]] = {node: dict(has) for node, has in state.available_resources_per_node().items()
+                                         if node not in leaving}
+    for node in placed:
+        if node in free:
+            for name, amount in need.items():
+                free[node][name] = free[node].get(name, 0.0) + amount
+    for count in reversed(config.worker_counts()):
+        if sum(_slots(has, need) for has in free.values()) < count:
+            continue
+        if sum(has.get("CPU", 0.0) for has in free.values()) >= cpus_needed(config, count):
+            return count
+    return 0
+
+
+def _slots(has: Mapping[str, float], need: Mapping[str, float]) -> int:
+    return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in need.items() if amount)
+
+
+def kill_process(beat: Mapping[str, Any]) -> None:
+    """SIGKILL a worker that gave this sign of life, on its node: one that is stopped hears nothing else."""
+    node = beat.get("node")
+    if node not in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
+        return
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def kill(pid: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+    strategy = NodeAffinitySchedulingStrategy(node_id=str(node), soft=False)
+    ray.get(kill.options(scheduling_strategy=strategy).remote(int(beat["pid"])), timeout=60)

@@ -1,0 +1,237 @@
+"""One run, however many worker groups it takes.
+
+    attempt    start the workers from the newest whole checkpoint; it ends in one of these ways:
+      done       the run has reached its end
+      left       it saved and ended because it was asked to: another number of workers fits the cluster, a node is about to
+                 leave, or somebody stops the run (Ctrl-C, SIGTERM, `myllm-ray stop`); no step is lost
+      rewound    a bad step: the next attempt goes back to the checkpoint before it (engine/stability.py)
+      failed     a worker died, or hung and was ended; counts against scaling.max_failures
+    after all but the first (and a stop), the next attempt.
+
+Ray Train restarts groups too, but gives no warning before a resize, and repeats errors that would only come again. So
+every attempt is a TorchTrainer of its own, without retries, and what happens between them can be read here. Attempts
+stand in `attempts.jsonl`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from myllm_ray.common.files import JSONLines, read_jsonl
+from myllm_ray.common.signals import stop_on_signals
+from myllm_ray.common.types import Position
+from myllm_ray.config.errors import TrainingError, UserError
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.engine.checkpoint import read_manifest
+from myllm_ray.engine.pulse import asked_to_stop, clear, remove, request
+from myllm_ray.engine.run_folder import folder_of, resume_point
+from myllm_ray.engine.watch import Lag, Watch, read_beats
+from myllm_ray.orchestration.cluster import draining_nodes, kill_process, worker_resources, workers_that_fit
+from myllm_ray.orchestration.failures import Failure, explain
+from myllm_ray.orchestration.loops import LAUNCHED, train_loop
+from myllm_ray.orchestration.ray_data import build_dataset, execution_options
+
+if TYPE_CHECKING:
+    from myllm_ray.data.prepare import PreparedData
+
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5
+_STEADY_SECONDS = 3.0
+"""How long another number of workers must fit before the run is resized: resources come and go while nodes join."""
+_SAY_SECONDS = 30.0
+
+
+class Supervisor:
+    """Runs a config on Ray to its end.
+
+    Args:
+        config: with absolute paths.
+        prepared: its data.
+        queue: the channel to the driver's display.
+    """
+
+    def __init__(self, config: TrainerConfig, prepared: PreparedData, queue: Any):
+        self.config, self.prepared, self.queue = config, prepared, queue
+        self.folder = folder_of(config)
+        self.failures = 0
+        self._attempts = JSONLines(self.folder / "attempts.jsonl", keep=lambda row: True)
+
+    def run(self) -> dict[str, Any]:
+        """Attempt after attempt; returns the summary of the last (`worker.run_worker`).
+
+        Raises:
+            UserError: what ended the run for good.
+        """
+        try:
+            with stop_on_signals(self._ask_to_stop):
+                while True:
+                    summary = self._attempt()
+                    if summary is not None and (summary["left"] is None or asked_to_stop(self.folder) is not None):
+                        return summary
+        finally:
+            self._attempts.close()
+            remove(self.folder)
+
+    def _ask_to_stop(self, name: str) -> None:
+        log.info("%s: saving a checkpoint, then stopping (once more: at once)", name)
+        request(self.folder, "stop", name)
+
+    def _attempt(self) -> dict[str, Any] | None:
+        """One worker group. Its summary, or None if it failed and there may be another."""
+        workers = self._wait_for_room()
+        start = resume_point(self.config)
+        step = int(read_manifest(start)["step"]) if start else 0
+        clear(self.folder)
+        log.info("starting %d worker%s%s", workers, "s" * (workers > 1), f", from step {step}" if step else "")
+        group = _Group(self.config, self.prepared, self.queue, workers, start)
+        try:
+            lag = self._watch(group, workers)
+        except BaseException:
+            group.kill()
+            raise
+        failure = group.failure
+        how = "done"
+        if failure is not None:
+            how = f"failed: {lag or failure.reason}"
+        elif group.summary["left"] is not None:
+            how = f"{'rewound' if group.summary['rewound'] else 'left'}: {group.summary['left']}"
+        self._attempts.write({"workers": workers, "from_step": step, "to_step": self._last_step(step, group.summary), "end": how,
+                              "time": time.time()})
+        if failure is None:
+            if group.summary["left"] is not None:
+                log.info("%s", how)
+            return group.summary
+        self._count(failure, lag)
+        return None
+
+    def _count(self, failure: Failure, lag: Lag | None) -> None:
+        """Whether another attempt is allowed after a failure; what went wrong if not."""
+        said = str(lag) if lag else failure.reason
+        if not failure.again and lag is None:
+            raise failure.error
+        if failure.charged:
+            self.failures += 1
+            most = self.config.scaling.max_failures
+            if most != -1 and self.failures > most:
+                if lag is not None:
+                    raise TrainingError(said) from None
+                raise failure.error
+            log.warning("failure %d%s: %s", self.failures, f" of {most} allowed" if most != -1 else "", said)
+        else:
+            log.info("%s", said)
+
+    def _last_step(self, step: int, summary: dict[str, Any]) -> int:
+        rows = [step, *(row.get("step", 0) for row in read_jsonl(self.folder / "ledger.jsonl"))]
+        return int(summary["step"]) if summary else max(rows)
+
+    def _wait_for_room(self) -> int:
+        """Until the cluster has room for the run; then the number of workers."""
+        said = -_SAY_SECONDS
+        while (workers := workers_that_fit(self.config)) == 0:
+            if time.monotonic() - said >= _SAY_SECONDS:
+                said = time.monotonic()
+                log.info("waiting for room: %d workers of %s", self.config.worker_counts()[0], worker_resources(self.config.scaling))
+            time.sleep(_LOOK_SECONDS)
+        return workers
+
+    def _watch(self, group: _Group, workers: int) -> Lag | None:
+        """While a group runs: end it when a worker hangs, ask it to leave when it should. Returns who hung."""
+        watch, hung = Watch(self.folder, self.config.stability.hang_seconds), None
+        change: tuple[str | None, float] = (None, time.monotonic())
+        asked = False
+        while group.is_running(_LOOK_SECONDS):
+            beats = read_beats(self.folder)
+            if hung is None and (hung := watch.look()) is not None:
+                time.sleep(2.0)  # for the stacks
+                kill_process(hung.beat)
+            if len(beats) < workers or asked:
+                continue
+            reason = self._why_leave(beats, workers)
+            now = time.monotonic()
+            if reason != change[0]:
+                change = (reason, now)
+            if reason is not None and (now - change[1] >= _STEADY_SECONDS or "about to leave" in reason):
+                asked = True
+                log.info("%s: saving a checkpoint first", reason)
+                request(self.folder, "leave", reason)
+        return hung
+
+    def _why_leave(self, beats: dict[int, dict[str, Any]], workers: int) -> str | None:
+        """Why this group should make way for another one."""
+        nodes = [str(beat.get("node")) for beat in beats.values()]
+        leaving = draining_nodes().intersection(nodes)
+        if leaving:
+            return f"node {min(leaving)[:8]} is about to leave"
+        if self.config.scaling.least < self.config.scaling.most and (fit := workers_that_fit(self.config, nodes)) not in (0, workers):
+            return f"room for {fit} workers instead of {workers}"
+        return None
+
+
+class _Group:
+    """One TorchTrainer, running in a thread so that the main thread can watch, and hear Ctrl-C."""
+
+    def __init__(self, config: TrainerConfig, prepared: PreparedData, queue: Any, workers: int, start: Path | None):
+        self.summary: dict[str, Any] = {}
+        self.failure: Failure | None = None
+        self._folder = folder_of(config)
+        self._trainer = _trainer(config, prepared, queue, workers, start)
+        self._thread = threading.Thread(target=self._fit, name="myllm-ray-fit", daemon=True)
+        self._thread.start()
+
+    def _fit(self) -> None:
+        try:
+            self.summary = cast(Any, self._trainer.fit()).return_value
+        except UserError as error:
+            self.failure = Failure(error, str(error), again=False)
+        except BaseException as error:
+            self.failure = explain(error)
+        finally:
+            shutil.rmtree(self._folder / ".ray", ignore_errors=True)
+
+    def is_running(self, seconds: float) -> bool:
+        """Whether it still runs after so many seconds."""
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
+    def kill(self) -> None:
+        """End all workers, whatever they do."""
+        for beat in read_beats(self._folder).values():
+            try:
+                kill_process(beat)
+            except Exception as error:  # Ray is going down, and takes them along
+                log.debug("could not end worker %s: %s", beat.get("rank"), error)
+        self._thread.join(20)
+
+
+def _trainer(config: TrainerConfig, prepared: PreparedData, queue: Any, workers: int, start: Path | None) -> TorchTrainer:
+    scaling = config.scaling
+
+    def remaining() -> ray.data.Dataset:
+        """The data from the checkpoint to the end of the run."""
+        manifest: dict[str, Any] = read_manifest(start) if start else {"step": 0, "position": {"epoch": 0, "row": 0}}
+        epochs = range(config.run.epochs or 0)
+        total = config.run.max_steps or sum(prepared.train.steps_in_epoch(e) for e in epochs)
+        return build_dataset(prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]))
+
+    launched = {"prepared": prepared, "queue": queue, "start": str(start) if start else None}
+    # Ray's own state has a name of its own at every start: a name used before would silently resume from Ray's records.
+    return TorchTrainer(
+        cast(Any, train_loop), train_loop_config={**config.model_dump(mode="json"), LAUNCHED: launched},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(scaling.gpus_per_worker),
+                                     resources_per_worker=worker_resources(scaling)),
+        run_config=RunConfig(name=uuid.uuid4().hex[:12], storage_path=str(folder_of(config) / ".ray"),
+                             failure_config=cast(Any, FailureConfig)(max_failures=0, max_preemption_failures=0,
+                                                                     controller_failure_limit=0)),
+        datasets={"train": remaining},
+        dataset_config=DataConfig(execution_options=execution_options(), enable_shard_locality=False))
