@@ -7,8 +7,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from myllm_ray.common.types import RunState
+from myllm_ray.common.types import Micro, RunState, StepOutput
 from myllm_ray.engine.callbacks import Callback
+from myllm_ray.trainers.sft import SFTTrainer
 
 
 class StopAt(Callback):
@@ -32,6 +33,19 @@ class KillOnce(Callback):
         if state.step == self.step and state.is_main and not self.marker.exists():
             self.marker.write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Poisoned(SFTTrainer):
+    """Multiplies the loss of micro-batches whose tokens have one of the hashes `marks`."""
+
+    def __init__(self, *arguments: Any, marks: list[int], factor: str, **named: Any):
+        super().__init__(*arguments, **named)
+        self.marks, self.factor = set(marks), float(factor)  # "nan": JSON has none
+
+    def train_step(self, micro: Micro) -> StepOutput:
+        output = super().train_step(micro)
+        bad = hash(tuple(micro["input_ids"].flatten().tolist())) in self.marks
+        return StepOutput(output.loss_sum * self.factor, output.metrics) if bad else output
 
 
 def question_and_answer(row: dict[str, Any]) -> list[tuple[str, bool]]:

@@ -27,7 +27,8 @@ def _process(rank: int, world: int, store: str, jobs: list[tuple[dict[str, Any],
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for raw, prepared in jobs:
-        run_worker(validate(raw), prepared)
+        while run_worker(validate(raw), prepared)["rewound"]:
+            pass
     leave()
 
 
@@ -48,7 +49,8 @@ def run_all(world: int, configs: list[TrainerConfig]) -> list[Path]:
         claim(config, prepared.identity)
         jobs.append((config.model_dump(mode="json"), prepared))
         if world == 1:
-            run_worker(config, prepared)
+            while run_worker(config, prepared)["rewound"]:
+                pass
     if world > 1:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(_process, (world, f"{folder}/store", jobs), nprocs=world)
