@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,30 @@ class KillOnce(Callback):
         if state.step == self.step and state.is_main and not self.marker.exists():
             self.marker.write_text("")
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Slow(Callback):
+    """Makes steps longer."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_step_end(self, state: RunState) -> None:
+        time.sleep(self.seconds)
+
+
+class FillDisk(Callback):
+    """After a step, writes a file that leaves so many bytes of its disk free."""
+
+    main_only = True
+
+    def __init__(self, step: int, path: str, leave: int):
+        self.step, self.path, self.leave = step, Path(path), leave
+
+    def on_step_end(self, state: RunState) -> None:
+        if state.step == self.step:
+            free = shutil.disk_usage(self.path.parent).free
+            self.path.write_bytes(bytes(max(0, free - self.leave)))
 
 
 class Poisoned(SFTTrainer):

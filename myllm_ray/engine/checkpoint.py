@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import re
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from myllm_ray.common import distributed
+from myllm_ray.common.types import Position
 from myllm_ray.config.errors import CheckpointError
-from myllm_ray.engine.checkpoint_writer import BackgroundWriter, own_part, sha256, write
+from myllm_ray.engine.checkpoint_writer import BackgroundWriter, manifest_checksum, own_part, sha256, write
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})$")
 _PACKAGES = ("myllm_ray", "torch", "transformers", "ray", "safetensors", "numpy")
 
@@ -39,13 +43,14 @@ class CheckpointManager:
         keep_last: how many of the newest to keep; None keeps all.
         keep_best: name of a metric; the checkpoint with its lowest value is kept as well.
         background: write from a copy while training goes on; one at a time.
+        keep_every: the checkpoints whose step is a multiple of this are kept as well.
     """
 
     def __init__(self, model: nn.Module | None = None, folder: str | Path = "checkpoints", keep_last: int | None = 2,
-                 keep_best: str | None = None, background: bool = False):
+                 keep_best: str | None = None, background: bool = False, keep_every: int | None = None):
         self.model = model
         self.folder = Path(folder)
-        self.keep_last, self.keep_best = keep_last, keep_best
+        self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
         self.background = background
         self._background = BackgroundWriter() if background else None
         self._committed: list[Path] = []
@@ -131,8 +136,13 @@ class CheckpointManager:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that is whole; damaged ones are passed over."""
-        return next((p for p in reversed(self.all()) if find_damage(p) is None), None)
+        """The newest checkpoint that is whole; damaged ones are named and passed over."""
+        for path in reversed(self.all()):
+            damage = find_damage(path)
+            if damage is None:
+                return path
+            log.warning("passed over: %s", damage)
+        return None
 
     def all(self) -> list[Path]:
         """Checkpoint directories with a manifest, oldest first."""
@@ -148,22 +158,33 @@ class CheckpointManager:
         return (read_manifest(folder), None) if damage is None else ({}, damage)
 
     def _thin_out(self) -> None:
-        if self.keep_last is None:
-            return
+        for path in self.superfluous():
+            shutil.rmtree(path)
+
+    def superfluous(self) -> list[Path]:
+        """Checkpoints that `keep_last`, `keep_best` and `keep_every` do not ask for."""
         everything = self.all()
-        kept = set(everything[-self.keep_last :])
-        best = self.best()
-        for path in everything:
-            if path not in kept and path != best:
-                shutil.rmtree(path)
+        if self.keep_last is None:
+            return []
+        kept = {*everything[-self.keep_last :], self.best()}
+        return [p for p in everything if p not in kept and not (self.keep_every and step_of(p) % self.keep_every == 0)]
 
     def best(self) -> Path | None:
         """The checkpoint with the lowest value of the metric `keep_best`."""
         if not self.keep_best:
             return None
-        scored = [(m["metrics"][self.keep_best], p) for p in self.all()
-                  if self.keep_best in (m := read_manifest(p)).get("metrics", {})]
+        scored = []
+        for path in self.all():
+            with suppress(CheckpointError):  # a damaged one is nobody's best
+                metrics = read_manifest(path).get("metrics", {})
+                if self.keep_best in metrics:
+                    scored.append((metrics[self.keep_best], path))
         return min(scored)[1] if scored else None
+
+
+def step_of(folder: Path) -> int:
+    """The step that a directory `step-00000100` is named after."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -176,24 +197,44 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+    """What a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: there is no manifest, or it is damaged, or of another format.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no valid manifest.json") from None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no valid manifest.json")
+    if manifest["format"] != FORMAT_VERSION:
+        raise CheckpointError(f"{folder}: checkpoint format {manifest['format']!r:.40}, this version reads {FORMAT_VERSION}")
+    if manifest.get("checksum") != manifest_checksum(manifest):
+        raise CheckpointError(f"{folder}: manifest.json is damaged (its checksum differs)")
+    return manifest
 
 
 def find_damage(folder: Path) -> str | None:
     """Why a directory is not a whole checkpoint, or None: manifest there, and every file of the right size and checksum."""
     try:
         manifest = read_manifest(folder)
-        files = manifest["files"]
-        if manifest["format"] != FORMAT_VERSION:
-            return f"{folder}: checkpoint format {manifest['format']}, this version reads {FORMAT_VERSION}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{folder} is not a checkpoint: it has no valid manifest.json"
-    for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            return f"{folder}: file {name} is missing"
-        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            return f"{folder}: file {name} is damaged (its checksum differs)"
+        for name, expected in manifest["files"].items():
+            path = folder / name
+            if Path(name).name != name:  # a manifest from elsewhere must not make us read outside its folder
+                return f"{folder}: manifest.json names a file outside the checkpoint ({name[:80]!r})"
+            if not path.is_file() or path.is_symlink():
+                return f"{folder}: file {name} is missing"
+            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+                return f"{folder}: file {name} is damaged (its checksum differs)"
+        dict(manifest["tensors"])
+        Position(**manifest.get("position", {}))
+        int(manifest["step"])
+    except CheckpointError as error:
+        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{folder} is not a checkpoint: its manifest.json is not as it should be"
     return None
 
 

@@ -10,6 +10,7 @@ training's.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 import threading
@@ -201,10 +202,17 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _publish(beside: Path, final: Path, manifest: dict[str, Any]) -> None:
-    write_json(beside / "manifest.json", manifest)
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
+    write_json(beside / "manifest.json", {**manifest, "checksum": manifest_checksum(manifest)})
     if final.exists():
         shutil.rmtree(final)
     beside.rename(final)
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Of all that a manifest says, but for its own checksum."""
+    text = json.dumps({k: v for k, v in manifest.items() if k != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

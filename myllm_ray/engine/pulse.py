@@ -32,6 +32,7 @@ _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
 
 def pulse_folder(run: str | Path) -> Path:
+    """Where signs of life and requests stand."""
     return Path(run) / ".pulse"
 
 
@@ -59,6 +60,30 @@ def clear(run: str | Path) -> None:
 def remove(run: str | Path) -> None:
     """The run is not going on any more."""
     shutil.rmtree(pulse_folder(run), ignore_errors=True)
+
+
+def read_beats(run: str | Path) -> dict[int, dict[str, Any]]:
+    """The last sign of life of each rank."""
+    beats = {}
+    for path in sorted(pulse_folder(run).glob("rank-*.json")):
+        try:
+            beat = json.loads(path.read_text(encoding="utf-8"))
+            beats[int(beat["rank"])] = beat
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return beats
+
+
+def going_on(run: str | Path) -> dict[str, Any] | None:
+    """A sign of life that changes within two seconds, so somebody works in this folder; or None."""
+    before = read_beats(run)
+    for _ in range(10 if before else 0):
+        time.sleep(0.2)
+        now = read_beats(run)
+        changed = next((beat for rank, beat in now.items() if before.get(rank) != beat), None)
+        if changed is not None:
+            return changed
+    return None
 
 
 class Pulse:

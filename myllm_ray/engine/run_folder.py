@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine import pulse
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest, versions
 
+_OLD_WORKERS_SECONDS = 20.0
 _SAME = ("trainer", "model", "tokenizer")
 """Config sections that must not change when a run goes on."""
 
@@ -27,7 +29,8 @@ def folder_of(config: TrainerConfig) -> Path:
 
 def checkpoints_of(config: TrainerConfig) -> CheckpointManager:
     return CheckpointManager(folder=folder_of(config) / "checkpoints", keep_last=config.checkpoint.keep_last,
-                             keep_best=config.checkpoint.keep_best, background=config.checkpoint.async_)
+                             keep_best=config.checkpoint.keep_best, background=config.checkpoint.async_,
+                             keep_every=config.checkpoint.keep_every)
 
 
 def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
@@ -38,6 +41,7 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
         CheckpointError: what is to be continued is damaged, or was another run.
     """
     folder, resume = folder_of(config), config.checkpoint.resume
+    _refuse_two_at_once(folder)
     manager = checkpoints_of(config)
     used = manager.all() or (folder / "metrics.jsonl").exists()
     if resume != "auto" and used and not config.run.overwrite:
@@ -61,6 +65,15 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
                                              "command": [mask_text(word) for word in sys.argv], "cpus": os.cpu_count()})
 
 
+def _refuse_two_at_once(folder: Path) -> None:
+    """Two runs in one folder would spoil each other. Workers whose driver was killed take a moment to end."""
+    until = time.monotonic() + _OLD_WORKERS_SECONDS
+    while (beat := pulse.going_on(folder)) is not None:
+        if time.monotonic() > until:
+            raise ConfigError(f"{folder}: a run is going on there (rank {beat['rank']}: pid {beat['pid']} on {beat['host']}); end it "
+                              f"(myllm-ray stop {folder}), or give another run.name")
+
+
 def resume_point(config: TrainerConfig) -> Path | None:
     """What a worker goes on from: the newest whole checkpoint of the run, or what `checkpoint.resume` names.
 
@@ -79,6 +92,8 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
         CheckpointError: says what changed.
     """
     saved = read_manifest(checkpoint)
+    if not isinstance(saved.get("config"), dict) or not isinstance(saved.get("identity"), dict):
+        raise CheckpointError(f"can't go on from {checkpoint}: it was not written by a run from a config file")
     then, now = saved["config"], mask(config.model_dump(mode="json"))
     for section in _SAME:
         change = _first_change(section, then.get(section), now[section])

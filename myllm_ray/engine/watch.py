@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.engine.checkpoint import CheckpointManager
-from myllm_ray.engine.pulse import PHASES, pulse_folder, request
+from myllm_ray.engine.pulse import PHASES, going_on, pulse_folder, read_beats, request
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,6 @@ class Lag:
         how = "gives no sign of life" if self.silent else "has not gone on"
         return (f"rank {self.rank} {how} for {self.seconds:.0f} s, in phase {self.phase} of step {self.step} (pid "
                 f"{self.beat.get('pid')} on {self.beat.get('host')}); stacks of all ranks: {self.stacks}")
-
-
-def read_beats(run: str | Path) -> dict[int, dict[str, Any]]:
-    """The last sign of life of each rank."""
-    beats = {}
-    for path in sorted(pulse_folder(run).glob("rank-*.json")):
-        try:
-            beat = json.loads(path.read_text(encoding="utf-8"))
-            beats[int(beat["rank"])] = beat
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return beats
 
 
 class Watch:
@@ -97,7 +84,7 @@ def stop(run: Path, seconds: float) -> str | None:
     """
     if not run.is_dir():
         raise ConfigError(f"{run} is not the folder of a run")
-    if not _alive(run):
+    if going_on(run) is None:
         raise ConfigError(f"no run is going on in {run}")
     request(run, "stop", "myllm-ray stop")
     until = time.monotonic() + seconds
@@ -107,15 +94,3 @@ def stop(run: Path, seconds: float) -> str | None:
             return str(newest[-1]) if newest else "none"
         time.sleep(0.2)
     return None
-
-
-def _alive(run: Path) -> bool:
-    """Whether some rank's sign of life changes within a few seconds."""
-    before = read_beats(run)
-    for _ in range(30):
-        if not before and not pulse_folder(run).exists():
-            return False
-        time.sleep(0.2)
-        if read_beats(run) != before:
-            return True
-    return False

@@ -23,7 +23,7 @@ class Failure:
 
 
 def explain(error: BaseException) -> Failure:
-    """Say what an error of `TrainerTrainer.fit` means.
+    """Say what an error of `TorchTrainer.fit` means.
 
     An error that is the user's to fix would only come again. But where a worker has died, what the others say is a
     consequence, also when it is such an error.
@@ -47,7 +47,7 @@ def explain(error: BaseException) -> Failure:
         return Failure(TrainingError(f"Ray Train: {text}"), text)
     dead = {rank: e for rank, e in failures.items() if any(isinstance(i, RayActorError) for i in _inside(e))}
     rank, first = min((dead or failures).items())
-    reason = f"worker {rank} died" if dead else f"worker {rank} of {len(failures)} that failed: {_last_line(first)}"
+    reason = f"worker {rank} died: its process was killed, or ran out of memory, or its node is gone" if dead else f"worker {rank} of {len(failures)} that failed: {_last_line(first)}"
     if os.environ.get("MYLLM_RAY_TRACEBACK"):
         return Failure(error, reason)
     return Failure(TrainingError(f"{reason} (the whole traceback: MYLLM_RAY_TRACEBACK=1)"), reason)
@@ -72,7 +72,7 @@ def _inside(error: BaseException | None, depth: int = 0) -> Iterator[BaseExcepti
         return
     yield error
     wrapped = [getattr(error, "cause", None), error.__cause__, getattr(error, "controller_failure", None),
-               getattr(error, "_base_exc", None), *(getattr(error, "worker_failures", None) or {}).values()]
+               getattr(error, "_base_exc", None), getattr(error, "health_check_failure", None), *(getattr(error, "worker_failures", None) or {}).values()]
     for inner in wrapped:
         if isinstance(inner, BaseException):
             yield from _inside(inner, depth + 1)

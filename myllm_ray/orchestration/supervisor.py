@@ -33,9 +33,9 @@ from myllm_ray.common.types import Position
 from myllm_ray.config.errors import TrainingError, UserError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine.checkpoint import read_manifest
-from myllm_ray.engine.pulse import asked_to_stop, clear, remove, request
+from myllm_ray.engine.pulse import asked_to_stop, clear, read_beats, remove, request
 from myllm_ray.engine.run_folder import folder_of, resume_point
-from myllm_ray.engine.watch import Lag, Watch, read_beats
+from myllm_ray.engine.watch import Lag, Watch
 from myllm_ray.orchestration.cluster import draining_nodes, kill_process, worker_resources, workers_that_fit
 from myllm_ray.orchestration.failures import Failure, explain
 from myllm_ray.orchestration.loops import LAUNCHED, train_loop

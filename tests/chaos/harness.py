@@ -1,0 +1,216 @@
+"""Runs a job the way a user does, does one thing to it at a seeded moment, and compares what is left with the undisturbed run.
+
+A `Place` is a Ray cluster on this machine (processes of its own, `ray.cluster_utils`); the job is a driver process that
+connects to it. What a fault needs to know (worker processes, steps done, saves under way) it reads from the run's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import LLAMA, ROOT, comparable, instruction_rows, ledger
+
+from myllm_ray.config.load import apply_override
+from myllm_ray.engine.checkpoint import CheckpointManager, read_tensors
+from myllm_ray.engine.pulse import read_beats
+
+STEPS, SAVE_EVERY = 16, 4
+BACKENDS = {"ddp": ["accelerator.name=ddp"], "fsdp": ["accelerator.name=fsdp"],
+            "deepspeed-2": ["accelerator.name=deepspeed", "accelerator.stage=2"]}
+PATIENCE = 120.0
+
+
+@dataclass
+class Place:
+    """A Ray cluster with a head and, where asked for, further nodes."""
+
+    cluster: Any
+    others: list[Any] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return str(self.cluster.address)
+
+    def add(self, cpus: int, slots: int = 0) -> Any:
+        node = self.cluster.add_node(num_cpus=cpus, resources={"slot": slots} if slots else None)
+        self.others.append(node)
+        return node
+
+    def lose(self, node: Any) -> None:
+        """SIGKILL its raylet; the workers on it go with it."""
+        self.others.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
+@contextmanager
+def place(cpus: int, slots: int = 0) -> Iterator[Place]:
+    """A cluster of its own, ended afterwards."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={
+        "num_cpus": cpus, "include_dashboard": False, **({"resources": {"slot": slots}} if slots else {})})
+    try:
+        yield Place(cluster)
+    finally:
+        cluster.shutdown()
+
+
+@dataclass
+class Job:
+    """One run: its config file, and the driver process while it runs."""
+
+    config: dict[str, Any]
+    address: str | None
+    process: Any = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config["run"]["storage"]) / str(self.config["run"]["name"])
+
+    def start(self, *overrides: str) -> Job:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        path = self.folder.parent / f"{self.folder.name}.json"
+        path.write_text(json.dumps(self.config))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "RAY_AUTH_MODE": "disabled"}
+        environment.pop("RAY_ADDRESS", None)
+        if self.address:
+            environment["RAY_ADDRESS"] = self.address
+        self.log = open(self.folder.parent / f"{self.folder.name}.log", "a")  # noqa: SIM115 (the process writes to it)
+        self.process = subprocess.Popen([sys.executable, "-m", "myllm_ray.cli", "train", str(path), *overrides], cwd=ROOT,
+                                        stdout=self.log, stderr=subprocess.STDOUT, env=environment)
+        return self
+
+    def end(self, seconds: float = PATIENCE) -> int:
+        """Wait for the driver; its exit code."""
+        code: int = self.process.wait(seconds)
+        self.log.close()
+        return code
+
+    def said(self) -> str:
+        return (self.folder.parent / f"{self.folder.name}.log").read_text()
+
+    def until(self, what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+        """Wait for something to become true of the run, looking a hundred times a second."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            found = what()
+            if found:
+                return found
+            if self.process.poll() is not None:
+                raise AssertionError(f"the run ended ({self.process.returncode}) before the fault:\n{self.said()[-3000:]}")
+            time.sleep(0.01)
+        raise AssertionError(f"nothing to do the fault to within {seconds} s:\n{self.said()[-3000:]}")
+
+    def steps(self) -> int:
+        """The last step in the ledger."""
+        try:
+            return max((row["step"] for row in ledger(self.folder)), default=0)
+        except (OSError, ValueError):
+            return 0
+
+    def workers(self) -> dict[int, int]:
+        """Process ids by rank, of those that have given a sign of life."""
+        return {rank: int(beat["pid"]) for rank, beat in read_beats(self.folder).items() if alive(int(beat["pid"]))}
+
+    def kill_a_worker(self, rng: random.Random, sign: int = signal.SIGKILL) -> int:
+        pids = self.until(self.workers)
+        pid = pids[rng.choice(sorted(pids))]
+        os.kill(pid, sign)
+        return int(pid)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+def job_config(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
+    """A tiny SFT run of two epochs and more, saved every few steps."""
+    data = folder / "rows.json"
+    if not data.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(instruction_rows(40)))
+    raw: dict[str, Any] = {
+        "trainer": "sft", "model": {"config": dict(LLAMA)}, "tokenizer": {"kind": "bytes"},
+        "data": {"train": {"path": str(data), "format": "instruction"}, "sequence_length": 160, "packing": False,
+                 "cache": str(folder / "cache")},
+        "batch": {"global_size": 4, "micro_size": 1}, "optimizer": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1},
+        "scheduler": {"name": "cosine", "warmup_steps": 2}, "scaling": {"workers": 2, "max_failures": 4},
+        "run": {"name": name, "storage": str(folder / "runs"), "max_steps": STEPS}, "callbacks": ["print", "jsonl"],
+        "checkpoint": {"every_steps": SAVE_EVERY, "resume": "auto"}, "stability": {"hang_seconds": 60}}
+    for override in overrides:
+        apply_override(raw, override)
+    return raw
+
+
+EPOCH = 10
+"""Steps in an epoch of `job_config`: 40 rows, 4 a step."""
+
+
+def weights(folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    newest = CheckpointManager(folder=folder / "checkpoints").latest()
+    assert newest == folder / "checkpoints" / f"step-{steps:08d}", newest
+    return read_tensors(newest)
+
+
+@dataclass
+class Comparison:
+    """A disturbed run beside the undisturbed one."""
+
+    weights: float
+    """Largest difference of a weight, as a share of its tensor's largest value. 0: bitwise equal."""
+    moments: float
+    """The same of Adam's moments."""
+    losses: float
+    """Largest relative difference of a loss."""
+    same_metrics: bool
+    """The metrics files are the same, but for clocks."""
+    lost_or_repeated: int
+    """Steps whose batch (by the hash of its tokens) is not the undisturbed run's, or that stand there twice or not at all."""
+    attempts: int
+    retrained: int
+    """Steps that were trained again, over all restarts by the supervisor."""
+
+    @property
+    def identical(self) -> bool:
+        return self.weights == self.moments == self.lost_or_repeated == 0 and self.same_metrics
+
+
+def compare(folder: Path, reference: Path, steps: int = STEPS) -> Comparison:
+    ours, theirs = weights(folder, steps), weights(reference, steps)
+    assert ours.keys() == theirs.keys()
+
+    def apart(kind: str) -> float:
+        different = [k for k in ours if k.startswith(kind) and not torch.equal(ours[k], theirs[k])]
+        return max((float((ours[k].double() - theirs[k].double()).abs().max() / max(float(theirs[k].abs().max()), 1e-12))
+                    for k in different), default=0.0)
+
+    rows, expected = comparable(folder), comparable(reference)
+    assert [r["step"] for r in rows] == [r["step"] for r in expected]
+    losses = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in zip(rows, expected, strict=True))
+    found, wanted = ledger(folder), ledger(reference)
+    wrong = sum(a != b for a, b in zip(found, wanted, strict=False)) + abs(len(found) - len(wanted))
+    attempts = attempts_of(folder)
+    retrained = sum(max(0, before["to_step"] - after["from_step"]) for before, after in pairwise(attempts))
+    return Comparison(apart("model."), apart("optimizer."), losses, rows == expected, wrong, len(attempts), retrained)
+
+
+def attempts_of(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "attempts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
