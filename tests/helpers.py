@@ -61,6 +61,13 @@ class FillDisk(Callback):
             self.path.write_bytes(bytes(max(0, free - self.leave)))
 
 
+class Keyed(Callback):
+    """Takes a secret."""
+
+    def __init__(self, api_key: str):
+        self.api_key = api_key
+
+
 class Poisoned(SFTTrainer):
     """Multiplies the loss of micro-batches whose tokens have one of the hashes `marks`."""
 

@@ -20,7 +20,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from myllm_ray.common.extras import require
+from myllm_ray.common.remote import open_storage
 from myllm_ray.config.errors import DataError, UserError
 from myllm_ray.config.schema import SourceSection
 from myllm_ray.data import stdlib
@@ -32,7 +32,6 @@ TEXT_PIECE = 64 * 2**10
 """A text file longer than this is cut at the next blank line, so that a book is many documents, not one."""
 EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv",
               ".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".rst": "text"}
-_REMOTE_LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
 
 Row = tuple[str, Mapping[str, Any] | BadRow]
 """Where a row stands (`file:line`), and the row, or why it is none."""
@@ -90,15 +89,7 @@ def read_unit(unit: Unit, source: SourceSection) -> Iterator[Row]:
 
 def _expand(path: str, key: str) -> list[str]:
     """A path as the files behind it."""
-    try:
-        filesystem, inner = url_to_fs(path)
-    except ImportError:
-        scheme = path.split("://")[0]
-        library = _REMOTE_LIBRARIES.get(scheme, f"the fsspec package for {scheme}")
-        require(library, library, f"{key}: {scheme}://")
-        raise
-    except ValueError as error:
-        raise DataError(f"{key}: {path!r}: {error}") from None
+    filesystem, inner = open_storage(path, key, DataError)
     try:
         if globbing.has_magic(inner):
             found = sorted(p for p in filesystem.glob(inner) if filesystem.isfile(p))

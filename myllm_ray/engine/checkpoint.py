@@ -27,6 +27,7 @@ from myllm_ray.common import distributed
 from myllm_ray.common.types import Position
 from myllm_ray.config.errors import CheckpointError
 from myllm_ray.engine.checkpoint_writer import BackgroundWriter, manifest_checksum, own_part, sha256, write
+from myllm_ray.engine.mirror import Mirror
 
 FORMAT_VERSION = 2
 log = logging.getLogger(__name__)
@@ -44,14 +45,17 @@ class CheckpointManager:
         keep_best: name of a metric; the checkpoint with its lowest value is kept as well.
         background: write from a copy while training goes on; one at a time.
         keep_every: the checkpoints whose step is a multiple of this are kept as well.
+        mirror: URL of a folder where the same checkpoints are to stand, too.
     """
 
     def __init__(self, model: nn.Module | None = None, folder: str | Path = "checkpoints", keep_last: int | None = 2,
-                 keep_best: str | None = None, background: bool = False, keep_every: int | None = None):
+                 keep_best: str | None = None, background: bool = False, keep_every: int | None = None,
+                 mirror: str | None = None):
         self.model = model
         self.folder = Path(folder)
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
         self.background = background
+        self.mirror = Mirror(mirror) if mirror else None
         self._background = BackgroundWriter() if background else None
         self._committed: list[Path] = []
 
@@ -74,8 +78,10 @@ class CheckpointManager:
 
         def job(part: dict[str, Tensor], group: Any) -> None:
             write(final, part, manifest, group)
-            if distributed.is_main():
-                self._thin_out()
+            problem = self._settle(final) if distributed.is_main() else None
+            problem = next((p for p in distributed.gather_objects(problem, group) if p), None)
+            if problem:
+                raise CheckpointError(problem)
             self._committed.append(final)
 
         if self._background is None:
@@ -136,8 +142,14 @@ class CheckpointManager:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that is whole; damaged ones are named and passed over."""
-        for path in reversed(self.all()):
+        """The newest checkpoint that is whole, fetched from the mirror where it is missing here; damaged ones are named and
+        passed over."""
+        here = {p.name: p for p in self.all()}
+        there = set(self.mirror.names()) if self.mirror is not None else set()
+        for name in sorted({*here, *there}, reverse=True):
+            if name in here and find_damage(here[name]) is None:
+                return here[name]
+            path = self.mirror.pull(name, self.folder) if self.mirror is not None and name in there else here[name]
             damage = find_damage(path)
             if damage is None:
                 return path
@@ -157,9 +169,21 @@ class CheckpointManager:
         damage = find_damage(folder)
         return (read_manifest(folder), None) if damage is None else ({}, damage)
 
-    def _thin_out(self) -> None:
-        for path in self.superfluous():
-            shutil.rmtree(path)
+    def _settle(self, final: Path) -> str | None:
+        """Once a checkpoint is whole: copy it to its second home, and remove what is not kept, here and there."""
+        try:
+            if self.mirror is not None:
+                self.mirror.push(final)
+            for path in self.superfluous():
+                shutil.rmtree(path)
+            if self.mirror is not None:
+                kept = {p.name for p in self.all()}
+                for name in self.mirror.names():
+                    if name not in kept:
+                        self.mirror.remove(name)
+        except (CheckpointError, OSError) as error:
+            return str(error)
+        return None
 
     def superfluous(self) -> list[Path]:
         """Checkpoints that `keep_last`, `keep_best` and `keep_every` do not ask for."""

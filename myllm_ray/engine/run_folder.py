@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from myllm_ray.common.files import why_not_writable, write_atomic, write_json
 from myllm_ray.common.secrets import mask, mask_text
@@ -17,6 +17,7 @@ from myllm_ray.config.load import to_yaml
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine import pulse
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest, versions
+from myllm_ray.engine.mirror import Mirror
 
 _OLD_WORKERS_SECONDS = 20.0
 _SAME = ("trainer", "model", "tokenizer")
@@ -30,7 +31,11 @@ def folder_of(config: TrainerConfig) -> Path:
 def checkpoints_of(config: TrainerConfig) -> CheckpointManager:
     return CheckpointManager(folder=folder_of(config) / "checkpoints", keep_last=config.checkpoint.keep_last,
                              keep_best=config.checkpoint.keep_best, background=config.checkpoint.async_,
-                             keep_every=config.checkpoint.keep_every)
+                             keep_every=config.checkpoint.keep_every, mirror=_mirror_of(config))
+
+
+def _mirror_of(config: TrainerConfig) -> str | None:
+    return f"{config.checkpoint.mirror.rstrip('/')}/{config.run.name}" if config.checkpoint.mirror else None
 
 
 def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
@@ -43,7 +48,8 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
     folder, resume = folder_of(config), config.checkpoint.resume
     _refuse_two_at_once(folder)
     manager = checkpoints_of(config)
-    used = manager.all() or (folder / "metrics.jsonl").exists()
+    there = manager.mirror.names() if manager.mirror is not None else []
+    used = manager.all() or there or (folder / "metrics.jsonl").exists()
     if resume != "auto" and used and not config.run.overwrite:
         raise ConfigError(f"{folder} holds an earlier run: checkpoint.resume=auto continues it, another run.name starts "
                           "beside it, run.overwrite=true replaces it")
@@ -56,9 +62,11 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
     problem = why_not_writable(folder)
     if problem:
         raise ConfigError(f"run.storage: {folder} can't be written: {problem}")
-    if used and resume != "auto":
+    if used and resume != "auto":  # replaced, wherever it stands
         shutil.rmtree(folder)
         folder.mkdir(parents=True)
+        for name in there:
+            cast(Mirror, manager.mirror).remove(name)
     pulse.remove(folder)  # what processes that were killed left behind
     write_atomic(folder / "config.yaml", to_yaml(mask(config.model_dump(mode="json"))))
     write_json(folder / "environment.json", {**versions(), "platform": platform.platform(),

@@ -31,6 +31,7 @@ STEPS, SAVE_EVERY = 16, 4
 BACKENDS = {"ddp": ["accelerator.name=ddp"], "fsdp": ["accelerator.name=fsdp"],
             "deepspeed-2": ["accelerator.name=deepspeed", "accelerator.stage=2"]}
 PATIENCE = 120.0
+_PATH = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
 
 
 @dataclass
@@ -60,6 +61,7 @@ def place(cpus: int, slots: int = 0) -> Iterator[Place]:
     """A cluster of its own, ended afterwards."""
     from ray.cluster_utils import Cluster
 
+    os.environ["PYTHONPATH"] = _PATH  # for the workers, which inherit it from their raylet
     cluster = Cluster(initialize_head=True, head_node_args={
         "num_cpus": cpus, "include_dashboard": False, **({"resources": {"slot": slots}} if slots else {})})
     try:
@@ -85,7 +87,7 @@ class Job:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         path = self.folder.parent / f"{self.folder.name}.json"
         path.write_text(json.dumps(self.config))
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "RAY_AUTH_MODE": "disabled"}
+        environment = {**os.environ, "PYTHONPATH": _PATH, "RAY_AUTH_MODE": "disabled"}
         environment.pop("RAY_ADDRESS", None)
         if self.address:
             environment["RAY_ADDRESS"] = self.address

@@ -1,0 +1,34 @@
+"""Storage behind a URL (s3://, gs://, hf://, memory://, ...), by fsspec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from myllm_ray.common.extras import require
+from myllm_ray.config.errors import UserError
+
+_LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
+
+
+def open_storage(url: str, key: str, error: type[UserError]) -> tuple[Any, str]:
+    """The file system of a URL or path, and the path in it.
+
+    Args:
+        key: the config key that the URL comes from, for messages.
+        error: raised where the URL is none.
+
+    Raises:
+        UserError: the library that this kind of storage needs is not installed.
+    """
+    try:
+        filesystem, inner = url_to_fs(url)
+    except ImportError:
+        scheme = url.split("://")[0]
+        library = _LIBRARIES.get(scheme, f"the fsspec package for {scheme}")
+        require(library, library, f"{key}: {scheme}://")
+        raise
+    except ValueError as problem:
+        raise error(f"{key}: {url!r}: {problem}") from None
+    return filesystem, inner
