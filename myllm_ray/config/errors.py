@@ -12,6 +12,9 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: object = ""):
+        super().__init__(" ".join(str(message).split("\n")))  # also where a key or a value of the user's has a line break
+
 
 class ConfigError(UserError):
     """The config names a key that does not exist, has a wrong value, or contradicts itself."""

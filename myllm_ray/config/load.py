@@ -138,7 +138,9 @@ def explain(error: ValidationError, cls: type[BaseModel], raw: Any) -> str:
     """One line for the most telling of pydantic's complaints: unknown keys first, for they explain missing ones."""
     details = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = details[0]
-    location = [part for part in first["loc"] if not _is_union_tag(part)]
+    *above, last = first["loc"] or ("",)
+    keep_last = first["type"] == "extra_forbidden" or not _is_union_tag(last)  # an unknown key may be called anything
+    location = [*(part for part in above if not _is_union_tag(part)), *([last] if keep_last else [])]
     key = ".".join(str(part) for part in location)
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -156,7 +158,7 @@ def explain(error: ValidationError, cls: type[BaseModel], raw: Any) -> str:
 
 def _is_union_tag(part: int | str) -> bool:
     """Whether pydantic put the name of a union's member here, which stands in no file."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "dict"))
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "dict", "int", "constrained-int"))
 
 
 def _known_keys(cls: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -112,13 +112,27 @@ def _split(path: str, key: str) -> list[Unit]:
     if kind is None:
         raise DataError(f"{key}: {path!r} has an unknown type; known are {', '.join(EXTENSIONS)}")
     if kind == "parquet":
-        with fsspec.open(path, "rb") as file:
-            return [Unit(path, kind, group, group + 1) for group in range(pq.ParquetFile(file).num_row_groups)]
+        return [Unit(path, kind, group, group + 1) for group in range(_parquet_groups(path))]
     if kind in ("json", "csv"):
         return [Unit(path, kind, 0, 1)]
     filesystem, inner = url_to_fs(path)
     size = filesystem.size(inner)
     return [Unit(path, kind, a, min(a + RANGE_BYTES, size)) for a in range(0, size, RANGE_BYTES)]
+
+
+def _parquet_groups(path: str) -> int:
+    """Row groups of a Parquet file of plain types: an extension type may be a pickle, which runs code when it is read."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            opened = pq.ParquetFile(file)
+            for column in opened.schema_arrow:
+                metadata = column.metadata or {}
+                if isinstance(column.type, pa.BaseExtensionType) or b"ARROW:extension:name" in metadata:
+                    raise DataError(f"{path}: column {column.name!r} has the extension type {column.type}; only plain types are "
+                                    "read: write it without")
+            return int(opened.num_row_groups)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a valid Parquet file: {' '.join(str(error).split())[:200]}") from None
 
 
 def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
@@ -206,7 +220,7 @@ def _read_csv(unit: Unit) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{unit.path}: row {number}", row
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, UnicodeDecodeError) as error:
             raise DataError(f"{unit.path}: not valid CSV after row {number}: {error}") from None
 
 

@@ -82,7 +82,7 @@ def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -
     if local and not Path(name).is_dir():
         raise ConfigError(f"{key}: no folder {name!r} (seen from {Path.cwd()})")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{key}: {name!r} can't be loaded as a tokenizer: {reason}") from None

@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from myllm_ray.common import distributed
 from myllm_ray.common.types import Position
 from myllm_ray.config.errors import CheckpointError
-from myllm_ray.engine.checkpoint_writer import BackgroundWriter, manifest_checksum, own_part, sha256, write
+from myllm_ray.engine.checkpoint_writer import BackgroundWriter, manifest_checksum, own_part, reason, sha256, write
 from myllm_ray.engine.mirror import Mirror
 
 FORMAT_VERSION = 2
@@ -127,9 +129,7 @@ class CheckpointManager:
         saved, now = manifest["tensors"], {name: list(t.shape) for name, t in tensors.items()}
         if saved != now:
             raise CheckpointError(f"{folder} does not fit: {_difference(saved, now)}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not distributed.is_distributed())
+        _read(folder, tensors, alone=not distributed.is_distributed())
         return dict(manifest)
 
     def load_model(self, folder: Path, model: nn.Module) -> None:
@@ -137,9 +137,7 @@ class CheckpointManager:
         named = [*model.named_parameters(), *model.named_buffers()]
         known = read_manifest(folder)["tensors"]
         tensors = {f"model.{name}": tensor.data for name, tensor in named if f"model.{name}" in known}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+        _read(folder, tensors)
 
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole, fetched from the mirror where it is missing here; damaged ones are named and
@@ -214,10 +212,20 @@ def step_of(folder: Path) -> int:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, whole, in this process, without a model."""
     tensors = {name: torch.empty(shape) for name, shape in read_manifest(folder)["tensors"].items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    _read(folder, tensors)
     return tensors
+
+
+def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = True) -> None:
+    """Fill tensors from safetensors files; anything else that stands there is not looked at."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except (Exception, CheckpointException) as error:  # safetensors, torch and the file system have exceptions of their own
+        if distributed.lost_a_peer(error):
+            raise
+        raise CheckpointError(f"{folder} can't be read: {reason(error)}") from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -252,11 +260,18 @@ def find_damage(folder: Path) -> str | None:
                 return f"{folder}: file {name} is missing"
             if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
                 return f"{folder}: file {name} is damaged (its checksum differs)"
+        for path in folder.glob("*.safetensors"):  # the reader looks at all of them
+            if path.name not in manifest["files"]:
+                return f"{folder}: file {path.name} does not belong to it"
+            with safe_open(path, "pt"):
+                pass
         dict(manifest["tensors"])
         Position(**manifest.get("position", {}))
         int(manifest["step"])
     except CheckpointError as error:
         return str(error)
+    except SafetensorError as error:
+        return f"{folder}: a file is no safetensors file: {reason(error)}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{folder} is not a checkpoint: its manifest.json is not as it should be"
     return None

@@ -57,7 +57,7 @@ def write(final: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], gro
         except (CheckpointException, OSError, RuntimeError) as error:
             if distributed.lost_a_peer(error):
                 raise
-            outcome = {"failed": _reason(error)}
+            outcome = {"failed": reason(error)}
         outcomes = distributed.gather_objects(outcome, group)
         failed = next((o["failed"] for o in outcomes if "failed" in o), None)
         if failed is not None:
@@ -102,7 +102,7 @@ class BackgroundWriter:
                 self._error = error
             except Exception as error:  # kept for the main thread, which says it in one line
                 lost = distributed.lost_a_peer(error)
-                self._error = error if lost else CheckpointError(f"writing a checkpoint in the background failed: {_reason(error)}")
+                self._error = error if lost else CheckpointError(f"writing a checkpoint in the background failed: {reason(error)}")
 
         self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -221,7 +221,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What an error says, out of torch.distributed.checkpoint's wrapping, in one line."""
     inner = next(iter(getattr(error, "failures", {}).values()), None)
     text = str(inner[0] if isinstance(inner, tuple) else error)
     return " ".join(text.split())[:300]

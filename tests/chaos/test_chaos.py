@@ -73,7 +73,7 @@ def next_group(job: Job, before: dict[int, int]) -> dict[int, int]:
 
 
 def mid_step(job: Job, rng: random.Random) -> None:
-    for step in sorted(rng.sample(range(1, STEPS), MOMENTS)):
+    for step in sorted(rng.sample(range(1, STEPS - 2), MOMENTS)):
         before = job.until(lambda: len(w := job.workers()) == 2 and w)
         job.until(lambda step=step: job.steps() >= step)
         time.sleep(rng.uniform(0, 0.1))
@@ -111,7 +111,7 @@ def start_up(job: Job, rng: random.Random) -> None:
 
 def two_in_a_row(job: Job, rng: random.Random) -> None:
     """A worker, and another one of the group that has just recovered, in its first step."""
-    for step in sorted(rng.sample(range(1, STEPS - 1), MOMENTS)):
+    for step in sorted(rng.sample(range(1, STEPS - 3), MOMENTS)):
         before = job.until(lambda: len(w := job.workers()) == 2 and w)
         job.until(lambda step=step: job.steps() >= step)
         job.kill_a_worker(rng)
@@ -122,7 +122,7 @@ def two_in_a_row(job: Job, rng: random.Random) -> None:
 
 
 def during_recovery(job: Job, rng: random.Random) -> None:
-    for step in sorted(rng.sample(range(1, STEPS), MOMENTS)):
+    for step in sorted(rng.sample(range(1, STEPS - 2), MOMENTS)):
         before = job.until(lambda: len(w := job.workers()) == 2 and w)
         job.until(lambda step=step: job.steps() >= step)
         job.kill_a_worker(rng)
@@ -134,7 +134,7 @@ def during_recovery(job: Job, rng: random.Random) -> None:
 
 def stopped(job: Job, rng: random.Random) -> None:
     """SIGSTOP: its process is there and does nothing."""
-    for step in sorted(rng.sample(range(1, STEPS), MOMENTS)):
+    for step in sorted(rng.sample(range(1, STEPS - 2), MOMENTS)):
         before = job.until(lambda: len(w := job.workers()) == 2 and w)
         job.until(lambda step=step: job.steps() >= step)
         job.kill_a_worker(rng, signal.SIGSTOP)
@@ -177,7 +177,7 @@ def test_the_driver(runs: Path, here: Place, backend: str) -> None:
     rng, started = random.Random(backend), time.monotonic()
     job = Job(job_config(runs, f"{backend}-driver", *BACKENDS[backend]), here.address)
     before: dict[int, int] = {}
-    for step in sorted(rng.sample(range(1, STEPS), MOMENTS)):
+    for step in sorted(rng.sample(range(1, STEPS - 2), MOMENTS)):
         job.start()
         before = next_group(job, before)
         job.until(lambda step=step: job.steps() >= step)
