@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from myllm_ray.common.distributed import rank
 from myllm_ray.common.types import Micro, RunState, StepOutput
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.trainers.sft import SFTTrainer
@@ -59,6 +62,30 @@ class FillDisk(Callback):
         if state.step == self.step:
             free = shutil.disk_usage(self.path.parent).free
             self.path.write_bytes(bytes(max(0, free - self.leave)))
+
+
+class Sleeper(SFTTrainer):
+    """Sleeps for two minutes on one rank in one step, once; a file remembers it. Steps are counted by weights asked for."""
+
+    def __init__(self, *arguments: Any, rank: int, step: int, phase: str, marker: str, **named: Any):
+        super().__init__(*arguments, **named)
+        self.of, self.phase, self.marker, self.micros = (rank, step), phase, Path(marker), 0
+
+    def _sleep(self, phase: str) -> None:
+        if phase == self.phase and self.micros == 2 * self.of[1] - 1 and rank() == self.of[0] and not self.marker.exists():
+            self.marker.write_text("")
+            time.sleep(120)
+
+    def batch_weight(self, micro: Micro) -> Tensor:
+        self.micros += 1
+        self._sleep("data")
+        return super().batch_weight(micro)
+
+    def train_step(self, micro: Micro) -> StepOutput:
+        self.micros -= 1  # both micro-batches of a step are weighed before the first is trained on
+        self._sleep("forward")
+        self.micros += 1
+        return super().train_step(micro)
 
 
 class Keyed(Callback):

@@ -1,0 +1,162 @@
+"""Planned changes cost no step: workers that come and go, nodes that are drained, a run that is asked to stop."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeConfig, comparable, ledger
+from harness import BACKENDS, Job, Place, attempts_of, compare, job_config, place
+
+from myllm_ray import train
+from myllm_ray.engine.pulse import going_on
+
+LONG = ("run.max_steps=40", "checkpoint.every_steps=100", "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.3}}]",
+        "scaling.resources_per_worker={slot: 1}", "scaling.max_failures=0", *BACKENDS["ddp"])
+
+
+def drain(where: Place, node: Any) -> None:
+    """Ray's notice that a node will be taken away, as a cloud's spot instance gets it."""
+    import ray
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+    client = GcsClient(address=where.address)
+    accepted, why = client.drain_node(node.node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", int((time.time() + 60) * 1000))
+    assert accepted, why
+    assert ray is not None
+
+
+@pytest.mark.timeout(280)
+def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
+    """1 -> 2 -> 1 workers in one run: a node joins, and is drained. No checkpoint but those of the changes; none repeated."""
+    with place(cpus=3, slots=1) as where:
+        job = Job(job_config(tmp_path, "elastic", *LONG, "scaling.workers=[1,2]"), where.address).start()
+        job.until(lambda: job.steps() >= 2)
+        node = where.add(cpus=1, slots=1)
+        job.until(lambda: len(job.workers()) == 2)
+        now = job.steps()
+        job.until(lambda: job.steps() > now + 1)
+        drain(where, node)
+        assert job.end() == 0, job.said()
+        expected = train(job_config(tmp_path, "fixed", *LONG[:2], "accelerator.name=single", "scaling.workers=0", "callbacks=[jsonl]"))
+        found = compare(job.folder, Path(expected.folder), steps=40)
+        attempts = attempts_of(job.folder)
+        assert [a["workers"] for a in attempts] == [1, 2, 1], attempts
+        assert [a["end"].split(":")[0] for a in attempts] == ["left", "left", "done"]
+        assert "room for 2 workers instead of 1" in attempts[0]["end"]
+        assert "is about to leave" in attempts[1]["end"]
+        assert all(a["to_step"] == b["from_step"] for a, b in pairwise(attempts))
+        assert (found.retrained, found.lost_or_repeated) == (0, 0)
+        assert found.losses < 1e-5
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "command"])
+def test_a_run_that_is_asked_to_stop_saves_first(tmp_path: Path, how: str, make_config: MakeConfig,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 75, and the same run in the end; in this process (0 workers), and once on Ray."""
+    on_ray = how == "SIGTERM"
+    options = ("scaling.resources_per_worker={slot: 1}", *BACKENDS["ddp"]) if on_ray else ("scaling.workers=0", "accelerator.name=single")
+    common = ("checkpoint.every_steps=100", "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.2}}]", *options)
+
+    def run(address: str | None) -> Path:
+        job = Job(job_config(tmp_path, "stopped", *common), address).start()
+        job.until(lambda: job.steps() >= 3)
+        if how == "command":
+            from myllm_ray.engine.watch import stop
+
+            assert stop(job.folder, 60) == str(job.folder / "checkpoints" / f"step-{job.steps():08d}")
+        else:
+            job.process.send_signal(getattr(signal, how))
+        assert job.end() == 75, job.said()
+        said = job.said()
+        assert re.search(r"stopped before its end \((SIGTERM|Ctrl-C|myllm-ray stop)\); to go on: the same command with", said), said
+        assert "Traceback" not in said
+        steps = job.steps()
+        assert [p.name for p in sorted((job.folder / "checkpoints").iterdir())] == [f"step-{steps:08d}"]
+        assert not (job.folder / ".pulse").exists()
+        assert job.start().end() == 0, job.said()
+        assert f"going on from step {steps}" in job.said()
+        return job.folder
+
+    if on_ray:
+        with place(cpus=3, slots=2) as where:
+            folder = run(where.address)
+    else:
+        folder = run(None)
+    whole = train(job_config(tmp_path, "whole", "scaling.workers=0", "accelerator.name=single", "callbacks=[jsonl]")).folder
+    assert ledger(folder) == ledger(whole)
+    if on_ray:
+        assert [r["loss"] for r in comparable(folder)] == pytest.approx([r["loss"] for r in comparable(whole)], rel=1e-5)
+    else:
+        assert comparable(folder) == comparable(whole)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    job = Job(job_config(tmp_path, "twice", "scaling.workers=0", "accelerator.name=single",
+                         "callbacks=[print, jsonl, {helpers:Slow: {seconds: 5}}]"), None).start()
+    job.until(lambda: "training 16 steps" in job.said())
+    job.until(lambda: going_on(job.folder))
+    for _ in range(2):
+        job.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert job.end(4) == 130, job.said()
+    assert "stopped at once" in job.said()
+    assert "Traceback" not in job.said()
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from myllm_ray.config import ConfigError
+    from myllm_ray.engine import run_folder
+
+    monkeypatch.setattr(run_folder, "_OLD_WORKERS_SECONDS", 0.5)
+    config = job_config(tmp_path, "same", "scaling.workers=0", "accelerator.name=single",
+                        "callbacks=[jsonl, {helpers:Slow: {seconds: 0.5}}]")
+    job = Job(config, None).start()
+    try:
+        job.until(lambda: job.steps() >= 1)
+        with pytest.raises(ConfigError, match=r"a run is going on there \(rank 0: pid \d+ on .*\); end it \(myllm-ray stop "):
+            train(config)
+    finally:
+        job.process.kill()
+        job.end()
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("phase", ["data", "forward"])
+def test_a_rank_that_sleeps_is_named(tmp_path: Path, phase: str, ray_cluster: None) -> None:
+    """Rank 1 sleeps, once, much longer than hang_seconds: rank and phase are named, stacks are there, the run recovers."""
+    import logging
+
+    lines: list[str] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    config = job_config(tmp_path, "sleeps", *BACKENDS["ddp"], "checkpoint.every_steps=4", "stability.hang_seconds=5",
+                        "scaling.max_failures=1", "callbacks=[jsonl]")
+    config["trainer"] = "helpers:Sleeper"
+    config["options"] = {"rank": 1, "step": 6, "phase": phase, "marker": str(tmp_path / "slept")}
+    handler = Lines()
+    logging.getLogger("myllm_ray").addHandler(handler)
+    try:
+        result = train(config)
+    finally:
+        logging.getLogger("myllm_ray").removeHandler(handler)
+    assert result.step == 16
+    said = next(line for line in lines if "has not gone on" in line)
+    assert re.search(rf"rank 1 has not gone on for \d s, in phase {phase} of step 6 \(pid \d+ on ", said), said
+    (folder,) = (Path(result.folder) / "stacks").iterdir()
+    assert "time.sleep" in (text := (folder / "rank-00001.txt").read_text()) or "helpers.py" in text
+    assert (folder / "rank-00000.txt").exists()
+    whole = train({**job_config(tmp_path, "whole", "scaling.workers=0", "accelerator.name=single", "callbacks=[jsonl]")}).folder
+    assert ledger(result.folder) == ledger(whole)
+
+
