@@ -148,7 +148,7 @@ WORKER_FAULTS: dict[str, tuple[Disturb, int, list[str]]] = {
     "SIGKILL of a worker during start-up": (start_up, MOMENTS, []),
     "two kills in a row": (two_in_a_row, 2 * MOMENTS, []),
     "a kill during recovery": (during_recovery, 2 * MOMENTS, []),
-    "SIGSTOP of a worker past the time-out": (stopped, MOMENTS, ["stability.hang_seconds=8"]),
+    "SIGSTOP of a worker past the time-out": (stopped, MOMENTS, ["stability.hang_seconds=12"]),
 }
 
 
