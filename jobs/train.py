@@ -1,4 +1,4 @@
-"""Entry point of a cluster job:
+"""Entry point of a cluster job: `myllm-ray train` for those who submit a script.
 
     ray job submit --working-dir . -- python jobs/train.py --config configs/sft.yaml run.max_steps=20
 """
@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from myllm_ray import UserError, train
-from myllm_ray.common.logs import show_progress
+from myllm_ray.cli import main as command_line
 
 
 def main() -> None:
@@ -18,13 +17,8 @@ def main() -> None:
     parser.add_argument("--verbose", action="store_true", help="show Ray's own logs")
     parser.add_argument("overrides", nargs="*", help="key.sub=value")
     arguments = parser.parse_intermixed_args()
-    show_progress()
-    try:
-        result = train(arguments.config, arguments.overrides, arguments.verbose)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    print(result.summary())
+    sys.argv = ["myllm-ray", "train", arguments.config, *arguments.overrides, *(["--verbose"] if arguments.verbose else [])]
+    command_line()
 
 
 if __name__ == "__main__":

@@ -70,13 +70,15 @@ def run_local(config: TrainerConfig) -> dict[str, Any]:
     check_model(config, prepared)
     claim(config, prepared.identity)
     folder = folder_of(config)
-    with stop_on_signals(lambda name: request(folder, "stop", name)):
-        summary = run_worker(config, prepared)
-        while summary["rewound"]:
-            log.warning("%s", summary["left"])
+    try:
+        with stop_on_signals(lambda name: request(folder, "stop", name)):
             summary = run_worker(config, prepared)
-    remove(folder)
-    return summary
+            while summary["rewound"]:
+                log.warning("%s", summary["left"])
+                summary = run_worker(config, prepared)
+        return summary
+    finally:
+        remove(folder)
 
 
 def check_names(config: TrainerConfig) -> None:

@@ -40,6 +40,15 @@ class KillOnce(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class KillAtCheckpoint(KillOnce):
+    """Kills this worker's process when the checkpoint of a step has just become whole, once."""
+
+    def on_step_end(self, state: RunState) -> None: ...
+
+    def on_checkpoint(self, state: RunState, folder: str) -> None:
+        super().on_step_end(state)
+
+
 class Slow(Callback):
     """Makes steps longer."""
 

@@ -54,19 +54,19 @@ def workers_that_fit(config: TrainerConfig, placed: Iterable[str] = ()) -> int:
     """The largest number of workers of `scaling.workers` that could run now; 0 if not even the least could.
 
     Args:
-        placed: the node of every worker that runs at present; what these hold counts as free.
+        placed: the node of every worker that runs at present. Those on nodes that stay have their place; more fit into what is
+            free beside them, and beside a CPU for reading data, which they may be using at this moment or not.
     """
     need, leaving = worker_resources(config.scaling), draining_nodes()
-    free: dict[str, dict[str, float]] = {node: dict(has) for node, has in state.available_resources_per_node().items()
-                                         if node not in leaving}
-    for node in placed:
-        if node in free:
-            for name, amount in need.items():
-                free[node][name] = free[node].get(name, 0.0) + amount
+    placed = list(placed)
+    staying = sum(node not in leaving for node in placed)
+    free = [has for node, has in state.available_resources_per_node().items() if node not in leaving]
+    slots = sum(_slots(has, need) for has in free)
+    cpus = sum(has.get("CPU", 0.0) for has in free)
     for count in reversed(config.worker_counts()):
-        if sum(_slots(has, need) for has in free.values()) < count:
-            continue
-        if sum(has.get("CPU", 0.0) for has in free.values()) >= cpus_needed(config, count):
+        more = max(0, count - staying)
+        enough = more <= slots and (cpus >= cpus_needed(config, more) or (more == 0 and staying == len(placed) > 0))
+        if enough:
             return count
     return 0
 

@@ -23,7 +23,10 @@ def submit(config: str, overrides: Sequence[str], address: str, working_dir: Pat
     entrypoint = shlex.join(["python", "-m", "myllm_ray.cli", "train", config, *overrides])
     try:
         client = JobSubmissionClient(address)
-        job = client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": str(working_dir)})
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={
+            "working_dir": str(working_dir),
+            # `ray job stop` sends SIGTERM, and after this long SIGKILL; its default of 3 s is not enough to save a checkpoint.
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}})
     except (ConnectionError, RuntimeError) as error:
         hint = " (set RAY_AUTH_TOKEN to the cluster's token)" if "nauthorized" in str(error) else ""
         raise ConfigError(f"Ray at {address}: {' '.join(str(error).split())[:300]}{hint}") from None

@@ -185,3 +185,9 @@ def test_disk_without_libaio_is_told(make_config: MakeConfig, monkeypatch: pytes
     with pytest.raises(ConfigError, match=r"libaio-dev"):
         check_names(config)
     shutil.rmtree(tmp_path / "disk", ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "single"])
+def test_every_backend_takes_a_range_of_workers(make_config: MakeConfig, name: str) -> None:
+    """DeepSpeed once compared the range with a number; a chaos test found it."""
+    check_names(make_config(*BACKENDS[name], "scaling.workers=[1,2]"))

@@ -230,3 +230,40 @@ def test_job_submission(tmp_path: Path, mode: str) -> None:
     for name in ("config.yaml", "environment.json", "ledger.jsonl", "report.html", "tokenizer/tokenizer.json",
                  "checkpoints/step-00000004/manifest.json"):
         assert (folder / name).is_file(), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_job_that_is_stopped_loses_no_step(tmp_path: Path) -> None:
+    """`ray job stop`: the job saves first; submitted again, it goes on."""
+    from harness import job_config
+
+    raw = job_config(tmp_path, "job", "accelerator.name=ddp", "checkpoint.every_steps=100",
+                     "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.3}}]")
+    (tmp_path / "job.json").write_text(json.dumps(raw))
+    folder = tmp_path / "runs" / "job"
+    server = Server(tmp_path, "disabled")
+    binaries = Path(sys.executable).parent
+    environment = {**server.environment, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    command = [str(binaries / "myllm-ray"), "submit", str(tmp_path / "job.json"), "--address", server.address]
+    try:
+        server.wait()
+        job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+        limit = time.monotonic() + 120
+        while not (folder / "ledger.jsonl").exists() or len(ledger(folder)) < 3:
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+        assert job.stdout is not None
+        name = job.stdout.readline().split()[1]
+        subprocess.run([str(binaries / "ray"), "job", "stop", name, "--address", server.address], env=environment, check=True,
+                       capture_output=True, timeout=100)
+        job.communicate(timeout=60)
+        steps = len(ledger(folder))
+        assert 3 <= steps < 16
+        assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
+        again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    finally:
+        server.stop()
+    assert again.returncode == 0, again.stdout
+    assert f"going on from step {steps}" in again.stdout
+    assert [row["step"] for row in ledger(folder)] == list(range(1, 17))
