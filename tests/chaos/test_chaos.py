@@ -209,7 +209,7 @@ def test_a_node_is_lost_and_another_joins(runs: Path, backend: str) -> None:
             where.add(cpus=1, slots=1)
         assert job.end() == 0, job.said()
         found = compare(job.folder, reference, 60)
-        record("SIGKILL of the raylet of the second node (2 workers, then 1, then 2 again)", backend, MOMENTS, found,
+        record("SIGKILL of the raylet of the second node; a new one joins", backend, MOMENTS, found,
                time.monotonic() - started)
     assert found.lost_or_repeated == 0
     assert found.losses < 1e-5
