@@ -57,7 +57,7 @@ def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "command"])
+@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT", "command"])
 def test_a_run_that_is_asked_to_stop_saves_first(tmp_path: Path, how: str, make_config: MakeConfig,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 75, and the same run in the end; in this process (0 workers), and once on Ray."""
@@ -129,7 +129,8 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("phase", ["data", pytest.param("forward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["data", "forward"])
 def test_a_rank_that_sleeps_is_named(tmp_path: Path, phase: str, ray_cluster: None) -> None:
     """Rank 1 sleeps, once, much longer than hang_seconds: rank and phase are named, stacks are there, the run recovers."""
     import logging
