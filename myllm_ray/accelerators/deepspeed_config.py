@@ -104,7 +104,8 @@ def _precision(stage: int, precision: str) -> dict[str, Any]:
 
 def _decided(config: Mapping[str, Any], stage: int, precision: str, offload: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Values that the config decides, by dotted key of the JSON, each with the key of the config that decides it."""
-    batch, given = config.get("batch") or {}, (config.get("scaling") or {}).get("workers") or 1
+    batch: Mapping[str, Any] = config.get("batch") or {}
+    given: Any = (config.get("scaling") or {}).get("workers") or 1
     elastic = not isinstance(given, int)  # [least, most]: as many as there are now
     workers = (world_size() if is_distributed() else min(given)) if elastic else max(1, given)
     micro, whole = batch.get("micro_size", 1), batch.get("global_size", config.get("batch_size", 8))

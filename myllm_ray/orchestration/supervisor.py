@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.5
 _STEADY_SECONDS = 3.0
 """How long another number of workers must fit before the run is resized: resources come and go while nodes join."""
+_END_SECONDS = 30.0
+"""How long the others may take to notice that a worker was ended."""
 _SAY_SECONDS = 30.0
 
 
@@ -92,6 +94,9 @@ class Supervisor:
         workers = self._wait_for_room()
         start = resume_point(self.config)
         step = int(read_manifest(start)["step"]) if start else 0
+        if workers == 0:  # asked to stop while no workers were there: nothing to save
+            return {"step": step, "metrics": {}, "folder": str(self.folder), "checkpoint": str(start) if start else None,
+                    "left": asked_to_stop(self.folder), "rewound": False}
         clear(self.folder)
         log.info("starting %d worker%s%s", workers, "s" * (workers > 1), f", from step {step}" if step else "")
         group = _Group(self.config, self.prepared, self.queue, workers, start)
@@ -136,9 +141,11 @@ class Supervisor:
         return int(summary["step"]) if summary else max(rows)
 
     def _wait_for_room(self) -> int:
-        """Until the cluster has room for the run; then the number of workers."""
+        """Until the cluster has room for the run; then the number of workers. 0: somebody has asked to stop."""
         said = -_SAY_SECONDS
-        while (workers := workers_that_fit(self.config)) == 0:
+        while asked_to_stop(self.folder) is not None or (workers := workers_that_fit(self.config)) == 0:
+            if asked_to_stop(self.folder) is not None:
+                return 0
             if time.monotonic() - said >= _SAY_SECONDS:
                 said = time.monotonic()
                 log.info("waiting for room: %d workers of %s", self.config.worker_counts()[0], worker_resources(self.config.scaling))
@@ -149,12 +156,15 @@ class Supervisor:
         """While a group runs: end it when a worker hangs, ask it to leave when it should. Returns who hung."""
         watch, hung = Watch(self.folder, self.config.stability.hang_seconds), None
         change: tuple[str | None, float] = (None, time.monotonic())
-        asked = False
+        asked, ended = False, 0.0
         while group.is_running(_LOOK_SECONDS):
             beats = read_beats(self.folder)
             if hung is None and (hung := watch.look()) is not None:
                 time.sleep(2.0)  # for the stacks
-                kill_process(hung.beat)
+                group.kill(only=hung.rank)
+                ended = time.monotonic()
+            if hung is not None and time.monotonic() - ended > _END_SECONDS:  # the others did not notice
+                group.kill()
             if len(beats) < workers or asked:
                 continue
             reason = self._why_leave(beats, workers)
@@ -204,14 +214,16 @@ class _Group:
         self._thread.join(seconds)
         return self._thread.is_alive()
 
-    def kill(self) -> None:
-        """End all workers, whatever they do."""
-        for beat in read_beats(self._folder).values():
+    def kill(self, only: int | None = None) -> None:
+        """End all workers, or one, whatever they do."""
+        for rank, beat in read_beats(self._folder).items():
             try:
-                kill_process(beat)
+                if only in (None, rank):
+                    kill_process(beat)
             except Exception as error:  # Ray is going down, and takes them along
                 log.debug("could not end worker %s: %s", beat.get("rank"), error)
-        self._thread.join(20)
+        if only is None:
+            self._thread.join(20)
 
 
 def _trainer(config: TrainerConfig, prepared: PreparedData, queue: Any, workers: int, start: Path | None) -> TorchTrainer:
