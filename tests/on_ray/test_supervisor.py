@@ -161,3 +161,29 @@ def test_a_rank_that_sleeps_is_named(tmp_path: Path, phase: str, ray_cluster: No
     assert ledger(result.folder) == ledger(whole)
 
 
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_rewind_on_ray(tmp_path: Path, ray_cluster: None) -> None:
+    """A poisoned batch in step 7: the next worker group starts from step 4 and steps over it; a failure is not counted."""
+    from myllm_ray.common.types import Position
+    from myllm_ray.config import validate
+    from myllm_ray.data.prepare import prepare
+    from myllm_ray.data.stream import LocalStream
+    from myllm_ray.worker import absolute
+
+    def poisoned(name: str, *overrides: str) -> dict[str, Any]:
+        config = job_config(tmp_path, name, "stability.on_spike=rewind", "callbacks=[jsonl]", *overrides)
+        *_, batch = LocalStream(prepare(absolute(validate(
+            {**config, "accelerator": {"name": "single"}, "scaling": {"workers": 0}}))).train).batches(Position(), 7)
+        marks = [hash(tuple(micro["input_ids"].flatten().tolist())) for micro in batch.micros]
+        return {**config, "trainer": "helpers:Poisoned", "options": {"marks": marks, "factor": "nan"}}
+
+    on_ray = train(poisoned("ray", *BACKENDS["ddp"], "scaling.max_failures=0"))
+    local = train(poisoned("local", "accelerator.name=single", "scaling.workers=0", "scaling.max_failures=0"))
+    assert ledger(on_ray.folder) == ledger(local.folder)
+    assert [row["step"] for row in ledger(on_ray.folder) if "left_out" in row] == [7]
+    assert [a["end"].split(":")[0] for a in attempts_of(Path(on_ray.folder))] == ["rewound", "done"]
+    losses = [[r.get("loss", 0.0) for r in comparable(f)] for f in (on_ray.folder, local.folder)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
