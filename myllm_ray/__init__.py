@@ -12,6 +12,10 @@ _PUBLIC = {
     "BaseTrainer": "myllm_ray.trainers.base",
     "PretrainTrainer": "myllm_ray.trainers.pretrain",
     "SFTTrainer": "myllm_ray.trainers.sft",
+    "RewardTrainer": "myllm_ray.trainers.reward",
+    "DPOTrainer": "myllm_ray.trainers.dpo",
+    "PPOTrainer": "myllm_ray.trainers.ppo",
+    "GRPOTrainer": "myllm_ray.trainers.grpo",
     "OptimizerManager": "myllm_ray.engine.optimizer",
     "SchedulerManager": "myllm_ray.engine.scheduler",
     "CheckpointManager": "myllm_ray.engine.checkpoint",
@@ -25,13 +29,12 @@ _PUBLIC = {
     "JSONLCallback": "myllm_ray.engine.records",
     "StepOutput": "myllm_ray.common.types",
     "TrainerConfig": "myllm_ray.config.schema",
-    "PretrainConfig": "myllm_ray.config.schema",
-    "SFTConfig": "myllm_ray.config.schema",
+    **{f"{name}Config": "myllm_ray.config.trainers" for name in ("Pretrain", "SFT", "Reward", "DPO", "PPO", "GRPO")},
     "UserError": "myllm_ray.config.errors",
     "load_config": "myllm_ray.config.load",
     "train": "myllm_ray.orchestration.launch",
     "pretrain_loop": "myllm_ray.orchestration.loops",
-    "sft_loop": "myllm_ray.orchestration.loops",
+    **{f"{name}_loop": "myllm_ray.orchestration.loops" for name in ("sft", "reward", "dpo", "ppo", "grpo")},
 }
 __all__ = sorted(_PUBLIC)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.engine.watch import Watch
 from myllm_ray.models.load import build_deferred, build_model, build_skeleton
+from myllm_ray.roles import check_roles, kind_of_model, knobs_of, model_section, roles_of
 from myllm_ray.trainers.base import BaseTrainer
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,8 @@ def check_names(config: TrainerConfig) -> None:
 def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
     """Build model and optimizer without memory, so that a mistake in them is told before anything is written."""
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
-    skeleton = build_skeleton(config.model, tokenizer, config.data.sequence_length)
+    check_roles(config, prepared.train.plan.store.kind)
+    skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
     if skeleton is not None:
         OptimizerManager(skeleton, config).build(skeleton)
 
@@ -121,10 +123,10 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
     folder = folder_of(config)
     pulse = _pulse(config, watched)
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
-    model = build_deferred(config.model, tokenizer, config.data.sequence_length, config.run.seed)
+    model = build_deferred(model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
     stream = stream or LocalStream(prepared.train)
     validation = LocalStream(prepared.validation) if prepared.validation else None
-    trainer = build_trainer(config, model, tokenizer, stream.sources)
+    trainer = build_trainer(config, model, tokenizer, stream.sources, roles_of(config, tokenizer, prepared))
     optimizers = OptimizerManager(model, config)
     schedulers = SchedulerManager(config=config)
     checkpoints = checkpoints_of(config)
@@ -163,13 +165,16 @@ def _pulse(config: TrainerConfig, watched: dict[str, Any] | None) -> Pulse:
     return Pulse(folder, rank, on_beat=look)
 
 
-def build_trainer(config: TrainerConfig, model: torch.nn.Module, tokenizer: Any, sources: Iterable[str]) -> BaseTrainer:
-    """The trainer of the config; one of the user's own gets `options` as keyword arguments."""
+def build_trainer(config: TrainerConfig, model: torch.nn.Module, tokenizer: Any, sources: Iterable[str],
+                  roles: Mapping[str, Any]) -> BaseTrainer:
+    """The trainer of the config with its roles (`roles.py`); one of the user's own gets `options` as keyword arguments, too."""
     cls = resolve("trainers", config.trainer, "trainer")
     try:
-        trainer: BaseTrainer = cls(model, bytes_per_token=bytes_per_token(tokenizer), sources=sources, **config.options)
+        trainer: BaseTrainer = cls(model, bytes_per_token=bytes_per_token(tokenizer), sources=sources, **roles, **config.options)
     except TypeError as error:
         raise ConfigError(f"options: {config.trainer} refuses them: {error}") from None
+    if "reference" in roles or "reference_table" in roles:
+        trainer.starts_at_reference = getattr(knobs_of(config), "reference_model", None) is None  # type: ignore[attr-defined]
     return trainer
 
 
@@ -199,7 +204,7 @@ def open_run(path: str | Path) -> tuple[torch.nn.Module, Any]:
         raise CheckpointError(f"{path} holds no whole checkpoint" + (f": {damage}" if newest else ""))
     config = validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json")
     tokenizer = open_tokenizer(str(newest.parent.parent / "tokenizer"))
-    model = build_model(config.model, tokenizer, config.data.sequence_length, config.run.seed)
+    model = build_model(model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
     manager.load_model(newest, model)
     return model, tokenizer
 
@@ -208,7 +213,10 @@ def data_counts(prepared: PreparedData) -> dict[str, float]:
     """What the log repeats about the data: rows left out, and documents longer than a row. Nothing where there are none."""
     plan = prepared.train.plan
     size = plan.packing.size
-    long = sum(int((plan.store.lengths(np.arange(a, min(a + 65536, len(plan.store)))) > size).sum())
-               for a in range(0, len(plan.store), 65536))
+    if plan.packing.kind == "record":
+        long = sum(int(source["cut"]) for source in plan.store.meta["sources"])
+    else:
+        long = sum(int((plan.store.lengths(np.arange(a, min(a + 65536, len(plan.store)))) > size).sum())
+                   for a in range(0, len(plan.store), 65536))
     counts = {"skipped_rows": prepared.skipped, "long_documents": 0 if plan.packing.kind == "continuous" else long}
     return {name: float(count) for name, count in counts.items() if count}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Micro = dict[str, Tensor]
 """A micro-batch: tensors by name, first dimension rows. `input_ids`, `labels`, `position_ids`: (rows, tokens), int64."""
@@ -69,6 +69,55 @@ class TokenLosses(NamedTuple):
     """(T,) fp32, detached."""
     correct: Tensor
     """(T,) bool: the target was the most likely token."""
+
+
+class TokenScores(NamedTuple):
+    """What a policy thinks of the T scored tokens of a micro-batch."""
+
+    log_probs: Tensor
+    """(T,) with gradient, in nats."""
+    entropies: Tensor
+    """(T,) entropy of the distribution each was drawn from, with gradient; zeros where it was not asked for."""
+    values: Tensor | None = None
+    """(T,) what a critic expects from before each token on, with gradient."""
+
+
+class Samples(NamedTuple):
+    """N sampled answers."""
+
+    tokens: Tensor
+    """(N, L) token ids, the token that ended an answer included; anything behind it."""
+    lengths: Tensor
+    """(N,) tokens in each answer."""
+    ended: Tensor
+    """(N,) bool: it ended by itself, rather than at the longest length."""
+
+
+class Sampler(Protocol):
+    """Samples answers from a model."""
+
+    max_new_tokens: int
+    temperature: float
+    end: int
+    """The end-of-text token."""
+
+    def __call__(self, model: nn.Module, prompts: Tensor, mask: Tensor, group: int, seeds: list[int]) -> Samples:
+        """`group` answers to each of the prompts (B, P), padded on the right as `mask` says; a seed for each answer."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text of an answer, special tokens and stop texts left out."""
+
+
+class Reward(Protocol):
+    """Gives rewards to answers."""
+
+    name: str
+    weight: float
+    failures: int
+    """Answers that got the fallback, so far."""
+
+    def __call__(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
+        """One finite number for each completion."""
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from myllm_ray.config.errors import CheckpointError, ConfigError, DataError, TrainingError, UserError
 from myllm_ray.config.load import load_config, to_yaml, validate
-from myllm_ray.config.schema import PretrainConfig, SFTConfig, TrainerConfig
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.trainers import DPOConfig, GRPOConfig, PPOConfig, PretrainConfig, RewardConfig, SFTConfig
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "PretrainConfig", "SFTConfig", "TrainerConfig",
-           "TrainingError", "UserError", "load_config", "to_yaml", "validate"]
+__all__ = ["CheckpointError", "ConfigError", "DPOConfig", "DataError", "GRPOConfig", "PPOConfig", "PretrainConfig", "RewardConfig",
+           "SFTConfig", "TrainerConfig", "TrainingError", "UserError", "load_config", "to_yaml", "validate"]

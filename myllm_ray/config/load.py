@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.config.schema import TrainerConfig, config_class
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.trainers import config_class
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -189,7 +190,7 @@ def to_yaml(config: TrainerConfig | Mapping[str, Any]) -> str:
 
 def json_schema() -> dict[str, Any]:
     """JSON schema that editors use: the union of all trainers' configs, `include` allowed."""
-    from myllm_ray.config.schema import CONFIG_OF_TRAINER
+    from myllm_ray.config.trainers import CONFIG_OF_TRAINER
 
     schema: dict[str, Any] = TrainerConfig.model_json_schema()
     for cls in CONFIG_OF_TRAINER.values():

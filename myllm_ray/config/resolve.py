@@ -20,6 +20,10 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
     "trainers": {
         "pretrain": "myllm_ray.trainers.pretrain:PretrainTrainer",
         "sft": "myllm_ray.trainers.sft:SFTTrainer",
+        "reward": "myllm_ray.trainers.reward:RewardTrainer",
+        "dpo": "myllm_ray.trainers.dpo:DPOTrainer",
+        "ppo": "myllm_ray.trainers.ppo:PPOTrainer",
+        "grpo": "myllm_ray.trainers.grpo:GRPOTrainer",
     },
     "accelerators": {
         "single": "myllm_ray.accelerators.single:SingleGPUAccelerator",
@@ -40,6 +44,9 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "instruction": "myllm_ray.data.formats:instruction",
         "chat": "myllm_ray.data.formats:chat",
         "prompt_completion": "myllm_ray.data.formats:prompt_completion",
+        "preference": "myllm_ray.data.formats:preference",
+        "unpaired": "myllm_ray.data.formats:unpaired",
+        "prompt": "myllm_ray.data.formats:prompt",
     },
 }
 

@@ -60,8 +60,10 @@ class SourceSection(Section):
     """One source of documents."""
 
     path: str | list[str] | None = Field(None, description="file, folder, glob or URL (s3://, gs://, hf://), or a list")
-    source: Literal["python-stdlib"] | None = Field(None, description="a built-in source instead of a path")
-    format: str = Field("text", description="text, instruction, chat, prompt_completion, or my_pkg.my_mod:fn")
+    source: Literal["python-stdlib", "arithmetic", "brackets", "snippets"] | None = Field(
+        None, description="a built-in source instead of a path")
+    format: str = Field("text", description="text, instruction, chat, prompt_completion, preference, unpaired, prompt, or "
+                        "my_pkg.my_mod:fn")
     name: str | None = Field(None, description="the name under which this source's loss is logged")
     weight: float = Field(1.0, gt=0, description="passes over this source per epoch; 0.5 takes a new random half each time")
     fields: dict[str, str] = Field(default_factory=dict, description="rename: {field of the format: column in the data}")
@@ -267,6 +269,7 @@ class EvaluationSection(Section):
 
 class LoggingSection(Section):
     every_steps: PositiveInt = 1
+    samples_every_steps: PositiveInt | None = Field(10, description="ppo, grpo: write some answers with their rewards to samples.jsonl")
 
 
 def _default_callbacks() -> list[str | dict[str, dict[str, Any]]]:
@@ -276,7 +279,7 @@ def _default_callbacks() -> list[str | dict[str, dict[str, Any]]]:
 class TrainerConfig(Section):
     """The config of any run. Trainers of the package extend it by a section of their own."""
 
-    trainer: str = Field("pretrain", description="pretrain, sft, or an import path: my_lab.simpo:SimPOTrainer")
+    trainer: str = Field("pretrain", description="pretrain, sft, reward, dpo, ppo, grpo, or an import path: my_lab.simpo:SimPOTrainer")
     model: ModelSection
     tokenizer: TokenizerSection
     data: DataSection
@@ -311,37 +314,17 @@ class TrainerConfig(Section):
                              "use ddp, fsdp, accelerate or deepspeed")
         return self
 
+    @property
+    def room(self) -> int | None:
+        """Tokens that a prompt and one answer may have together; for prompts that are yet to be answered, the prompt alone."""
+        return self.data.sequence_length
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps that the trainer makes of a global batch."""
+        return 1
+
     def worker_counts(self) -> list[int]:
         """Numbers of workers that `scaling.workers` allows and that cut the global batch into equal parts, ascending."""
         micros, rest = divmod(self.batch.global_size, self.batch.micro_size)
         return [] if rest else [n for n in range(max(1, self.scaling.least), max(1, self.scaling.most) + 1) if micros % n == 0]
-
-
-class PretrainKnobs(Section):
-    """Knobs of causal-LM pretraining."""
-
-
-class PretrainConfig(TrainerConfig):
-    """Causal-LM pretraining: loss on every token."""
-
-    pretrain: PretrainKnobs = Field(default_factory=PretrainKnobs)
-
-
-class SFTKnobs(Section):
-    """Knobs of supervised fine-tuning."""
-
-    train_on_prompt: bool = Field(False, description="put the loss on the prompt too, not only on the response")
-
-
-class SFTConfig(TrainerConfig):
-    """Supervised fine-tuning: loss on the response only, by default."""
-
-    sft: SFTKnobs = Field(default_factory=SFTKnobs)
-
-
-CONFIG_OF_TRAINER: dict[str, type[TrainerConfig]] = {"pretrain": PretrainConfig, "sft": SFTConfig}
-
-
-def config_class(trainer: object) -> type[TrainerConfig]:
-    """The config class of a trainer's short name; a trainer of the user's own gets the base (its knobs: `options`)."""
-    return CONFIG_OF_TRAINER.get(trainer, TrainerConfig) if isinstance(trainer, str) else TrainerConfig

@@ -14,14 +14,6 @@ from myllm_ray.data.packing import Row
 from myllm_ray.data.store import TokenStore
 from myllm_ray.data.tokenize import decode
 
-_INTS = pa.list_(pa.int32())
-MICRO_SCHEMA = pa.schema([
-    ("epoch", pa.int64()), ("row", pa.int64()), ("rows", pa.int64()), ("fingerprint", pa.int64()),
-    ("input_ids", _INTS), ("labels", _INTS), ("position_ids", _INTS), ("source_ids", _INTS),
-])
-"""One micro-batch as one Arrow row: `rows` rows of equal width, flattened; `epoch` and `row` say where it stands."""
-_TENSORS = ("input_ids", "labels", "position_ids", "source_ids")
-
 
 def build_micro(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0) -> dict[str, Any]:
     """Rows of segments as flat int32 arrays, all of one width: the longest row's, rounded up to a multiple of 8.
@@ -74,10 +66,17 @@ def wrap64(value: int) -> int:
 
 
 def to_arrow(micro: dict[str, Any], epoch: int, row: int) -> pa.Table:
-    """One micro-batch as a table of one row (`MICRO_SCHEMA`)."""
-    return pa.Table.from_pylist([{**micro, "epoch": epoch, "row": row}], MICRO_SCHEMA)
+    """One micro-batch as a table of one row: every array a list, beside `rows`, `fingerprint` and where it stands."""
+    columns = {"epoch": pa.array([epoch], pa.int64()), "row": pa.array([row], pa.int64()),
+               "rows": pa.array([micro["rows"]], pa.int64()), "fingerprint": pa.array([micro["fingerprint"]], pa.int64())}
+    for name, value in micro.items():
+        if isinstance(value, np.ndarray):
+            columns[name] = pa.array([value], pa.list_(pa.from_numpy_dtype(value.dtype)))
+    return pa.table(columns)
 
 
 def to_tensors(micro: dict[str, Any]) -> Micro:
-    """Flat arrays as (rows, width) int64 tensors."""
-    return {name: torch.from_numpy(np.array(micro[name], np.int64)).view(int(micro["rows"]), -1) for name in _TENSORS}
+    """Flat arrays as tensors of (rows, width): int64, or float32."""
+    wide = {"i": np.int64, "f": np.float32}
+    return {name: torch.from_numpy(value.astype(wide[value.dtype.kind])).view(int(micro["rows"]), -1)
+            for name, value in micro.items() if isinstance(value, np.ndarray)}

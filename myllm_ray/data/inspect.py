@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from myllm_ray.common.types import Position
-from myllm_ray.data.collate import build_micro, wrap64
+from myllm_ray.data.collate import wrap64
 from myllm_ray.data.packing import Row
 from myllm_ray.data.prepare import PreparedData
 from myllm_ray.data.stream import StreamSpec
@@ -110,7 +110,7 @@ def rows_of_step(spec: StreamSpec, step: int) -> tuple[Position, list[Row], int]
     """(position, rows, fingerprint as in the ledger) of a step's global batch."""
     position = position_of_step(spec, step)
     rows = spec.plan.rows(position.epoch, position.row, position.row + spec.global_size)
-    fingerprint = wrap64(build_micro(spec.plan.store, rows, spec.pad_id)["fingerprint"])
+    fingerprint = wrap64(spec.build(position.epoch, position.row, spec.global_size)["fingerprint"])
     return position, rows, fingerprint & (2**64 - 1)
 
 

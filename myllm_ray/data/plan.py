@@ -31,7 +31,7 @@ _FLUSH_ROWS = 65536
 
 @dataclass(frozen=True)
 class Packing:
-    """How documents become rows. `kind`: none | best_fit | continuous; `overflow`: see `packing.fit`."""
+    """How documents become rows. `kind`: none | best_fit | continuous | record (whole); `overflow`: see `packing.fit`."""
 
     kind: str
     size: int
@@ -70,6 +70,8 @@ class RowPlan:
         size, overflow = self.packing.size, self.packing.overflow
         if self.packing.kind == "continuous":
             return continuous(lengths, size)
+        if self.packing.kind == "record":
+            return ([Segment(document, 0, length)] for document, length in lengths)
         if self.packing.kind == "best_fit":
             return best_fit(fit(lengths, size, overflow), size)
         return one_per_row(fit(lengths, size, overflow))

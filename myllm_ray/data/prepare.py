@@ -12,7 +12,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from myllm_ray.config.errors import DataError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import SourceSection, TrainerConfig
 from myllm_ray.data import sources as reading
-from myllm_ray.data.formats import BadRow, Messages
+from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
 from myllm_ray.data.order import Order
 from myllm_ray.data.plan import Packing, RowPlan
+from myllm_ray.data.records import TOKENS, Room
 from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import FORMAT_VERSION, TokenStore, write_store
 from myllm_ray.data.stream import StreamSpec
@@ -71,7 +72,7 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
     order = Order(config.run.seed, data.shuffle, data.shuffle_window, weights, share)
 
     def spec(store: TokenStore, order: Order) -> StreamSpec:
-        plan = RowPlan(store, order, packing_of(config))
+        plan = RowPlan(store, order, packing_of(config) if store.kind == TOKENS else Packing("record", config.data.sequence_length))
         return StreamSpec(plan, config.batch.global_size, config.batch.micro_size, pad_id)
 
     validation = None
@@ -140,7 +141,8 @@ def _store(config: TrainerConfig, cache: Path, tokenizer_folder: Path, named: li
     units = [_units(source, key) for source, key in named]
     names = _names([source for source, _ in named])
     train_on_prompt = bool(getattr(getattr(config, "sft", None), "train_on_prompt", False))
-    described = [FORMAT_VERSION, tokenizer_folder.name, train_on_prompt, config.data.on_bad_row,
+    room = Room(config.room, config.data.overflow or "truncate") if config.room else None
+    described = [FORMAT_VERSION, tokenizer_folder.name, train_on_prompt, config.data.on_bad_row, *([asdict(room)] if room else []),
                  [(s.model_dump(exclude={"weight", "split"}), reading.signature(u))
                   for (s, _), u in zip(named, units, strict=True)]]
     folder = cache / f"tokens-{_hash(described)}"
@@ -149,7 +151,7 @@ def _store(config: TrainerConfig, cache: Path, tokenizer_folder: Path, named: li
         parts = []
         for (source, key), name, source_units in zip(named, names, units, strict=True):
             resolve("formats", source.format, f"{key}.format")  # a wrong name fails here, not in a task
-            options = TokenizeOptions(source.fields, config.data.on_bad_row, train_on_prompt)
+            options = TokenizeOptions(source.fields, config.data.on_bad_row, train_on_prompt, room)
             work = partial(tokenize_unit, source=source, tokenizer_folder=str(tokenizer_folder), options=options)
             parts.append((name, map_units(work, source_units), source.limit))
         write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
@@ -201,9 +203,13 @@ def _as_text(row: Mapping[str, Any] | BadRow, format_row: Callable[..., Any], fi
     if isinstance(row, BadRow):
         raise row
     formatted = format_row({**row, **{new: row[old] for new, old in fields.items() if old in row}})
-    if isinstance(formatted, Messages):
-        return "\n".join(message["content"] for message in formatted)
-    return "".join(piece for piece, _ in formatted)
+    if isinstance(formatted, (Preference, Labelled, Prompt)):
+        return "\n".join(_plain(value) for value in vars(formatted).values() if isinstance(value, (str, Messages)))
+    return _plain(formatted) if isinstance(formatted, Messages) else "".join(piece for piece, _ in formatted)
+
+
+def _plain(text: Text) -> str:
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
 def _hash(value: Any) -> str:

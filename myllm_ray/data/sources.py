@@ -23,7 +23,7 @@ from fsspec.core import url_to_fs
 from myllm_ray.common.remote import open_storage
 from myllm_ray.config.errors import DataError, UserError
 from myllm_ray.config.schema import SourceSection
-from myllm_ray.data import stdlib
+from myllm_ray.data import stdlib, tasks
 from myllm_ray.data.formats import BadRow
 
 RANGE_BYTES = 2**20
@@ -55,6 +55,8 @@ def list_units(source: SourceSection, key: str) -> list[Unit]:
     """
     if source.source == "python-stdlib":
         return [Unit(path, "stdlib", 0, 0) for path in stdlib.files()]
+    if source.source is not None:
+        return [Unit(source.source, "task", 0, tasks.VERSION)]
     paths = source.path if isinstance(source.path, list) else [source.path or ""]
     return [unit for path in paths for file in _expand(path, key) for unit in _split(file, key)]
 
@@ -62,7 +64,7 @@ def list_units(source: SourceSection, key: str) -> list[Unit]:
 def signature(units: list[Unit]) -> str:
     """A hash of which files these are, by path, size and time of change: the key of the cache of prepared data."""
     seen = {}
-    for path in dict.fromkeys(u.path for u in units):
+    for path in dict.fromkeys(u.path for u in units if u.kind != "task"):
         filesystem, inner = url_to_fs(path)
         info = filesystem.info(inner)
         seen[path] = [info.get("size"), str(info.get("mtime") or info.get("LastModified") or info.get("etag"))]
@@ -75,6 +77,8 @@ def read_unit(unit: Unit, source: SourceSection) -> Iterator[Row]:
     if unit.kind == "stdlib":
         pairs = source.format != "text"
         yield from stdlib.functions(unit.path) if pairs else stdlib.text(unit.path)
+    elif unit.kind == "task":
+        yield from ((f"{unit.path}: row {i}", row) for i, row in enumerate(tasks.rows(unit.path, source.format)))
     elif unit.kind == "jsonl":
         yield from _read_jsonl(unit)
     elif unit.kind == "json":

@@ -49,6 +49,11 @@ class TokenStore:
     def tokens(self) -> int:
         return sum(int(o[-1]) for o in self._offsets)
 
+    @property
+    def kind(self) -> str:
+        """What its documents are: `tokens`, or a kind of `records.py`."""
+        return str(self.meta["sources"][0].get("kind", "tokens"))
+
     def documents_of(self, source: int) -> range:
         return range(int(self._first[source]), int(self._first[source + 1]))
 
@@ -106,6 +111,9 @@ def write_store(folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch],
         digest = hashlib.sha256()
         described = [_write_source(beside, i, name, batches, limit, digest)
                      for i, (name, batches, limit) in enumerate(sources)]
+        kinds = {source["name"]: source["kind"] for source in described}
+        if len(set(kinds.values())) > 1:
+            raise DataError(f"data.train: sources of different kinds can't be mixed ({', '.join(f'{n}: {k}' for n, k in kinds.items())})")
         write_json(beside / "meta.json", {"format": FORMAT_VERSION, "sources": described,
                                           "content_hash": digest.hexdigest()[:32], **extra})
         try:
@@ -121,7 +129,7 @@ def write_store(folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch],
 
 def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.RecordBatch], limit: int | None,
                   digest: Any) -> dict[str, Any]:
-    skipped, reason = 0, ""
+    skipped, cut, reason, kind = 0, 0, "", ""
     lengths: list[np.ndarray] = []
     count = 0
     with open(folder / f"tokens-{index}.bin", "wb") as file:
@@ -129,6 +137,11 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
             metadata = batch.schema.metadata or {}
             skipped += int(metadata.get(b"skipped", b"0"))
             reason = reason or metadata.get(b"reason", b"").decode()
+            cut += int(metadata.get(b"cut", b"0"))
+            here = metadata.get(b"kind", b"").decode()
+            if kind and here and here != kind:
+                raise DataError(f"data source {name!r}: its format gives {here} for some rows and {kind} for others")
+            kind = kind or here
             column = batch.column(0)
             if limit is not None:
                 column = column.slice(0, max(0, limit - count))
@@ -145,4 +158,5 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     np.save(folder / f"offsets-{index}.npy", offsets)
     digest.update(offsets.tobytes())
-    return {"name": name, "documents": count, "tokens": int(offsets[-1]), "skipped": skipped, "first_skipped": reason}
+    return {"name": name, "documents": count, "tokens": int(offsets[-1]), "skipped": skipped, "first_skipped": reason,
+            "cut": cut, "kind": kind or "tokens"}

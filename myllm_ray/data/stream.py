@@ -13,7 +13,9 @@ from typing import Any
 from myllm_ray.common import distributed
 from myllm_ray.common.types import Batch, Position
 from myllm_ray.data.collate import build_micro, to_tensors, wrap64
+from myllm_ray.data.collate_records import build_pairs, build_prompts
 from myllm_ray.data.plan import RowPlan
+from myllm_ray.data.records import LABELLED, PAIRS, PROMPTS
 
 
 @dataclass
@@ -34,8 +36,18 @@ class StreamSpec:
 
     def micro_at(self, epoch: int, row: int) -> dict[str, Any]:
         """The micro-batch that begins at a row of an epoch."""
-        rows = self.plan.rows(epoch, row, row + self.micro_size)
-        return build_micro(self.plan.store, rows, self.pad_id, place=row % self.global_size)
+        return self.build(epoch, row, self.micro_size)
+
+    def build(self, epoch: int, row: int, count: int) -> dict[str, Any]:
+        """`count` rows, all of one global batch, as one micro-batch."""
+        plan, place = self.plan, row % self.global_size
+        rows, store = plan.rows(epoch, row, row + count), plan.store
+        if store.kind == PROMPTS:
+            return build_prompts(store, rows, self.pad_id, place)
+        if store.kind in (PAIRS, LABELLED):
+            batch = plan.rows(epoch, row - place, row - place + self.global_size) if store.kind == LABELLED else None
+            return build_pairs(store, rows, self.pad_id, place, batch)
+        return build_micro(store, rows, self.pad_id, place)
 
     def after(self, position: Position) -> Position:
         """The position behind the step that begins at `position`."""

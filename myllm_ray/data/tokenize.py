@@ -14,16 +14,18 @@ import numpy as np
 import pyarrow as pa
 
 from myllm_ray.config.errors import DataError
-from myllm_ray.data.formats import BadRow, Format, Messages
+from myllm_ray.data.formats import BadRow, Format, Labelled, Messages, Preference, Prompt
+from myllm_ray.data.records import Room, kind_of, tokenize_record
 
 
 @dataclass
 class TokenizeOptions:
-    """`fields`: new name -> column. `on_bad_row`: error | skip. `train_on_prompt`: the loss stands on all parts."""
+    """`fields`: new name -> column. `on_bad_row`: error | skip. `train_on_prompt`: the loss stands on all parts. `room`: for records."""
 
     fields: Mapping[str, str]
     on_bad_row: str = "error"
     train_on_prompt: bool = False
+    room: Room | None = None
 
 
 def encode(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
@@ -41,17 +43,28 @@ def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format
                   options: TokenizeOptions) -> pa.RecordBatch:
     """Format and tokenise rows; each comes with the place it stands at (`file:line`), for messages.
 
-    Returns a batch with columns `tokens` (list<int32>, see `encode`), one row a document, and `skipped` in its schema
-    metadata. A row that can't be used raises DataError, or is counted, as `options.on_bad_row` says.
+    Returns a batch with columns `tokens` (list<int32>, see `encode`), one row a document, and in its schema's metadata the
+    `kind` of the documents, and how many rows were `skipped` and answers `cut`. A row that can't be used raises DataError, or is counted, as `options.on_bad_row` says.
     """
     documents: list[np.ndarray] = []
-    skipped, first_reason = 0, ""
+    skipped, cut, first_reason, kind = 0, 0, "", ""
     for place, row in rows:
         try:
             if isinstance(row, BadRow):
                 raise row
             renamed = {**row, **{new: row[old] for new, old in options.fields.items() if old in row}}
-            documents.append(tokenize_one(format_row(renamed), tokenizer, options.train_on_prompt))
+            formatted = format_row(renamed)
+            if kind and kind != kind_of(formatted):
+                raise DataError(f"{place}: the format gives {kind_of(formatted)}, for the rows before it gave {kind}")
+            kind = kind_of(formatted)
+            if isinstance(formatted, (Preference, Labelled, Prompt)):
+                if options.room is None:
+                    raise DataError(f"{place}: the format gives {kind}, which this trainer can't use (data.*.format)")
+                document, was_cut = tokenize_record(formatted, tokenizer, options.room)
+                cut += was_cut
+            else:
+                document = tokenize_one(formatted, tokenizer, options.train_on_prompt)
+            documents.append(document)
         except BadRow as error:
             if options.on_bad_row == "error":
                 raise DataError(f"{place}: {error} (data.on_bad_row=skip leaves such rows out)") from None
@@ -61,7 +74,8 @@ def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     values = np.concatenate(documents) if documents else np.empty(0, np.int32)
     column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
-    schema = pa.schema([pa.field("tokens", column.type)], metadata={"skipped": str(skipped), "reason": first_reason})
+    schema = pa.schema([pa.field("tokens", column.type)], metadata={
+        "skipped": str(skipped), "reason": first_reason, "cut": str(cut), "kind": kind})
     return pa.record_batch([column], schema=schema)
 
 

@@ -14,8 +14,8 @@ from myllm_ray.engine.callbacks import Callback
 _console = Console(highlight=False, soft_wrap=True)
 
 
-_ALL = ("loss", "validation_loss", "perplexity", "grad_norm", "learning_rate", "tokens_per_second")
-_FEW = ("loss", "tokens_per_second")
+_ALL = ("loss", "validation_loss", "perplexity", "reward", "validation_reward", "accuracy", "rewards/accuracies", "kl", "grad_norm", "learning_rate", "tokens_per_second")
+_FEW = ("loss", "reward", "tokens_per_second")
 
 
 def format_metrics(metrics: dict[str, Any], names: tuple[str, ...] = _ALL) -> str:

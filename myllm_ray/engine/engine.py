@@ -16,14 +16,14 @@ from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.common import distributed
 from myllm_ray.common.seeds import seed_all
 from myllm_ray.common.types import Batch, BatchStream, Micro, Position, RunState
-from myllm_ray.config.errors import CheckpointError, TrainingError
+from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
 from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpoint import CheckpointManager
 from myllm_ray.engine.checkpoint_writer import WAIT_SECONDS
 from myllm_ray.engine.metrics import MetricSum
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.pulse import Pulse
-from myllm_ray.engine.records import Ledger
+from myllm_ray.engine.records import Ledger, SampleTable
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.engine.settings import EngineSettings
 from myllm_ray.engine.stability import Stability
@@ -76,8 +76,11 @@ class TrainerEngine:
             self.stream = InMemoryStream(self.trainer.dataset, self.settings.batch_size, self.settings.micro_size,
                                          self.settings.seed)
         self.state.is_main = distributed.is_main()
-        self.state.total_steps = self.settings.max_steps or sum(
+        self.state.total_steps = self.settings.max_steps or self.trainer.steps_per_batch * sum(
             self.stream.steps_in_epoch(epoch) for epoch in range(self.settings.epochs or 1))
+        if self.state.total_steps % self.trainer.steps_per_batch:
+            raise ConfigError(f"run.max_steps={self.state.total_steps} is not a multiple of the {self.trainer.steps_per_batch} optimizer "
+                              "steps that are made of each batch (epochs × minibatches)")
         self.callbacks = CallbackList(self._callbacks, self.state.is_main)
         self.schedulers.total_steps = self.state.total_steps
         self.trainer.model = self.accelerator.prepare(self.trainer.model, self.optimizers.build, self.schedulers.build)
@@ -85,6 +88,7 @@ class TrainerEngine:
             setattr(self.trainer, name, self.accelerator.prepare_frozen(model))
         if self.trainer.bytes_per_token is not None:
             self.trainer.bytes_per_token = self.trainer.bytes_per_token.to(self.accelerator.device)
+        self.trainer.autocast, self.trainer.generation = self.accelerator.autocast, self.accelerator.generation
         if resume is not None:
             self._restore(resume)
         if self.checkpoints and self.checkpoints.background and not self.accelerator.state_is_a_copy:
@@ -93,13 +97,18 @@ class TrainerEngine:
     def train(self) -> RunState:
         """Run to the last step. The run's folder then holds all that the config asked for."""
         assert self.stream is not None, "call setup() before train()"
-        self.ledger = Ledger(self.state.folder if self.state.is_main else None, self.state.step)
+        folder = self.state.folder if self.state.is_main else None
+        self.ledger = Ledger(folder, self.state.step)
+        self.samples = SampleTable(folder, self.state.step, self.settings.samples_every)
         try:
             self.callbacks.emit("on_train_start", self.state)
             if self.settings.evaluate_at_start and self.state.step == 0 and self.validation is not None:
                 self.callbacks.emit("on_log", self.state, self.evaluate())
             self.pulse.enter("data", self.state.step + 1)
-            for batch in self.stream.batches(self.state.position, self.state.total_steps - self.state.step):
+            left = (self.state.total_steps - self.state.step) // self.trainer.steps_per_batch
+            for batch in self.stream.batches(self.state.position, left):
+                if self.state.step == 0:
+                    self.trainer.check(batch)
                 self._train_batch(batch)
                 if self.state.left is not None or "stop" in self.state.requests:
                     break
@@ -120,6 +129,7 @@ class TrainerEngine:
                     self.checkpoints.wait(WAIT_SECONDS)
             self.callbacks.close()
             self.ledger.close()
+            self.samples.close()
             self.accelerator.close()
         return self.state
 
@@ -128,9 +138,10 @@ class TrainerEngine:
         self.state.epoch, self.state.position = batch.position.epoch, batch.position
         if batch.position.row == 0:
             self.callbacks.emit("on_epoch_start", self.state)
+        first, started = self.state.step, time.perf_counter()
+        self.pulse.enter("rollout", self.state.step + 1)
         for micros in self.trainer.expand(batch):
             self.callbacks.emit("on_step_start", self.state)
-            started = time.perf_counter()
             left_out = self.stability.stepped_over(self.state.step + 1)
             result, sums = self.training_step(micros) if left_out is None else self._step_over()
             if self._bad is not None:
@@ -145,10 +156,12 @@ class TrainerEngine:
             self._tell_checkpoints()
             self.ledger.write(self.state.step, batch.position, self._rows(batch), fingerprint, left_out)
             self._report(result, sums, time.perf_counter() - started, batch.position)
+            started = time.perf_counter()
+        self.samples.write(first, self.state.step, self.trainer.samples)
         self.state.position = batch.next
         if "leave" in self.state.requests and self.state.step < self.state.total_steps:
             self.state.left = self.state.requests["leave"]
-        if self._due(self.settings.save_every, "save") and self.checkpoints:
+        if self._due(self.settings.save_every, "save", first) and self.checkpoints:
             self.save()
         if batch.next.epoch != batch.position.epoch:
             self.callbacks.emit("on_epoch_end", self.state)
@@ -195,14 +208,15 @@ class TrainerEngine:
         for batch in self.validation.batches(Position(), steps):
             self.pulse.enter("evaluation", self.state.step)
             for micro in batch.micros:
-                total.weight += self.trainer.batch_weight(micro).double()
+                micro = self.accelerator.move(micro)
+                total.weight += self.trainer.evaluation_weight(micro).double().cpu()
                 with self.accelerator.autocast():
-                    total.add(self.trainer.evaluation_step(self.accelerator.move(micro)))
+                    total.add(self.trainer.evaluation_step(micro))
         model.train()
         total.weight = self.accelerator.all_reduce([total.weight])[0]
         values = total.reduce(self.accelerator)
         metrics = {**values, **self.trainer.derive(values)}
-        metrics = {f"validation_{name}": value for name, value in metrics.items() if name != "tokens"}
+        metrics = {f"validation_{name}": value for name, value in metrics.items() if name != "tokens" and name[0] != "_"}
         self.callbacks.emit("on_evaluate", self.state, metrics)
         self.metrics = {**self.metrics, **metrics}
         return metrics
@@ -214,7 +228,7 @@ class TrainerEngine:
         folder = self.checkpoints.save(self.state.step, self.accelerator.state(), {
             "position": {"epoch": self.state.position.epoch, "row": self.state.position.row},
             "callbacks": self.callbacks.state_dict(), "metrics": self.metrics, "skipped_steps": self._skipped_steps,
-            "stability": self.stability.state_dict(),
+            "stability": self.stability.state_dict(), "trainer": self.trainer.state_dict(),
             "loss_scale": self.accelerator.loss_scale.state_dict(), **self.manifest}, copied=self.accelerator.state_is_a_copy)
         self._saved_step = self.state.step
         self._tell_checkpoints()
@@ -243,6 +257,8 @@ class TrainerEngine:
         self.stability.load_state_dict(manifest.get("stability", {}))
         self.accelerator.loss_scale.load_state_dict(manifest.get("loss_scale", {}))
         self.callbacks.load_state_dict(manifest.get("callbacks", {}))
+        if manifest.get("trainer"):
+            self.trainer.load_state_dict(manifest["trainer"])
 
     def _report(self, result: StepResult, sums: MetricSum | None, seconds: float, position: Position) -> None:
         """Stop on numbers that are none; evaluate and log when it is time."""
@@ -262,6 +278,7 @@ class TrainerEngine:
     def _log(self, result: StepResult, sums: MetricSum | None, evaluated: dict[str, float], seconds: float) -> None:
         values = sums.reduce(self.accelerator) if sums else {}  # nothing was computed in a step that was stepped over
         self.metrics = {**values, **(self.trainer.derive(values) if values else {}), "learning_rate": self.last_rate}
+        self.metrics = {name: value for name, value in self.metrics.items() if name[0] != "_"}
         if not result.skipped:  # an overflowing gradient has no norm
             self.metrics["grad_norm"] = result.grad_norm
         if self.accelerator.loss_scale.enabled:
@@ -273,9 +290,11 @@ class TrainerEngine:
                              "tokens_per_second": values.get("tokens", 0.0) / seconds})
         self.callbacks.emit("on_log", self.state, self.metrics)
 
-    def _due(self, every: int | None, request: str) -> bool:
+    def _due(self, every: int | None, request: str, since: int | None = None) -> bool:
+        """Whether a multiple of `every` steps was reached, in this step or in one after `since`; or it was asked for."""
         asked = self.state.requests.pop(request, None) is not None
-        return asked or bool(every and self.state.step % every == 0)
+        since = self.state.step - 1 if since is None else since
+        return asked or bool(every and self.state.step // every > since // every)
 
     def _agree(self, fingerprint: int) -> int:
         """Sum the fingerprint over ranks, and let every rank have the requests that any rank has.

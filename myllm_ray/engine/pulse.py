@@ -25,7 +25,7 @@ from typing import Any
 
 from myllm_ray.common.files import write_atomic
 
-PHASES = ("start", "data", "forward", "backward", "optimizer", "evaluation", "checkpoint", "end")
+PHASES = ("start", "data", "rollout", "forward", "backward", "optimizer", "evaluation", "checkpoint", "end")
 """What a rank can be doing, in the order of a step."""
 _SECONDS = 0.5
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")

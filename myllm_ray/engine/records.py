@@ -1,8 +1,9 @@
-"""What a run writes down about itself: `metrics.jsonl` and `ledger.jsonl`. One line a step, however often it was trained."""
+"""What a run writes down about itself: `metrics.jsonl`, `ledger.jsonl`, `samples.jsonl`. Once a step, however often it was trained."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from myllm_ray.common.files import JSONLines
 from myllm_ray.common.types import Position, RunState
@@ -44,6 +45,32 @@ class Ledger:
         if self._file:
             self._file.write({"step": step, "epoch": position.epoch, "row": position.row, "rows": rows,
                               "tokens_hash": f"{fingerprint & (2**64 - 1):016x}", **({"left_out": left_out} if left_out else {})})
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+class SampleTable:
+    """`samples.jsonl`: answers that the model gave, one object each, of the batch that ends with `step`.
+
+    Args:
+        every: steps between two batches that are written down; None: never.
+    """
+
+    def __init__(self, folder: str | None, step: int, every: int | None):
+        self._path = Path(folder) / "samples.jsonl" if folder and every else None
+        self._file: JSONLines | None = None
+        self._step, self._every = step, every or 1
+
+    def write(self, since: int, step: int, samples: list[dict[str, Any]]) -> None:
+        """Samples of the batch of steps (since, step]: of the run's first, and of those that reach a multiple of `every`."""
+        if self._path is None or not samples or (since and step // self._every == since // self._every):
+            return
+        if self._file is None:
+            self._file = JSONLines(self._path, keep=lambda row: row.get("step", 0) <= self._step)
+        for sample in samples:
+            self._file.write({"step": step, **sample})
 
     def close(self) -> None:
         if self._file:

@@ -19,6 +19,7 @@ class EngineSettings:
     gradient_clip: float | None = 1.0
     seed: int = 0
     log_every: int = 1
+    samples_every: int | None = None
     save_every: int | None = None
     save_at_end: bool = True
     evaluate_every: int | None = None
@@ -41,6 +42,7 @@ class EngineSettings:
             gradient_clip=raw.get("gradient_clip"),
             seed=run.get("seed", raw.get("seed", 0)),
             log_every=logging.get("every_steps", 1),
+            samples_every=logging.get("samples_every_steps"),
             save_every=checkpoint.get("every_steps"),
             save_at_end=checkpoint.get("at_end", True),
             evaluate_every=evaluation.get("every_steps"),

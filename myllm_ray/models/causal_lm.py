@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM whose forward pass gives token losses instead of logits."""
+"""A Hugging Face causal LM whose forward pass gives token losses or scores instead of logits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from myllm_ray.common.types import TokenLosses, shifted_targets
+from myllm_ray.common.types import TokenLosses, TokenScores, shifted_targets
 from myllm_ray.ops.cross_entropy import cross_entropy_from_logits, linear_cross_entropy
+from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
 
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -29,18 +30,49 @@ class CausalLM(nn.Module):
         self.fused = isinstance(head, nn.Linear) and head.bias is None and not changed
         """Whether the logits are exactly `hidden @ head.T`, so that the fused head may stand in for the model's own."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> TokenLosses:
-        """Losses at the positions with a target. All arguments (B, S).
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
+                predictors: Tensor | None = None, targets: Tensor | None = None, attention_mask: Tensor | None = None,
+                temperature: float = 1.0, entropy: bool = False) -> TokenLosses | TokenScores:
+        """Losses at the positions with a label, or, where `targets` are given instead, their scores.
 
         Documents of a packed row are told apart by `position_ids` that restart. transformers does so only without an
         attention mask and without a cache: with either, documents leak into each other silently.
+
+        Args:
+            input_ids, labels, position_ids: (B, S).
+            predictors: (T,) places in the flattened (B · S) input of the tokens that predict the targets.
+            targets: (T,) token ids to score.
+            attention_mask: (B, 1, S, S) bool, true where a token may look; default: causal.
+            temperature, entropy: see `linear_log_probs`.
         """
-        targets = shifted_targets(labels)
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, "attention_mask": attention_mask}
+        if targets is not None:
+            assert predictors is not None
+            return self.score(inputs, predictors, targets, temperature, entropy)
+        assert labels is not None, "forward needs labels or targets"
+        shifted = shifted_targets(labels)
         if not self.fused:
-            return cross_entropy_from_logits(self.model(**inputs).logits, targets)
-        hidden = self.model.base_model(**inputs).last_hidden_state
-        return linear_cross_entropy(hidden, self.model.get_output_embeddings().weight, targets)
+            return cross_entropy_from_logits(self.model(**inputs).logits, shifted)
+        return linear_cross_entropy(self.hidden(inputs), self.head, shifted)
+
+    def score(self, inputs: dict[str, Any], predictors: Tensor, targets: Tensor, temperature: float, entropy: bool) -> TokenScores:
+        """Log-probabilities and entropies of the targets."""
+        if not self.fused:
+            logits = self.model(**inputs).logits.flatten(0, 1)[predictors]
+            return log_probs_from_logits(logits, targets, temperature, entropy)
+        hidden = self.hidden(inputs).flatten(0, 1)[predictors]
+        return linear_log_probs(hidden, self.head, targets, temperature, entropy)
+
+    def hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """(B, S, H): the states that the head looks at."""
+        states: Tensor = self.model.base_model(**inputs).last_hidden_state
+        return states
+
+    @property
+    def head(self) -> Tensor:
+        """(V, H)."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` of all but the fused head, which picks its rows and writes its own gradients already."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.models.causal_lm import CausalLM
+from myllm_ray.models.heads import RewardModel
 
 
 def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -18,7 +19,7 @@ def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     Raises:
         ConfigError: the model is not one of transformers, or the folder exists.
     """
-    if not isinstance(model, CausalLM):
+    if not isinstance(model, (CausalLM, RewardModel)):
         raise ConfigError(f"export writes models of transformers; this one is {type(model).__name__}, of your own factory")
     if folder.exists():
         raise ConfigError(f"{folder} exists: choose another folder, or remove it first")

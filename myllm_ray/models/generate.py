@@ -1,29 +1,166 @@
-"""Text from a trained model, to look at what it has learnt."""
+"""Sampling: batched, with a cache of keys and values, each answer by random numbers of its own.
+
+An answer depends on the weights, the prompt and its seed; not on the number of workers, as long as the same prompts are sampled
+together (a micro-batch is).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.stopping_criteria import StopStringCriteria
 
-from myllm_ray.common.seeds import seed_all
+from myllm_ray.common.seeds import derive_seed
+from myllm_ray.common.types import Samples
+from myllm_ray.config.trainers import RolloutSection
 from myllm_ray.models.causal_lm import CausalLM
 
+_COMPACT = 0.75
+"""Ended answers leave the batch when no more than this share of it is still being written."""
 
-@torch.no_grad()
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values of a layer in buffers made once: the ones of transformers copy themselves whole at every token."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.used = room, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        shape = (*key_states.shape[:2], self.room)
+        self.key_buffer = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.value_buffer = value_states.new_zeros(*shape, value_states.shape[-1])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        stop = self.used + key_states.shape[-2]
+        self.key_buffer[:, :, self.used : stop] = key_states
+        self.value_buffer[:, :, self.used : stop] = value_states
+        self.used = stop
+        self.keys, self.values = self.key_buffer[:, :, :stop], self.value_buffer[:, :, :stop]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+    def select(self, rows: Tensor) -> None:
+        self.key_buffer, self.value_buffer = self.key_buffer[rows], self.value_buffer[rows]
+
+
+class HFSampler:
+    """Samples from a causal LM of transformers with its own forward pass.
+
+    Args:
+        tokenizer: whose end-of-text token ends an answer.
+        settings: the config's section `rollout`.
+    """
+
+    def __init__(self, tokenizer: Any, settings: RolloutSection):
+        self.tokenizer, self.settings = tokenizer, settings
+        self.max_new_tokens, self.temperature = settings.max_new_tokens, settings.temperature
+        self.end = int(tokenizer.eos_token_id)
+        self.warpers = LogitsProcessorList()
+        if settings.top_k:
+            self.warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(settings.top_p))
+        if settings.min_p:
+            self.warpers.append(MinPLogitsWarper(settings.min_p))
+        self.stop = StopStringCriteria(tokenizer, settings.stop) if settings.stop else None
+
+    def decode(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        ends = [at for word in self.settings.stop if (at := text.find(word)) >= 0]
+        return text[: min(ends)] if ends else text
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, prompts: Tensor, mask: Tensor, group: int, seeds: list[int]) -> Samples:
+        inner = getattr(model, "module", model)
+        assert isinstance(inner, CausalLM), "sampling needs a causal LM of transformers"
+        was_training = inner.training
+        inner.eval()
+        try:
+            return self._sample(inner, prompts, mask, group, seeds)
+        finally:
+            inner.train(was_training)
+
+    def _sample(self, model: CausalLM, prompts: Tensor, mask: Tensor, group: int, seeds: list[int]) -> Samples:
+        device, most, (count, width) = prompts.device, self.max_new_tokens, prompts.shape
+        draws = torch.from_numpy(np.stack([np.random.Generator(np.random.PCG64(seed)).random(most) for seed in seeds])).to(device)
+        cache = DynamicCache()
+        layers = [_GrowingLayer(width + most) for _ in range(model.config.get_text_config().num_hidden_layers)]
+        cache.layers = list(layers)
+        # Prompts to the right edge, so that all answers begin in the same column.
+        lengths = mask.sum(1)
+        shift = (torch.arange(width, device=device) - (width - lengths)[:, None]) % width
+        ids, seen = prompts.gather(1, shift), mask.gather(1, shift)
+        logits = self._forward(model, ids, seen, (seen.cumsum(1) - 1).clamp(min=0), cache).repeat_interleave(group, 0)
+        for layer in layers:
+            layer.key_buffer, layer.value_buffer = (b.repeat_interleave(group, 0) for b in (layer.key_buffer, layer.value_buffer))
+        seen, positions = seen.repeat_interleave(group, 0), lengths.repeat_interleave(group)
+        rows = count * group
+        tokens = torch.full((rows, most), self.end, device=device)
+        lengths, ended = torch.full((rows,), most, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+        alive = torch.arange(rows, device=device)  # rows of the whole that the batch still holds
+        for step in range(most):
+            chosen = self._choose(logits, tokens[alive, :step], draws[alive, step])
+            chosen = torch.where(ended[alive], self.end, chosen)
+            tokens[alive, step] = chosen
+            done = self._ends(chosen, tokens[alive, : step + 1]) & ~ended[alive]
+            lengths[alive[done]] = step + 1
+            ended[alive[done]] = True
+            writing = ~ended[alive]
+            left = int(writing.sum())
+            if left == 0 or step + 1 == most:
+                break
+            if left <= _COMPACT * len(alive):
+                kept = writing.nonzero().squeeze(1)
+                for layer in layers:
+                    layer.select(kept)
+                alive, seen, positions, chosen = alive[kept], seen[kept], positions[kept], chosen[kept]
+            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+            logits = self._forward(model, chosen[:, None], seen, positions[:, None], cache)
+            positions = positions + 1
+        return Samples(tokens, lengths, ended)
+
+    @staticmethod
+    def _forward(model: CausalLM, ids: Tensor, seen: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """(rows, V): logits behind the last token of each row."""
+        inputs = {"input_ids": ids, "attention_mask": seen.long(), "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        if not model.fused:
+            return model.model(**inputs, logits_to_keep=1).logits[:, -1]  # type: ignore[no-any-return]
+        hidden = model.model.base_model(**inputs).last_hidden_state[:, -1]
+        return hidden @ model.head.T.to(hidden.dtype)  # type: ignore[no-any-return]
+
+    def _choose(self, logits: Tensor, written: Tensor, draws: Tensor) -> Tensor:
+        """A token of each row by inverse transform sampling: the first whose cumulated probability exceeds the draw."""
+        scores = logits.float() / self.temperature
+        scores = self.warpers(cast(Any, written), cast(Any, scores)) if len(self.warpers) else scores
+        cumulated = torch.softmax(scores, -1).double().cumsum(-1)
+        return torch.searchsorted(cumulated, (draws * cumulated[:, -1])[:, None], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+
+    def _ends(self, chosen: Tensor, written: Tensor) -> Tensor:
+        ends = chosen == self.end
+        return ends if self.stop is None else ends | self.stop(written, None)
+
+
 def sample(model: CausalLM, tokenizer: Any, prompts: list[str], max_new_tokens: int = 64, temperature: float = 0.8,
            top_p: float = 0.95, seed: int = 0) -> list[str]:
     """A completion of each prompt. `temperature=0` takes the most likely token every time."""
-    was_training = model.training
-    model.eval()
+    settings = RolloutSection(max_new_tokens=max_new_tokens, temperature=temperature or 1.0, top_p=top_p,
+                              top_k=None if temperature else 1)
+    sampler = HFSampler(tokenizer, settings)
     texts = []
     for number, prompt in enumerate(prompts):
-        seed_all("sample", seed, number)
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        random = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-        output = model.model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, **random)
-        texts.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    model.train(was_training)
+        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+        result = sampler(model, ids, torch.ones_like(ids), 1, [derive_seed("sample", seed, number)])
+        texts.append(sampler.decode(result.tokens[0, : int(result.lengths[0])].tolist()))
     return texts

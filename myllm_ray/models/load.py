@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +10,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from myllm_ray.common.materialize import Source, attach_source, materialize
 from myllm_ray.common.seeds import seed_all
@@ -18,21 +19,27 @@ from myllm_ray.config.resolve import load_object
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.deferred import folder_source, record_initialization
+from myllm_ray.models.heads import ActorCritic, RewardModel
 
+WRAPPERS: dict[str, Any] = {"causal_lm": CausalLM, "reward_model": RewardModel, "actor_critic": ActorCritic, "actor_own_critic": ActorCritic}
+"""Kinds of models: what stands around the one of transformers."""
 _TOO_FEW = ("the model has {} token embeddings, the tokenizer {} tokens: use the model's own tokenizer, or leave "
             "model.config.vocab_size out")
 
 
-def build_model(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int) -> nn.Module:
+def build_model(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int, kind: str = "causal_lm") -> nn.Module:
     """The model of a config, in fp32, in training mode, with all its weights; see `build_deferred`."""
-    return materialize(build_deferred(section, tokenizer, sequence_length, seed))
+    return materialize(build_deferred(section, tokenizer, sequence_length, seed, kind))
 
 
-def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int) -> nn.Module:
+def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int, kind: str = "causal_lm") -> nn.Module:
     """The model on the meta device, with the source of its weights: backends that shard never hold all of it.
 
     Random weights are a function of `seed` and their names. A factory's model has its weights already, and so have the few
     whose weights can't be made or read one by one (Mamba's; checkpoints with other names than the model's).
+
+    Args:
+        kind: causal_lm; reward_model; actor_critic, or actor_own_critic: a policy and a critic, which share the trunk or not.
 
     Raises:
         ConfigError: the model can't be built or does not fit the tokenizer or the sequence length.
@@ -44,18 +51,40 @@ def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, 
         if not isinstance(model, PreTrainedModel):
             return cast(nn.Module, model.train())
         _check_fit(model, tokenizer, sequence_length)
-        return CausalLM(model).train()
-    skeleton = _skeleton(section, tokenizer, sequence_length)
+        return _wrapped(model, kind, copy.deepcopy(model.base_model) if kind == "actor_own_critic" else None).train()
+    skeleton = _skeleton(section, tokenizer, sequence_length, kind)
     source = _source(section, skeleton, seed)
     if source is not None:
-        return attach_source(CausalLM(skeleton).train(), lambda name: source(name.removeprefix("model.")))
+        with torch.device("meta"):
+            critic = copy.deepcopy(skeleton.base_model) if kind == "actor_own_critic" else None
+            model = _wrapped(skeleton, kind, critic)
+        return attach_source(model.train(), _renamed(source, skeleton))
     with torch.random.fork_rng(devices=[]):
         seed_all("weights", seed)
-        whole = _from_config(section, tokenizer, sequence_length) if section.config is not None else _from_name(section)
-    return CausalLM(whole).train()
+        whole = (_from_config(section, tokenizer, sequence_length, kind) if section.config is not None
+                 else _from_name(section, kind))
+    return _wrapped(whole, kind, copy.deepcopy(whole.base_model) if kind == "actor_own_critic" else None).train()
 
 
-def build_skeleton(section: ModelSection, tokenizer: Any, sequence_length: int) -> nn.Module | None:
+def _wrapped(model: PreTrainedModel, kind: str, critic: nn.Module | None) -> nn.Module:
+    wrapped: nn.Module = ActorCritic(model, critic) if critic is not None else WRAPPERS[kind](model)
+    return wrapped
+
+
+def _renamed(source: Source, skeleton: PreTrainedModel) -> Source:
+    """The source of a wrapped model. A critic's trunk begins as the policy's, its head at zero."""
+    hidden = int(skeleton.config.get_text_config().hidden_size)
+
+    def renamed(name: str) -> torch.Tensor:
+        if name == "value.weight":
+            return torch.zeros(1, hidden)
+        outer, _, inner = name.partition(".")
+        return source(f"{skeleton.base_model_prefix}.{inner}" if outer == "critic" else inner)
+
+    return renamed
+
+
+def build_skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str = "causal_lm") -> nn.Module | None:
     """The model without weights (meta device), to find mistakes in the config before anything starts.
 
     None for a factory, which may do anything. Raises what `build_model` would, short of weights that can't be read.
@@ -63,17 +92,24 @@ def build_skeleton(section: ModelSection, tokenizer: Any, sequence_length: int) 
     if section.factory:
         load_object(section.factory, "model.factory")
         return None
-    return CausalLM(_skeleton(section, tokenizer, sequence_length))
+    with torch.device("meta"):
+        return _wrapped(_skeleton(section, tokenizer, sequence_length, kind), kind, None)
 
 
-def _skeleton(section: ModelSection, tokenizer: Any, sequence_length: int) -> PreTrainedModel:
+def _auto(kind: str) -> Any:
+    return AutoModelForSequenceClassification if kind == "reward_model" else AutoModelForCausalLM
+
+
+def _skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str) -> PreTrainedModel:
     with torch.device("meta"):
         if section.config is not None:
-            model = _from_config(section, tokenizer, sequence_length)
+            model = _from_config(section, tokenizer, sequence_length, kind)
         else:
-            model = AutoModelForCausalLM.from_config(
-                _config_of_name(section), attn_implementation=section.attention, dtype=torch.float32,
-                trust_remote_code=section.trust_remote_code)
+            config = _config_of_name(section)
+            if kind == "reward_model":
+                config.num_labels = 1
+            model = _auto(kind).from_config(config, attn_implementation=section.attention, dtype=torch.float32,
+                                            trust_remote_code=section.trust_remote_code)
     _check_fit(model, tokenizer, sequence_length)
     return model
 
@@ -91,7 +127,8 @@ def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Sour
             folder = Path(snapshot_download(section.name or "", allow_patterns=["*.safetensors", "*.json"]))
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.name: {section.name!r} can't be loaded: {_one_line(error)}") from None
-    return folder_source(folder, {name for name, _ in skeleton.named_parameters()}, random)
+    # The head of a reward model is new where the folder holds a language model.
+    return folder_source(folder, {name for name, _ in skeleton.named_parameters() if not name.startswith("score.")}, random)
 
 
 def config_of(section: ModelSection) -> Any:
@@ -112,7 +149,7 @@ def _config_of_name(section: ModelSection) -> Any:
         raise ConfigError(f"model.name: {name!r} can't be loaded: {_one_line(error)}") from None
 
 
-def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int) -> PreTrainedModel:
+def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str) -> PreTrainedModel:
     given = dict(section.config or {})
     model_type = given.pop("model_type")
     try:
@@ -134,19 +171,19 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int) ->
     if sequence_length > getattr(default, positions, sequence_length):
         given.setdefault(positions, sequence_length)
     try:
-        config = AutoConfig.for_model(model_type, **given)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=section.attention,
-                                                                  dtype=torch.float32)
+        config = AutoConfig.for_model(model_type, **given, **({"num_labels": 1} if kind == "reward_model" else {}))
+        model: PreTrainedModel = _auto(kind).from_config(config, attn_implementation=section.attention, dtype=torch.float32)
         return model
     except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(f"model.config: transformers can't build this {model_type}: {_one_line(error)}") from None
 
 
-def _from_name(section: ModelSection) -> PreTrainedModel:
+def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = _auto(kind).from_pretrained(
             section.name or "", dtype=torch.float32, attn_implementation=section.attention,
-            trust_remote_code=section.trust_remote_code, use_safetensors=True)
+            trust_remote_code=section.trust_remote_code, use_safetensors=True, **({"num_labels": 1} if kind == "reward_model" else {}))
+        return model
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {section.name!r} can't be loaded: {_one_line(error)}") from None
 

@@ -32,9 +32,13 @@ class RunResult:
     history: list[dict[str, Any]] = field(repr=False, default_factory=list)
 
     def summary(self) -> str:
-        """One line: where, how many steps, and the loss at first and at last (on held-out data where there is some)."""
-        validated = [row for row in self.history if "validation_loss" in row]
-        name = "validation_loss" if len(validated) > 1 else "loss"
+        """One line: where, how many steps, and the loss at first and at last (on held-out data where there is some).
+
+        Of a run with rewards the reward: its loss says nothing.
+        """
+        name = "reward" if any("reward" in row for row in self.history) else "loss"
+        validated = [row for row in self.history if f"validation_{name}" in row]
+        name = f"validation_{name}" if len(validated) > 1 else name
         rows = [row for row in self.history if name in row]
         if not rows:
             return f"{self.folder}: {self.step} steps"

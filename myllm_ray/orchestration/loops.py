@@ -80,3 +80,23 @@ def pretrain_loop(config: Mapping[str, Any]) -> dict[str, Any]:
 def sft_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     """Supervised fine-tuning."""
     return train_loop({**config, "trainer": "sft"})
+
+
+def reward_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Reward models from preferences."""
+    return train_loop({**config, "trainer": "reward"})
+
+
+def dpo_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Direct preference optimisation."""
+    return train_loop({**config, "trainer": "dpo"})
+
+
+def ppo_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Proximal policy optimisation."""
+    return train_loop({**config, "trainer": "ppo"})
+
+
+def grpo_loop(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Group-relative policy optimisation."""
+    return train_loop({**config, "trainer": "grpo"})

@@ -232,9 +232,10 @@ def _trainer(config: TrainerConfig, prepared: PreparedData, queue: Any, workers:
     def remaining() -> ray.data.Dataset:
         """The data from the checkpoint to the end of the run."""
         manifest: dict[str, Any] = read_manifest(start) if start else {"step": 0, "position": {"epoch": 0, "row": 0}}
-        epochs = range(config.run.epochs or 0)
-        total = config.run.max_steps or sum(prepared.train.steps_in_epoch(e) for e in epochs)
-        return build_dataset(prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]))
+        per_batch = config.steps_per_batch
+        batches = sum(prepared.train.steps_in_epoch(e) for e in range(config.run.epochs or 0))
+        total = config.run.max_steps or batches * per_batch
+        return build_dataset(prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]) // per_batch)
 
     launched = {"prepared": prepared, "queue": queue, "start": str(start) if start else None}
     # Ray's own state has a name of its own at every start: a name used before would silently resume from Ray's records.

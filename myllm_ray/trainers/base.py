@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,27 @@ class BaseTrainer(ABC):
         sources: names of the data's sources, for the loss per source.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("tokens",)
+    """Kinds of documents it can train on (data/records.py)."""
+    trains: ClassVar[str] = "causal_lm"
+    """Kind of model it trains: causal_lm, reward_model, or actor_critic."""
+    uses: ClassVar[tuple[str, ...]] = ()
+    """What else it is given by name, as keyword arguments: knobs, reference, reward_model, sampler, rewards."""
+    steps_per_batch = 1
+    """Optimizer steps that `expand` makes of a global batch."""
+
     def __init__(self, model: nn.Module, dataset: Any = None, *, bytes_per_token: Iterable[int] | None = None,
                  sources: Iterable[str] = ()):
         self.model = model
         self.dataset = dataset
         self.sources = list(sources)
         self.bytes_per_token = None if bytes_per_token is None else torch.tensor(list(bytes_per_token))
+        self.samples: list[dict[str, Any]] = []
+        """Some answers of the last batch, for the table of samples; see `logging.samples_every_steps`."""
+        self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Around forward passes of its own, in `expand`: the configured precision. Set by the engine, like `generation`."""
+        self.generation: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """Around sampling: parameters whole."""
 
     @property
     def frozen_models(self) -> dict[str, nn.Module]:
@@ -41,6 +57,18 @@ class BaseTrainer(ABC):
         """
         yield batch.micros
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def check(self, batch: Batch) -> None:
+        """Look at the first batch of a run, before the first step, for what would spoil it.
+
+        Raises:
+            TrainingError: it would.
+        """
+
     @abstractmethod
     def batch_weight(self, micro: Micro) -> Tensor:
         """How much this micro-batch adds to what the loss is averaged over (target tokens, pairs, sequences)."""
@@ -49,10 +77,20 @@ class BaseTrainer(ABC):
     def train_step(self, micro: Micro) -> StepOutput:
         """Forward pass and loss *sum* of a micro-batch."""
 
+    def evaluation_weight(self, micro: Micro) -> Tensor:
+        """What the loss on held-out data is averaged over."""
+        return self.batch_weight(micro)
+
     def evaluation_step(self, micro: Micro) -> StepOutput:
         """The same for held-out data; called without gradients and in evaluation mode."""
         return self.train_step(micro)
 
     def derive(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Metrics that follow from the averaged ones; returned in addition to them."""
+        """Metrics that follow from the averaged ones, logged in addition; those whose names begin with `_` only serve here."""
         return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-like state of the algorithm itself (a controller's coefficient), saved in every checkpoint."""
+        return {}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None: ...

@@ -1,0 +1,115 @@
+"""Records: documents of several parts, a prompt and its answers. From what a format gives to tokens and back.
+
+A record is one document of the store: its parts end to end, with `PART` between them. What the parts are, its kind says:
+
+    pairs     prompt | chosen | rejected | margin           preference pairs (reward model, DPO)
+    labelled  prompt | completion | 1 or 0                  unpaired preferences (KTO)
+    prompts   prompt | the row's other fields, as JSON      what rollouts begin with (PPO, GRPO)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
+from myllm_ray.data.store import TokenStore
+
+PART = -(2**31)
+"""Stands between the parts of a record. No token: `~PART` would be an id of 2**31 - 1."""
+TOKENS, PAIRS, LABELLED, PROMPTS = "tokens", "pairs", "labelled", "prompts"
+
+
+@dataclass(frozen=True)
+class Room:
+    """`length`: tokens that prompt and one answer may have together. `overflow`: truncate (the answer's end) or error."""
+
+    length: int
+    overflow: str = "truncate"
+
+
+def kind_of(formatted: Any) -> str:
+    """Which kind of document a format gave."""
+    return {Preference: PAIRS, Labelled: LABELLED, Prompt: PROMPTS}.get(type(formatted), TOKENS)
+
+
+def tokenize_record(record: Preference | Labelled | Prompt, tokenizer: Any, room: Room) -> tuple[np.ndarray, bool]:
+    """One record as (n,) int32 with `PART` between its parts; and whether an answer was cut off.
+
+    Raises:
+        BadRow: the prompt leaves no room for an answer, or an answer is too long and `room.overflow` is "error".
+    """
+    if isinstance(record, Prompt):
+        prompt = _prompt(record.prompt, tokenizer)
+        _check_prompt(prompt, room.length)
+        columns = np.frombuffer(json.dumps(record.columns, ensure_ascii=False, default=str).encode(), np.uint8)
+        return join([np.asarray(prompt), columns]), False
+    answers = [record.chosen, record.rejected] if isinstance(record, Preference) else [record.completion]
+    prompt = _prompt(record.prompt, tokenizer)
+    _check_prompt(prompt, room.length - 1)
+    parts, cut = [np.asarray(prompt)], False
+    for answer in answers:
+        ids = _answer(record.prompt, answer, tokenizer)
+        if len(prompt) + len(ids) > room.length:
+            if room.overflow == "error":
+                raise BadRow(f"prompt and answer have {len(prompt) + len(ids)} tokens, more than data.sequence_length={room.length}")
+            ids, cut = ids[: room.length - len(prompt)], True
+        parts.append(np.asarray(ids))
+    if isinstance(record, Labelled):
+        parts.append(np.asarray([int(record.desirable)]))
+    elif np.array_equal(parts[1], parts[2]):
+        raise BadRow("chosen and rejected are the same" + (" up to the length to which they are cut off" if cut else ""))
+    else:
+        parts.append(np.asarray([record.margin + 0.0], np.float32).view(np.int32))
+    return join(parts), cut
+
+
+def _check_prompt(prompt: Sequence[int], most: int) -> None:
+    if not prompt:
+        raise BadRow("the prompt is empty: there is nothing to answer")
+    if len(prompt) > most:
+        raise BadRow(f"the prompt has {len(prompt)} tokens, at most {most} leave room for an answer (data.sequence_length)")
+
+
+def _prompt(prompt: Text, tokenizer: Any) -> list[int]:
+    if isinstance(prompt, Messages):
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    bos = tokenizer.bos_token_id
+    first = [] if bos is None or bos == tokenizer.eos_token_id else [bos]
+    return first + list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _answer(prompt: Text, answer: Text, tokenizer: Any) -> list[int]:
+    """The tokens of an answer, with what ends it. Apart from the prompt's: their boundary falls where it does at generation."""
+    if isinstance(answer, Messages):
+        before = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)  # type: ignore[misc]
+        if not whole.startswith(before):
+            raise BadRow("the chat template changes the prompt when an answer is added; use one that only appends, or give texts")
+        return list(tokenizer(whole[len(before) :].rstrip(), add_special_tokens=False, verbose=False)["input_ids"])
+    return [*tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Parts end to end, `PART` between them: (n,) int32."""
+    pieces = [parts[0].astype(np.int32)]
+    for part in parts[1:]:
+        pieces += [np.asarray([PART], np.int32), part.astype(np.int32)]
+    return np.concatenate(pieces)
+
+
+def split(document: np.ndarray) -> list[np.ndarray]:
+    """The inverse of `join`."""
+    edges = np.flatnonzero(document == PART)
+    return [part[1:] if i else part for i, part in enumerate(np.split(document, edges))]
+
+
+def columns_of(store: TokenStore, document: int) -> dict[str, Any]:
+    """The other fields of the row that a record of prompts was made from."""
+    columns: dict[str, Any] = json.loads(split(store.read(document))[1].astype(np.uint8).tobytes())
+    return columns

@@ -1,0 +1,188 @@
+"""What a trainer is built from: its model, frozen models, sampler, rewards. From a config, by the names in `BaseTrainer.uses`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from myllm_ray.common import distributed
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.load import validate
+from myllm_ray.config.resolve import resolve
+from myllm_ray.config.schema import ModelSection, TrainerConfig
+from myllm_ray.config.trainers import RolloutSection
+from myllm_ray.data.collate import to_tensors
+from myllm_ray.data.collate_records import build_pairs
+from myllm_ray.data.packing import Segment
+from myllm_ray.data.prepare import PreparedData
+from myllm_ray.data.records import columns_of
+from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
+from myllm_ray.models.generate import HFSampler
+from myllm_ray.models.load import build_deferred, config_of
+from myllm_ray.models.sharing import shares_prompts
+from myllm_ray.models.shrink import without_dropout
+from myllm_ray.ops.pairs import one_answer_per_row, shared_prompt_mask
+from myllm_ray.trainers.base import BaseTrainer
+from myllm_ray.trainers.preference import answer_log_probs
+from myllm_ray.trainers.rewards import FunctionReward
+
+_BLOCK = 8
+"""Documents whose reference log-probabilities are computed together."""
+
+
+def knobs_of(config: TrainerConfig) -> Any:
+    """The trainer's own section; None for a trainer of the user's own, which gets `options`."""
+    return getattr(config, config.trainer, None)
+
+
+def kind_of_model(config: TrainerConfig) -> str:
+    """What `build_deferred` is to build."""
+    kind: str = resolve("trainers", config.trainer, "trainer").trains
+    own = getattr(knobs_of(config), "critic", "shared") == "own"
+    return "actor_own_critic" if kind == "actor_critic" and own else kind
+
+
+def model_section(config: TrainerConfig) -> ModelSection:
+    """The model to train. Without dropout where answers are compared: it would be a difference between equal models."""
+    cls: type[BaseTrainer] = resolve("trainers", config.trainer, "trainer")
+    return without_dropout(config.model)[0] if "reference" in cls.uses else config.model
+
+
+def check_roles(config: TrainerConfig, kind: str) -> None:
+    """Find what is wrong with names and data before anything is started.
+
+    Args:
+        kind: of the documents (data/records.py).
+
+    Raises:
+        ConfigError: the data is of another kind than the trainer reads, or a function, folder or run is not there.
+    """
+    cls: type[BaseTrainer] = resolve("trainers", config.trainer, "trainer")
+    knobs = knobs_of(config)
+    reads = ("labelled",) if getattr(knobs, "loss", None) == "kto" else cls.reads
+    if kind not in reads:
+        formats = {"tokens": "text, instruction, chat or prompt_completion", "pairs": "preference", "labelled": "unpaired", "prompts": "prompt"}
+        raise ConfigError(f"data.train.format gives {kind}, trainer {config.trainer} reads {' or '.join(reads)}: use the format "
+                          f"{' or '.join(formats[r] for r in reads)}, or one of your own that gives them")
+    for reward in getattr(knobs, "reward", None) or []:
+        FunctionReward(reward)
+    if getattr(knobs, "reward_model", None):
+        section, _ = _reward_section(knobs.reward_model)
+        try:
+            config_of(section)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("model.name:", "reward_model:", 1)) from None
+
+
+def roles_of(config: TrainerConfig, tokenizer: Any, prepared: PreparedData) -> dict[str, Any]:
+    """Keyword arguments for the trainer, by what it says it uses."""
+    cls: type[BaseTrainer] = resolve("trainers", config.trainer, "trainer")
+    knobs, build = knobs_of(config), _Build(config, tokenizer, prepared)
+    makers: dict[str, Callable[[], Any]] = {
+        "knobs": lambda: knobs, "seed": lambda: config.run.seed,
+        "micro_size": lambda: getattr(config, "rollout", RolloutSection()).micro_size,
+        "shared_prompt": build.shared_prompt, "reference": build.reference, "reference_table": build.reference_table,
+        "reward_model": build.reward_model, "rewards": lambda: [FunctionReward(r) for r in getattr(knobs, "reward", [])],
+        "sampler": lambda: HFSampler(tokenizer, getattr(config, "rollout", RolloutSection())),
+        "columns": lambda: partial(columns_of, prepared.train.plan.store)}
+    return {name: value for name in cls.uses if (value := makers[name]()) is not None}
+
+
+class _Build:
+    def __init__(self, config: TrainerConfig, tokenizer: Any, prepared: PreparedData):
+        self.config, self.tokenizer, self.prepared, self.knobs = config, tokenizer, prepared, knobs_of(config)
+
+    def shared_prompt(self) -> bool:
+        if getattr(self.knobs, "shared_prompt", "never") == "never" or self.config.model.attention != "sdpa":
+            return False
+        return shares_prompts(self.config.model, self.config.data.sequence_length)
+
+    def needs_reference(self) -> bool:
+        needs = getattr(self.knobs, "needs_reference", None)
+        return bool(getattr(self.knobs, "kl_weight", 0)) if needs is None else bool(needs)
+
+    def reference_section(self) -> ModelSection:
+        other = getattr(self.knobs, "reference_model", None)
+        section = self.config.model if other is None else ModelSection(name=other, attention=self.config.model.attention)
+        return without_dropout(section)[0]
+
+    def reference(self) -> nn.Module | None:
+        if not self.needs_reference() or getattr(self.knobs, "reference", "copy") == "precomputed":
+            return None
+        return self._frozen(self.reference_section())
+
+    def _frozen(self, section: ModelSection, kind: str = "causal_lm") -> nn.Module:
+        return build_deferred(section, self.tokenizer, self.config.data.sequence_length, self.config.run.seed, kind)
+
+    def reward_model(self) -> nn.Module | None:
+        name = self.knobs.reward_model if self.knobs else None
+        if not name:
+            return None
+        section, checkpoint = _reward_section(name)
+        model = build_deferred(section, self.tokenizer, self.config.data.sequence_length, self.config.run.seed, "reward_model")
+        if checkpoint is not None:
+            from myllm_ray.common.materialize import materialize
+
+            model = materialize(model)
+            CheckpointManager(folder=checkpoint.parent).load_model(checkpoint, model)
+        return model
+
+    def reference_table(self) -> torch.Tensor | None:
+        """Log-probabilities of all answers under the reference, computed once, by all ranks, and kept beside the tokens."""
+        if getattr(self.knobs, "reference", "copy") != "precomputed" or not self.needs_reference():
+            return None
+        store = self.prepared.train.plan.store
+        section, shared = self.reference_section(), self.shared_prompt()
+        described = json.dumps([section.model_dump(mode="json"), self.config.run.seed, self.config.accelerator.precision, shared])
+        path = store.folder / f"reference-{hashlib.sha256(described.encode()).hexdigest()[:16]}.npy"
+        if distributed.from_main(not path.exists()):
+            values = self._score_all(section, shared)
+            if distributed.is_main():
+                beside = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
+                np.save(beside, values)
+                os.replace(beside, path)
+            distributed.barrier()
+        return torch.from_numpy(np.load(path))
+
+    @torch.no_grad()
+    def _score_all(self, section: ModelSection, shared: bool) -> np.ndarray:
+        """(documents, 2) float32, the same whatever the number of ranks: blocks are dealt out, each computed by one."""
+        accelerator = resolve("accelerators", "single", "accelerator.name")(self.config)
+        accelerator.device = accelerator._choose_device()
+        model = accelerator.prepare_frozen(self._frozen(section))
+        spec, store = self.prepared.train, self.prepared.train.plan.store
+        table = torch.zeros(len(store), 2, dtype=torch.float64)
+        for first in range(_BLOCK * distributed.rank(), len(store), _BLOCK * distributed.world_size()):
+            numbers = range(first, min(first + _BLOCK, len(store)))
+            rows = [[Segment(n, 0, int(store.lengths(np.asarray([n]))[0]))] for n in numbers]
+            batch = rows if store.kind == "labelled" else None
+            micro = accelerator.move(to_tensors(build_pairs(store, rows, spec.pad_id, batch=batch)))
+            inputs, per_row = ({**micro, "attention_mask": shared_prompt_mask(micro["segment_ids"])}, 2) if shared else (one_answer_per_row(micro), 1)
+            with accelerator.autocast():
+                table[list(numbers)] = answer_log_probs(model, inputs, per_row, len(rows))[0].double().cpu()
+        device = accelerator.device if distributed.is_distributed() else "cpu"
+        whole = distributed.all_reduce_(table.to(device))  # the others' rows are zero here
+        return whole.float().cpu().numpy()
+
+
+def _reward_section(name: str) -> tuple[ModelSection, Path | None]:
+    """The model section of a reward model, and the checkpoint to load: of a run's folder, or a folder in Hugging Face format."""
+    path = Path(name).expanduser()
+    if not (path / "checkpoints").is_dir():
+        return ModelSection(name=name), None
+    newest = CheckpointManager(folder=path / "checkpoints").latest()
+    if newest is None or find_damage(newest):
+        raise ConfigError(f"reward_model: {path} holds no whole checkpoint")
+    saved = validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json")
+    if saved.trainer != "reward":
+        raise ConfigError(f"reward_model: {path} is a run of trainer {saved.trainer}, not of reward")
+    return saved.model, newest

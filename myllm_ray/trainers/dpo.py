@@ -1,0 +1,202 @@
+"""Direct preference optimisation and its kin. With the log-ratios
+
+    r = log π(y|x) - log π_ref(y|x)          Δ = r_chosen - r_rejected
+
+the loss of a pair is, by `dpo.loss` (σ: sigmoid, ε: `label_smoothing`, β: `beta`, γ: `gamma`; l: log π(y|x) / |y|):
+
+    sigmoid   -(1-ε) log σ(βΔ) - ε log σ(-βΔ)                  Rafailov et al., 2023, arXiv:2305.18290, eq. 7; ε: cDPO (Mitchell, 2023)
+    robust    [-(1-ε) log σ(βΔ) + ε log σ(-βΔ)] / (1 - 2ε)     Chowdhury et al., 2024, arXiv:2403.00409, eq. 12
+    ipo       (Δ - 1/(2β))²                                    Azar et al., 2023, arXiv:2310.12036, eq. 17
+    hinge     max(0, 1 - βΔ)                                   Zhao et al., 2023, arXiv:2305.10425 (SLiC), with DPO's log-ratios
+    apo_zero  1 - σ(β r_chosen) + σ(β r_rejected)              D'Oosterlinck et al., 2024, arXiv:2408.06266, eq. 3
+    apo_down  σ(β r_chosen) + 1 - σ(βΔ)                        the same, eq. 4
+    simpo     as sigmoid, of β(l_chosen - l_rejected) - γ      Meng et al., 2024, arXiv:2405.14734, eq. 6
+    orpo      -l_chosen - β log σ(odds(l_chosen) - odds(l_rejected)),  odds(l) = l - log(1 - e^l)
+                                                               Hong et al., 2024, arXiv:2403.07691, eq. 6 and 7
+    kto       λ (1 - σ(±(β r - z))),  + and λ = `desirable_weight` for desirable answers, - and `undesirable_weight` for others;
+              z = β max(0, mean over the global batch of r(x, y')), y' an answer to another prompt; without a gradient
+                                                               Ethayarajh et al., 2024, arXiv:2402.01306, eq. 8
+
+and its average over the pairs of the global batch is what is minimised. Where `length_normalization` is on (by default for
+ipo), r is the mean over the tokens of the answer instead of the sum.
+
+Deviation: ORPO's first term is the likelihood of the answer alone, as in the paper, not of the prompt too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, relu
+
+from myllm_ray.common.distributed import all_reduce_
+from myllm_ray.common.types import Batch, MetricPairs, Micro, StepOutput
+from myllm_ray.config.errors import ConfigError, TrainingError
+from myllm_ray.config.trainers import DPOKnobs
+from myllm_ray.trainers.preference import PreferenceTrainer, answer_log_probs, filled
+
+
+def pair_losses(policy: Tensor, reference: Tensor, knobs: DPOKnobs) -> Tensor:
+    """The loss of each pair.
+
+    Args:
+        policy, reference: (n, 2) log-probabilities of chosen and rejected answers, sums or means over tokens as
+            `knobs.per_token` says. Losses without a reference ignore it.
+
+    Returns:
+        (n,)
+    """
+    beta, smoothing = knobs.beta, knobs.label_smoothing
+    chosen, rejected = (policy - reference).unbind(1)
+    delta = chosen - rejected
+    match knobs.loss:
+        case "sigmoid":
+            return -(1 - smoothing) * logsigmoid(beta * delta) - smoothing * logsigmoid(-beta * delta)
+        case "robust":
+            wrong = smoothing * logsigmoid(-beta * delta)
+            return (-(1 - smoothing) * logsigmoid(beta * delta) + wrong) / (1 - 2 * smoothing)
+        case "ipo":
+            return (delta - 1 / (2 * beta)).square()
+        case "hinge":
+            return relu(1 - beta * delta)
+        case "apo_zero":
+            return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+        case "apo_down":
+            return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * delta)
+        case "simpo":
+            margin = beta * (policy[:, 0] - policy[:, 1]) - knobs.gamma
+            return -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
+        case "orpo":
+            odds = policy - torch.log(-torch.expm1(policy))
+            return -policy[:, 0] - beta * logsigmoid(odds[:, 0] - odds[:, 1])
+        case other:
+            raise ValueError(f"{other} is not a loss of pairs")
+
+
+def kto_losses(log_ratios: Tensor, desirable: Tensor, divergence: Tensor | float, knobs: DPOKnobs) -> Tensor:
+    """The loss of each answer: (n,) log-ratios, (n,) 1 or 0, and the divergence max(0, mean r(x, y')) -> (n,)."""
+    gain = torch.sigmoid(knobs.beta * (log_ratios - divergence))
+    loss = torch.sigmoid(knobs.beta * (divergence - log_ratios))
+    return torch.where(desirable > 0, knobs.desirable_weight * (1 - gain), knobs.undesirable_weight * (1 - loss))
+
+
+class DPOTrainer(PreferenceTrainer):
+    """Direct preference optimisation.
+
+    Args:
+        knobs: the config's section `dpo`; or its keys as keyword arguments.
+        reference: the model that is not to be left too far; None where the loss has none, or with a table.
+        reference_table: (documents, 2) log-probabilities of the answers under the reference, summed, by number of the document.
+    """
+
+    uses: ClassVar[tuple[str, ...]] = ("knobs", "shared_prompt", "reference", "reference_table")
+
+    def __init__(self, model: nn.Module, dataset: Any = None, *, knobs: DPOKnobs | None = None, reference: nn.Module | None = None,
+                 reference_table: Tensor | None = None, shared_prompt: bool = False, bytes_per_token: Any = None, sources: Any = (),
+                 **options: Any):
+        super().__init__(model, dataset, shared_prompt=shared_prompt, bytes_per_token=bytes_per_token, sources=sources)
+        self.knobs = knobs or DPOKnobs(**options)
+        self.reads = ("labelled",) if self.knobs.loss == "kto" else ("pairs",)  # type: ignore[misc]
+        self.reference, self.reference_table = reference, reference_table
+        if self.knobs.needs_reference and reference is None and reference_table is None:
+            raise ConfigError(f"dpo.loss={self.knobs.loss} needs a reference model: DPOTrainer(model, reference=...)")
+
+    @property
+    def frozen_models(self) -> dict[str, nn.Module]:
+        return {} if self.reference is None else {"reference": self.reference}
+
+    def expand(self, batch: Batch) -> Iterator[list[Micro]]:
+        """One step. KTO first measures the divergence, on the whole global batch, so that it does not depend on its cut."""
+        if self.knobs.loss != "kto":
+            yield batch.micros
+            return
+        total = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for micro in batch.micros:
+                moved = {name: tensor.to(self.device) for name, tensor in micro.items()}
+                with self.autocast():
+                    ratios = (self.log_probs(moved)[0] - self.reference_log_probs(moved))[filled(moved), 1]
+                total += torch.tensor([float(ratios.double().sum()), len(ratios)], dtype=torch.float64)
+        total = all_reduce_(total.to(self.device)).cpu()
+        divergence = max(0.0, float(total[0] / total[1]))
+        yield [{**micro, "divergence": torch.full((len(micro["segment_ids"]), 1), divergence)} for micro in batch.micros]
+
+    def log_probs(self, micro: Micro) -> tuple[Tensor, Tensor]:
+        """(rows, 2) log-probabilities of the answers under the policy, as `per_token` says; (rows, 2) lengths."""
+        inputs, per_row = self.inputs(micro)
+        total, lengths = answer_log_probs(self.model, inputs, per_row, len(micro["segment_ids"]))
+        return self._normalized(total, lengths), lengths
+
+    def _normalized(self, total: Tensor, lengths: Tensor) -> Tensor:
+        return total / lengths.clamp(min=1) if self.knobs.per_token else total
+
+    @torch.no_grad()
+    def reference_log_probs(self, micro: Micro) -> Tensor:
+        """The same under the reference; zeros where the loss has none."""
+        rows = len(micro["segment_ids"])
+        if not self.knobs.needs_reference:
+            return torch.zeros(rows, 2, device=micro["segment_ids"].device)
+        if self.reference_table is not None:
+            lengths = torch.stack([(micro["segment_ids"] == n).sum(1) for n in (1, 2)], 1)
+            return self._normalized(self.reference_table.to(lengths.device)[micro["documents"][:, 0]], lengths)
+        assert self.reference is not None
+        inputs, per_row = self.inputs(micro)
+        return self._normalized(*answer_log_probs(self.reference, inputs, per_row, rows))
+
+    def train_step(self, micro: Micro) -> StepOutput:
+        """Sum of the pairs' losses (KTO: of the answers')."""
+        kept = filled(micro)
+        policy, lengths = (t[kept] for t in self.log_probs(micro))
+        reference = self.reference_log_probs(micro)[kept].to(policy.dtype)
+        if self.knobs.loss == "kto":
+            ratios, desirable = policy[:, 0] - reference[:, 0], micro["desirable"][kept, 0]
+            losses = kto_losses(ratios, desirable, micro["divergence"][kept, 0].to(ratios.dtype), self.knobs)
+            metrics = self._kto_metrics(ratios.detach(), desirable > 0, micro["divergence"][kept, 0])
+        else:
+            losses = pair_losses(policy, reference, self.knobs)
+            metrics = self._pair_metrics(policy.detach(), reference, lengths)
+        return StepOutput(losses.sum(), {**metrics, "tokens": ((micro["segment_ids"] >= 0).sum(), 1.0)})
+
+    def _pair_metrics(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> MetricPairs:
+        rewards, n = self.knobs.beta * (policy - reference), len(policy)
+        margins = rewards[:, 0] - rewards[:, 1]
+        named = {"rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1], "rewards/margins": margins,
+                 "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(), "log_probs/chosen": policy[:, 0],
+                 "log_probs/rejected": policy[:, 1], "length/chosen": lengths[:, 0], "length/rejected": lengths[:, 1]}
+        return {name: (values.sum(), n) for name, values in named.items()}
+
+    def _kto_metrics(self, ratios: Tensor, desirable: Tensor, divergence: Tensor) -> MetricPairs:
+        rewards = self.knobs.beta * ratios
+        return {"rewards/chosen": (rewards[desirable].sum(), desirable.sum()),
+                "rewards/rejected": (rewards[~desirable].sum(), (~desirable).sum()),
+                "kl": (divergence.sum(), len(divergence))}
+
+    def derive(self, metrics: dict[str, float]) -> dict[str, float]:
+        """KTO: the margin between the means of desirable and undesirable answers."""
+        if self.knobs.loss == "kto" and {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
+            return {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
+        return {}
+
+    @torch.no_grad()
+    def check(self, batch: Batch) -> None:
+        """The policy starts where its reference is: all log-ratios are 0."""
+        if not self.knobs.needs_reference or not self.starts_at_reference:
+            return
+        micro = {name: tensor.to(self.device) for name, tensor in batch.micros[0].items()}
+        with self.autocast():
+            policy, lengths = self.log_probs(micro)
+            difference = (policy - self.reference_log_probs(micro)).abs() / (1.0 if self.knobs.per_token else lengths.clamp(min=1))
+        worst = float(difference.max())
+        if worst > _SAME:
+            raise TrainingError(f"before the first step the policy is {worst:.3g} nats a token away from its reference, which should be "
+                                "the same model: is there dropout in it, or were reference log-probabilities made for another model?")
+
+    starts_at_reference = False
+    """Whether the reference is the policy's own starting point; said by who builds both."""
+
+
+_SAME = 0.02
+"""Nats a token that two forward passes of one model may differ by: bf16 rounds, and rounds otherwise in another layout."""

@@ -1,0 +1,160 @@
+"""What trainers share that sample answers themselves: prompts to answers, rewards, and rows to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from myllm_ray.common.seeds import derive_seed
+from myllm_ray.common.types import Batch, MetricPairs, Micro, Position, Reward, Sampler, StepOutput, TokenScores
+from myllm_ray.ops.rollouts import Scored, answer_tokens, training_rows
+from myllm_ray.trainers import self_checks
+from myllm_ray.trainers.base import BaseTrainer
+from myllm_ray.trainers.preference import filled, score_tokens
+
+Columns = Callable[[int], dict[str, Any]]
+"""The other fields of the data row that a prompt came from, by the number of its document."""
+_SHOWN = 8
+
+
+class OnlineTrainer(BaseTrainer):
+    """Base of PPO and GRPO.
+
+    Args:
+        sampler: samples the answers.
+        rewards: functions that give rewards.
+        columns: see `Columns`; by default none.
+        reference: the frozen model whose distance is measured; None: it is not.
+        seed: of the run.
+        micro_size: answers in one forward pass; None: those to one micro-batch of prompts.
+        epochs, minibatches: passes over a batch of rollouts, and optimizer steps in each.
+        group: answers to each prompt.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("prompts",)
+    uses: ClassVar[tuple[str, ...]] = ("knobs", "sampler", "rewards", "columns", "reference", "seed", "micro_size")
+
+    def __init__(self, model: nn.Module, dataset: Any = None, *, sampler: Sampler, rewards: Sequence[Reward] = (),
+                 columns: Columns | None = None, reference: nn.Module | None = None, seed: int = 0, micro_size: int | None = None,
+                 epochs: int = 1, minibatches: int = 1, group: int = 1, **named: Any):
+        super().__init__(model, dataset, **named)
+        self.sampler, self.rewards, self.columns, self.seed = sampler, list(rewards), columns or (lambda _: {}), seed
+        self.reference, self.micro_size, self.group = reference, micro_size, group
+        self.epochs, self.minibatches = epochs, minibatches
+        self.steps_per_batch = epochs * minibatches
+        self._to_check = False
+
+    @property
+    def frozen_models(self) -> dict[str, nn.Module]:
+        return {} if self.reference is None else {"reference": self.reference}
+
+    starts_at_reference = False
+    """Whether the reference is the policy's own starting point; said by who builds both."""
+
+    def check(self, batch: Batch) -> None:
+        """Has the first rollouts looked at (trainers/self_checks.py)."""
+        self._to_check = True
+
+    @torch.no_grad()
+    def _self_check(self, micro: Micro) -> None:
+        piece = self._pieces(micro)[0]
+        with self.autocast():
+            (first, scored), (second, _) = self.score(self.model, piece), self.score(self.model, piece)
+            self_checks.ratio_is_one(first.log_probs, second.log_probs)
+            if "old_log_probs" in piece:
+                self_checks.ratio_is_one(first.log_probs, piece["old_log_probs"][scored.rows, scored.steps])
+            if self.reference is not None and self.starts_at_reference:
+                self_checks.reference_is_near(first.log_probs, self.score(self.reference, piece)[0].log_probs)
+            self_checks.answers_end_once(piece, self.sampler.end)
+            self_checks.padding_has_no_influence(piece, self.train_step)
+
+    def rollouts(self, batch: Batch) -> list[Micro]:
+        """Answers to this rank's prompts, with rewards: a list of training micro-batches, one for each of prompts.
+
+        To `training_rows` come `function_rewards` (N, F), `reward` (N, 1), their weighted sum, and `counted` (N, 1).
+        """
+        self.samples = []
+        return [self._answered({name: tensor.to(self.device) for name, tensor in micro.items()}, batch) for micro in batch.micros]
+
+    def _answered(self, micro: Micro, batch: Batch) -> Micro:
+        """Answers to one micro-batch of prompts.
+
+        Rows that fill up the last batch of an epoch have no prompt. They are sampled from like the others, since all ranks must
+        do equally much under FSDP, and their answers have length 0: they count for nothing.
+        """
+        real = filled(micro)
+        mask = micro["segment_ids"] >= 0
+        mask[:, 0] = True
+        seeds = [derive_seed("rollout", self.seed, batch.position.epoch, batch.position.row, int(place), number)
+                 for place in micro["places"][:, 0] for number in range(self.group)]
+        with self.generation():
+            samples = self.sampler(self.model, micro["input_ids"], mask, self.group, seeds)
+        counted = real.repeat_interleave(self.group)
+        samples = samples._replace(lengths=samples.lengths * counted, ended=samples.ended & counted)
+        rows = training_rows(micro["input_ids"], mask, samples)
+        given = torch.zeros(len(counted), len(self.rewards), dtype=torch.float64, device=self.device)
+        chosen = counted.nonzero().squeeze(1).tolist()
+        if chosen:
+            prompts = [self.sampler.decode(micro["input_ids"][i // self.group][mask[i // self.group]].tolist()) for i in chosen]
+            texts = [self.sampler.decode(samples.tokens[i, : samples.lengths[i]].tolist()) for i in chosen]
+            columns = self._columns([int(micro["documents"][i // self.group]) for i in chosen])
+            values = [reward(prompts, texts, columns) for reward in self.rewards]
+            given[chosen] = torch.tensor(values, dtype=torch.float64, device=self.device).T.reshape(len(chosen), -1)
+        weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64, device=self.device)
+        rows.update(function_rewards=given, reward=(given @ weights)[:, None], counted=counted[:, None])
+        if chosen:
+            self._show(prompts, texts, {name: tensor[chosen] for name, tensor in rows.items()})
+        return rows
+
+    def _columns(self, documents: list[int]) -> dict[str, list[Any]]:
+        fields = {document: self.columns(document) for document in set(documents)}
+        names = list(dict.fromkeys(name for document in documents for name in fields[document]))
+        return {name: [fields[document].get(name) for document in documents] for name in names}
+
+    def _show(self, prompts: list[str], texts: list[str], rows: Micro) -> None:
+        for i in range(min(len(texts), _SHOWN - len(self.samples))):
+            self.samples.append({
+                "prompt": prompts[i], "response": texts[i], "reward": float(rows["reward"][i]), "tokens": int(rows["lengths"][i]),
+                "ended": bool(rows["ended"][i]),
+                **({r.name: float(v) for r, v in zip(self.rewards, rows["function_rewards"][i], strict=True)} if len(self.rewards) > 1 else {})})
+
+    def score(self, model: nn.Module, rows: Micro, entropy: bool = False) -> tuple[TokenScores, Scored]:
+        """Scores of the answers' tokens under a model, at the temperature that they were sampled at."""
+        scored = answer_tokens(rows)
+        return score_tokens(model, rows, scored.predictors, scored.targets, self.sampler.temperature, entropy), scored
+
+    def minibatches_of(self, micros: list[Micro]) -> Iterator[list[Micro]]:
+        """`epochs` times: the micro-batches in `minibatches` equal parts, those too large for a forward pass cut up."""
+        if self._to_check:
+            self._to_check = False
+            self._self_check(micros[0])
+        for _ in range(self.epochs):
+            for number in range(self.minibatches):
+                part = micros[number * len(micros) // self.minibatches : (number + 1) * len(micros) // self.minibatches]
+                yield [piece for micro in part for piece in self._pieces(micro)]
+
+    def _pieces(self, micro: Micro) -> list[Micro]:
+        count = len(micro["input_ids"])
+        size = self.micro_size or count
+        return [{name: tensor[first : first + size] for name, tensor in micro.items()} for first in range(0, count, size)]
+
+    def rollout_metrics(self, micro: Micro) -> MetricPairs:
+        """What is told of the answers of a micro-batch."""
+        n = micro["counted"].sum()
+        named = {f"rewards/{reward.name}": (micro["function_rewards"][:, i].sum(), n) for i, reward in enumerate(self.rewards)}
+        return {**named, "reward": (micro["reward"].sum(), n), "length": (micro["lengths"].sum(), n),
+                "ended": (micro["ended"].sum(), n), "tokens": (micro["lengths"].sum() + micro["prompt_lengths"].sum(), 1.0),
+                "reward_failures": (float(sum(reward.failures for reward in self.rewards)), 1.0)}
+
+    def evaluation_weight(self, micro: Micro) -> Tensor:
+        """Prompts."""
+        return filled(micro).sum()
+
+    def evaluation_step(self, micro: Micro) -> StepOutput:
+        """The mean reward of answers to held-out prompts; as loss, its negative."""
+        rows = self._answered(micro, Batch([], Position(), Position(), 0))
+        metrics = self.rollout_metrics(rows)
+        return StepOutput(-rows["reward"].sum().double() / self.group, metrics)

@@ -1,0 +1,73 @@
+"""What trainers on preferences share: rows of a prompt and two answers, run through a model in one row or in two."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from myllm_ray.common.modules import forward_names
+from myllm_ray.common.types import Micro, TokenScores
+from myllm_ray.ops.log_probs import log_probs_from_logits
+from myllm_ray.ops.pairs import Answers, answers, one_answer_per_row, shared_prompt_mask, sum_by
+from myllm_ray.trainers.base import BaseTrainer
+
+
+def score_tokens(model: nn.Module, inputs: Micro, predictors: Tensor, targets: Tensor, temperature: float = 1.0,
+                 entropy: bool = False) -> TokenScores:
+    """Scores of the targets, from a model that computes them itself or from any model that gives logits (B, S, V).
+
+    Args:
+        inputs: `input_ids`, `position_ids` (B, S), and `attention_mask` where it is not causal.
+        predictors, targets: (T,), see `CausalLM.forward`.
+    """
+    inner = getattr(model, "module", model)
+    inputs = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
+    if getattr(inner, "computes_token_losses", False):
+        scores: TokenScores = model(predictors=predictors, targets=targets, temperature=temperature, entropy=entropy, **inputs)
+        return scores
+    accepted = forward_names(inner)
+    given: dict[str, Any] = {**inputs, "use_cache": False}
+    output = model(**{k: v for k, v in given.items() if accepted is None or k in accepted})
+    logits = getattr(output, "logits", output).flatten(0, 1)[predictors]
+    return log_probs_from_logits(logits, targets, temperature, entropy)
+
+
+class PreferenceTrainer(BaseTrainer):
+    """Base of the trainers on preferences.
+
+    Args:
+        shared_prompt: prompt and both answers are one row, in which the answers do not see each other; else two rows.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("pairs",)
+
+    def __init__(self, model: nn.Module, dataset: Any = None, *, shared_prompt: bool = False, **named: Any):
+        super().__init__(model, dataset, **named)
+        self.shared_prompt = shared_prompt
+
+    def inputs(self, micro: Micro) -> tuple[Micro, int]:
+        """What a model is called with, `segment_ids` with it, and the number of answers in a row of it."""
+        if not self.shared_prompt:
+            return one_answer_per_row(micro), 1
+        inputs = {name: micro[name] for name in ("input_ids", "position_ids", "segment_ids")}
+        return {**inputs, "attention_mask": shared_prompt_mask(micro["segment_ids"])}, 2
+
+    def batch_weight(self, micro: Micro) -> Tensor:
+        """Pairs. Rows that only fill up the last batch of an epoch have no prompt."""
+        return filled(micro).sum()
+
+
+def filled(micro: Micro) -> Tensor:
+    """(rows,) bool: whether a row holds anything."""
+    return (micro["segment_ids"] >= 0).any(1)
+
+
+def answer_log_probs(model: nn.Module, inputs: Micro, per_row: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Log-probability (rows, 2) of each answer, summed over its tokens, and its number of tokens (rows, 2)."""
+    found: Answers = answers(inputs["input_ids"], inputs["segment_ids"], per_row)
+    scores = score_tokens(model, inputs, found.predictors, found.targets)
+    total = sum_by(scores.log_probs, found.answer, 2 * rows).view(rows, 2)
+    lengths = sum_by(torch.ones_like(scores.log_probs), found.answer, 2 * rows).view(rows, 2)
+    return total, lengths

@@ -1,0 +1,77 @@
+"""Reward functions that raise, hang, or return nonsense: one clear line, or the fallback, counted."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from myllm_ray.config.errors import TrainingError
+from myllm_ray.config.trainers import RewardFunction
+from myllm_ray.trainers.rewards import FunctionReward
+
+
+def lengths(prompts: list[str], completions: list[str], factor: float = 1.0, **columns: Any) -> list[float]:
+    return [factor * len(c) for c in completions]
+
+
+async def later(prompts: list[str], completions: list[str], answer: list[str]) -> list[bool]:
+    await asyncio.sleep(0.01)
+    return [a == c for a, c in zip(answer, completions, strict=True)]
+
+
+def tensors(prompts: list[str], completions: list[str]) -> torch.Tensor:
+    return torch.ones(len(completions))
+
+
+def raises(**_: Any) -> list[float]:
+    raise RuntimeError("no judge today")
+
+
+def hangs(**_: Any) -> list[float]:
+    time.sleep(5)
+    return []
+
+
+def one_too_few(prompts: list[str], completions: list[str]) -> list[float]:
+    return [1.0] * (len(completions) - 1)
+
+
+def not_a_number(prompts: list[str], completions: list[str]) -> list[Any]:
+    return [1.0, float("nan")]
+
+
+def a_word(prompts: list[str], completions: list[str]) -> list[Any]:
+    return [1.0, "1"]
+
+
+def nothing(**_: Any) -> None:
+    return None
+
+
+def reward(function: str, **settings: Any) -> FunctionReward:
+    return FunctionReward(RewardFunction(function=f"{__name__}:{function}", **settings))
+
+
+def test_functions_of_every_kind() -> None:
+    assert reward("lengths", options={"factor": 0.5})(["p", "q"], ["a", "bcd"], {"answer": [1, 2]}) == [0.5, 1.5]
+    assert reward("later")(["p", "q"], ["a", "b"], {"answer": ["a", "x"]}) == [1.0, 0.0]
+    assert reward("tensors")(["p", "q"], ["a", "b"], {}) == [1.0, 1.0]
+    assert reward("lengths").name == "lengths"
+    assert reward("lengths", name="size", weight=2).name == "size"
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("raises", "raised RuntimeError: no judge today"), ("hangs", r"no answer within 0\.2 s"),
+    ("one_too_few", "one number for each of the 2 completions, returned 1"), ("not_a_number", "nan for completion 1"),
+    ("a_word", "'1' for completion 1"), ("nothing", "returned NoneType"), ("later", "missing 1 required")])
+def test_failures(name: str, message: str) -> None:
+    with pytest.raises(TrainingError, match=message) as caught:
+        reward(name, timeout=0.2)(["p", "q"], ["a", "b"], {})
+    assert f"reward {__name__}:{name}: " in str(caught.value)
+    lenient = reward(name, timeout=0.2, on_error=-1)
+    assert lenient(["p", "q"], ["a", "b"], {}) == [-1.0, -1.0]
+    assert lenient.failures == 2
