@@ -125,3 +125,8 @@ def question_and_answer(row: dict[str, Any]) -> list[tuple[str, bool]]:
 def half(progress: float) -> float:
     """A learning-rate schedule of one's own."""
     return 1.0 if progress < 0.5 else 0.5
+
+
+def variety(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """A reward that any text has some of: its share of different characters, and of letters."""
+    return [(len(set(c)) + sum(x.isalpha() for x in c)) / max(1, len(c)) for c in completions]

@@ -85,15 +85,19 @@ class FSDPAccelerator(Accelerator):
     def _gathered(self) -> Iterator[None]:
         modules = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
         for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield
         finally:
             for module in modules:
+                module.set_reshard_after_forward(self.options.get("reshard_after_forward", True), recurse=False)
                 module.reshard()
 
     def generation(self) -> AbstractContextManager[Any]:
-        """All parameters whole on every rank meanwhile: `generate` calls parts of the model past FSDP's hooks."""
+        """All parameters whole on every rank meanwhile, so that ranks may call the model unequally often."""
+        if not isinstance(self.options.get("reshard_after_forward", True), bool):
+            raise ConfigError("accelerator.options.reshard_after_forward: answers can't be sampled with a number here; use true or false")
         return self._gathered()
 
     def state(self) -> dict[str, Tensor]:

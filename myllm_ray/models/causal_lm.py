@@ -32,8 +32,8 @@ class CausalLM(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
                 predictors: Tensor | None = None, targets: Tensor | None = None, attention_mask: Tensor | None = None,
-                temperature: float = 1.0, entropy: bool = False) -> TokenLosses | TokenScores:
-        """Losses at the positions with a label, or, where `targets` are given instead, their scores.
+                temperature: float = 1.0, entropy: bool = False, cache: Any = None) -> TokenLosses | TokenScores | Tensor:
+        """Losses at the positions with a label; where `targets` are given instead, their scores; with a cache, the next logits.
 
         Documents of a packed row are told apart by `position_ids` that restart. transformers does so only without an
         attention mask and without a cache: with either, documents leak into each other silently.
@@ -44,7 +44,12 @@ class CausalLM(nn.Module):
             targets: (T,) token ids to score.
             attention_mask: (B, 1, S, S) bool, true where a token may look; default: causal.
             temperature, entropy: see `linear_log_probs`.
+            cache: keys and values of what precedes `input_ids`, of transformers; then the result is (B, V), behind the last token,
+                and `attention_mask` (B, all tokens so far) says which are padding.
         """
+        if cache is not None:
+            return self.next_logits({"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask,
+                                     "past_key_values": cache, "use_cache": True})
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, "attention_mask": attention_mask}
         if targets is not None:
             assert predictors is not None
@@ -62,6 +67,13 @@ class CausalLM(nn.Module):
             return log_probs_from_logits(logits, targets, temperature, entropy)
         hidden = self.hidden(inputs).flatten(0, 1)[predictors]
         return linear_log_probs(hidden, self.head, targets, temperature, entropy)
+
+    def next_logits(self, inputs: dict[str, Any]) -> Tensor:
+        """(B, V): logits behind the last token of each row."""
+        if not self.fused:
+            return self.model(**inputs, logits_to_keep=1).logits[:, -1]  # type: ignore[no-any-return]
+        hidden = self.hidden(inputs)[:, -1]
+        return hidden @ self.head.T.to(hidden.dtype)
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
         """(B, S, H): the states that the head looks at."""

@@ -132,13 +132,10 @@ class HFSampler:
         return Samples(tokens, lengths, ended)
 
     @staticmethod
-    def _forward(model: CausalLM, ids: Tensor, seen: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """(rows, V): logits behind the last token of each row."""
-        inputs = {"input_ids": ids, "attention_mask": seen.long(), "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        if not model.fused:
-            return model.model(**inputs, logits_to_keep=1).logits[:, -1]  # type: ignore[no-any-return]
-        hidden = model.model.base_model(**inputs).last_hidden_state[:, -1]
-        return hidden @ model.head.T.to(hidden.dtype)  # type: ignore[no-any-return]
+    def _forward(model: nn.Module, ids: Tensor, seen: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """(rows, V): logits behind the last token of each row. Through the model's own call, which FSDP's hooks hang on."""
+        logits: Tensor = model(input_ids=ids, attention_mask=seen.long(), position_ids=positions, cache=cache)
+        return logits
 
     def _choose(self, logits: Tensor, written: Tensor, draws: Tensor) -> Tensor:
         """A token of each row by inverse transform sampling: the first whose cumulated probability exceeds the draw."""

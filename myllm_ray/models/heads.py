@@ -12,8 +12,9 @@ from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
 
 
-def _precise(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def _flat(values: Tensor) -> Tensor:
+    """(N, 1) -> (N,), in fp32 at least. A sum over the one entry: FSDP's hooks do not like a view as output."""
+    return values.to(torch.promote_types(values.dtype, torch.float32)).sum(-1)
 
 
 class RewardModel(nn.Module):
@@ -29,7 +30,7 @@ class RewardModel(nn.Module):
         """Scores (N,), in fp32 at least, at the places `ends` (N,) of the flattened (B · S) input: the last tokens of answers."""
         hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask,
                                        use_cache=False).last_hidden_state
-        return _precise(self.model.score(hidden.flatten(0, 1)[ends]).squeeze(-1))
+        return _flat(self.model.score(hidden.flatten(0, 1)[ends]))
 
 
 class ActorCritic(CausalLM):
@@ -57,4 +58,4 @@ class ActorCritic(CausalLM):
             hidden = output.hidden_states[-1].flatten(0, 1)[predictors]
             scores = log_probs_from_logits(output.logits.flatten(0, 1)[predictors], targets, temperature, entropy)
         states = hidden if self.critic is None else self.critic(**inputs).last_hidden_state.flatten(0, 1)[predictors]
-        return scores._replace(values=_precise(self.value(states.to(self.value.weight.dtype)).squeeze(-1)))
+        return scores._replace(values=_flat(self.value(states.to(self.value.weight.dtype))))

@@ -115,7 +115,8 @@ class OnlineTrainer(BaseTrainer):
         return {name: [fields[document].get(name) for document in documents] for name in names}
 
     def _show(self, prompts: list[str], texts: list[str], rows: Micro) -> None:
-        for i in range(min(len(texts), _SHOWN - len(self.samples))):
+        """The first answers of the first micro-batch, which rank 0 has whatever the number of ranks."""
+        for i in range(min(len(texts), 0 if self.samples else _SHOWN)):
             self.samples.append({
                 "prompt": prompts[i], "response": texts[i], "reward": float(rows["reward"][i]), "tokens": int(rows["lengths"][i]),
                 "ended": bool(rows["ended"][i]),

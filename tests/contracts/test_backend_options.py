@@ -18,10 +18,12 @@ from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.config import ConfigError, TrainerConfig, UserError, validate
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.trainers import RolloutSection
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.engine.checkpoint import read_tensors
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.models.generate import HFSampler
 from myllm_ray.models.load import build_model
 from myllm_ray.worker import check_names
 
@@ -119,22 +121,31 @@ def generate(rank: int, world: int, store: str, name: str, out: str) -> None:
     accelerator.setup()
     model = build_model(ModelSection(config=SMALL), byte_tokenizer(), 32, 0)
     accelerator.prepare(model, OptimizerManager(model, config).build, SchedulerManager(config=config).build)
-    with accelerator.generation(), torch.no_grad():
-        tokens = accelerator.module.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, do_sample=False)  # type: ignore[union-attr, operator]
-    torch.save(tokens, f"{out}-{rank}")
+    ids = torch.tensor([[1, 2, 3]])
+    for most in (4 + 6 * rank, 5):  # the second time after a forward pass for training
+        sampler = HFSampler(byte_tokenizer(), RolloutSection(max_new_tokens=most))
+        with accelerator.generation():
+            tokens = sampler(accelerator.model, ids, torch.ones_like(ids), 2, [5, 6]).tokens
+        torch.save(tokens, f"{out}-{rank}-{most}")
+        with accelerator.microbatch(last=True):
+            losses = accelerator.model(input_ids=ids, labels=ids)
+            accelerator.backward(0.0 * losses.nll_sum)
+        accelerator.optimizer_step(None)
     leave()
 
 
 SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-@pytest.mark.parametrize("name", ["fsdp", "deepspeed-3"])
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed-3"])
 def test_generation_with_sharded_parameters(tmp_path: Path, name: str) -> None:
     mp.spawn(generate, (2, str(tmp_path / "store"), name, str(tmp_path / "out")), nprocs=2)
     model = build_model(ModelSection(config=SMALL), byte_tokenizer(), 32, 0)
-    expected = model.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, do_sample=False)  # type: ignore[union-attr, operator]
-    for rank in range(2):
-        assert torch.equal(torch.load(tmp_path / f"out-{rank}"), expected)
+    ids = torch.tensor([[1, 2, 3]])
+    for rank, most in ((0, 4), (1, 10), (0, 5), (1, 5)):  # ranks do not call the model equally often
+        expected = HFSampler(byte_tokenizer(), RolloutSection(max_new_tokens=most))(model, ids, torch.ones_like(ids), 2, [5, 6]).tokens
+        assert torch.equal(torch.load(tmp_path / f"out-{rank}-{most}"), expected)
 
 
 @pytest.mark.parametrize(("overrides", "said"), [

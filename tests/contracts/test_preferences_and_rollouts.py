@@ -1,0 +1,61 @@
+"""Reward, DPO, PPO, GRPO: the same run on every backend and number of workers, and after a stop; the checkpoints move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import MakeConfig, comparable, ledger, read_jsonl
+from spawned import BACKENDS, run_all
+
+TRAINERS: dict[str, list[str]] = {
+    "reward": ["trainer=reward", "data.train={source: brackets, format: preference}"],
+    "dpo": ["trainer=dpo", "dpo.beta=0.5", "data.train={source: brackets, format: preference}"],
+    "kto": ["trainer=dpo", "dpo.loss=kto", "dpo.beta=0.5", "data.train={source: brackets, format: unpaired}"],
+    "precomputed": ["trainer=dpo", "dpo={beta: 0.5, reference: precomputed}",
+                    "data.train={source: brackets, format: preference, limit: 12}"],
+    "grpo": ["trainer=grpo", "grpo={reward: 'helpers:variety', group_size: 4, kl_weight: 0.05}",
+             "data.train={source: brackets, format: prompt, limit: 30}"],
+    "ppo": ["trainer=ppo", "ppo={reward: 'helpers:variety', epochs: 1, minibatches: 2, kl_target: 0.5}",
+            "data.train={source: brackets, format: prompt, limit: 30}"]}
+COMMON = ["data.validation=null", "data.sequence_length=32", "run.max_steps=6", "optimizer.lr=1e-3", "checkpoint.at_end=false",
+          "logging.samples_every_steps=2"]
+
+
+def config_of(make_config: MakeConfig, kind: str, *overrides: str) -> object:
+    rollout = ["rollout.max_new_tokens=8"] if kind in ("grpo", "ppo") else []
+    return make_config(*COMMON, *rollout, *TRAINERS[kind], *overrides)
+
+
+def assert_same(folder: Path, expected: Path, tolerance: float = 2e-4) -> None:
+    assert ledger(folder) == ledger(expected), folder.name
+    found, wanted = comparable(folder), comparable(expected)
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    for row, other in zip(found, wanted, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in other.items():
+            if name not in ("calibration_error",):  # in bins, so a hair's breadth can move a pair
+                assert row[name] == pytest.approx(value, rel=tolerance, abs=2e-5), (folder.name, row["step"], name)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_every_trainer_on_every_backend(make_config: MakeConfig, kind: str) -> None:
+    single, = run_all(1, [config_of(make_config, kind, "run.name=single")])
+    backends = ["ddp", "fsdp", "deepspeed-3"] if kind in ("grpo", "ppo") else ["ddp", "fsdp"]
+    for folder in run_all(2, [config_of(make_config, kind, f"run.name={name}", *BACKENDS[name]) for name in backends]):
+        assert_same(folder, single)
+        if kind in ("grpo", "ppo"):
+            assert read_jsonl(folder / "samples.jsonl") == read_jsonl(single / "samples.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "grpo", "ppo"])
+def test_a_resumed_run_is_the_undisturbed_one(make_config: MakeConfig, kind: str) -> None:
+    """Bit for bit, in the middle of an epoch: metrics, samples, and the state of PPO's controller."""
+    whole, = run_all(1, [config_of(make_config, kind, "run.name=whole")])
+    half = ["scheduler.decay_steps=6", "checkpoint.at_end=true", "checkpoint.resume=auto", "run.name=parts"]
+    run_all(1, [config_of(make_config, kind, *half, "run.max_steps=4")])
+    parts, = run_all(1, [config_of(make_config, kind, *half, "run.max_steps=6")])
+    assert comparable(parts) == comparable(whole)
+    assert ledger(parts) == ledger(whole)
+    if kind != "dpo":
+        assert read_jsonl(parts / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
