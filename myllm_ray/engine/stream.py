@@ -12,7 +12,7 @@ from myllm_ray.common.seeds import derive_seed, generator
 from myllm_ray.common.types import IGNORE, Batch, Micro, Position
 from myllm_ray.config.errors import DataError
 
-_FILL = {"labels": IGNORE}
+_FILL = {"labels": IGNORE, "segment_ids": -1}
 
 
 class InMemoryStream:
@@ -66,12 +66,14 @@ class InMemoryStream:
 
     def _micro(self, items: list[Micro]) -> Micro:
         if not items:
-            empty = {name: value[:0] for name, value in self._item(0).items()}
-            items = [empty]
+            items = [{name: value[: value.shape[0] if name == "margins" else 0] for name, value in self._item(0).items()}]
         width = max(2, max(len(item["input_ids"]) for item in items))
         micro: Micro = {}
         for name in items[0]:
+            if name == "margins":  # a number a row, not a token
+                micro[name] = torch.stack([i[name] for i in items])
+                continue
             fill = _FILL.get(name, 0)
             micro[name] = torch.stack([torch.nn.functional.pad(i[name], (0, width - len(i[name])), value=fill) for i in items])
-        micro["position_ids"] = torch.arange(width).expand(len(items), width)
+        micro.setdefault("position_ids", torch.arange(width).expand(len(items), width))
         return micro

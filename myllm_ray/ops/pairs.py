@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,14 @@ class Answers(NamedTuple):
     """(T,) token ids."""
     answer: Tensor
     """(T,) number of the answer: row · answers per row + segment - 1."""
+
+
+def pair_row(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], margin: float = 0.0) -> dict[str, Any]:
+    """Token ids as a row of a preference trainer's `dataset`, for runs wired by hand."""
+    parts = (prompt, chosen, rejected)
+    positions = [*range(len(prompt) + len(chosen)), *range(len(prompt), len(prompt) + len(rejected))]
+    return {"input_ids": [i for part in parts for i in part], "segment_ids": [n for n, part in enumerate(parts) for _ in part],
+            "position_ids": positions, "margins": [margin]}
 
 
 def shared_prompt_mask(segment_ids: Tensor) -> Tensor:

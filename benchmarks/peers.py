@@ -1,0 +1,51 @@
+"""What the benchmarks against peers share: the same model and data for both, each measured in a process of its own, in turn."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+VOCABULARIES = {"4k": 4096, "gpt2": 50257}
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28), "THP_MEM_ALLOC_ENABLE": "1"}
+"""glibc keeps large blocks instead of giving them back to the system after every step."""
+
+
+def model_config(vocabulary: str) -> dict[str, Any]:
+    """6 layers of width 256."""
+    return {"model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8,
+            "num_key_value_heads": 8, "vocab_size": VOCABULARIES[vocabulary], "tie_word_embeddings": True, "max_position_embeddings": 1024,
+            "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+
+
+def measure(script: str, side: str, vocabulary: str, environment: dict[str, str] | None = None, *arguments: str) -> dict[str, Any]:
+    """Run one side of a comparison in a process; its last line is JSON."""
+    command = [sys.executable, script, "--side", side, "--vocabulary", vocabulary, *arguments]
+    base = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
+    done = subprocess.run(command, env={**base, "TOKENIZERS_PARALLELISM": "false", **(environment or {})}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def compare(name: str, script: str, vocabulary: str, rounds: int, unit: str, ours: tuple[str, ...], peer: tuple[str, ...],
+            peer_environment: dict[str, str] | None = None, peer_side: str = "peer") -> None:
+    """Interleaved rounds, medians; prints one JSON line."""
+    found: dict[str, list[float]] = {"ours": [], "peer": []}
+    for _ in range(rounds):
+        found["ours"].append(measure(script, "ours", vocabulary, None, *ours)["rate"])
+        found["peer"].append(measure(script, peer_side, vocabulary, peer_environment, *peer)["rate"])
+    medians = {side: statistics.median(values) for side, values in found.items()}
+    print(json.dumps({"benchmark": name, "vocabulary": vocabulary, **{k: round(v, 2) for k, v in medians.items()},
+                      "ratio": round(medians["ours"] / medians["peer"], 2), "unit": unit,
+                      "allocator_of_peer": "as ours" if peer_environment else "default",
+                      "rounds": {side: [round(v, 2) for v in values] for side, values in found.items()}}), flush=True)
+
+
+def here(file: str) -> str:
+    return str(Path(file).resolve())
