@@ -10,6 +10,7 @@ reference; the first two steps are not counted. Both sides in turn, each in a pr
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -35,7 +36,7 @@ def pairs(vocabulary: str, count: int) -> list[dict[str, list[int]]]:
 
 def rate(times: list[float]) -> float:
     """Pairs per second by the median of the steps behind the first two."""
-    return BATCH / statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
+    return BATCH / statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def ours(vocabulary: str, steps: int, precision: str) -> float:
@@ -83,7 +84,8 @@ def peer(vocabulary: str, steps: int, precision: str) -> float:
     tokenizer = _words(VOCABULARIES[vocabulary], PreTrainedTokenizerFast)
     given = model_config(vocabulary)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
+    model, reference = (AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)) for _ in range(2))
+    reference.load_state_dict(model.state_dict())
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -99,7 +101,7 @@ def peer(vocabulary: str, steps: int, precision: str) -> float:
         arguments = DPOConfig(output_dir=folder, per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=1e-6, report_to="none",
                               bf16=precision == "bf16", use_cpu=True, gradient_checkpointing=False, max_length=None, save_strategy="no",
                               logging_steps=1, disable_tqdm=True, dataloader_num_workers=0)
-        trainer = DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
+        trainer = DPOTrainer(model, reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
         found = trainer.train_dataset[0]
         lengths = {k: len(v) for k, v in found.items() if k.endswith("ids")}
         wanted = pairs(vocabulary, 1)[0]

@@ -77,7 +77,7 @@ def test_a_killed_worker_costs_nothing_but_time(make_config: MakeConfig, tmp_pat
     assert (tmp_path / "killed").exists()
     assert comparable(killed) == comparable(whole)
     assert ledger(killed) == ledger(whole)
-    again = train(make_config("run.name=killed", *common, "checkpoint.resume=auto"))
+    again = train(make_config("run.name=killed", *common, "checkpoint.resume=auto", "scaling.workers=0"))
     assert (again.step, comparable(killed)) == (10, comparable(whole)), "a finished run is left as it is"
 
 
