@@ -22,9 +22,10 @@ def model_config(vocabulary: str) -> dict[str, Any]:
             "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
 
 
-def measure(script: str, side: str, vocabulary: str, environment: dict[str, str] | None = None, *arguments: str) -> dict[str, Any]:
+def measure(script: str, side: str, vocabulary: str, environment: dict[str, str] | None = None, *arguments: str,
+            python: str | None = None) -> dict[str, Any]:
     """Run one side of a comparison in a process; its last line is JSON."""
-    command = [sys.executable, script, "--side", side, "--vocabulary", vocabulary, *arguments]
+    command = [python or sys.executable, script, "--side", side, "--vocabulary", vocabulary, *arguments]
     base = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
     done = subprocess.run(command, env={**base, "TOKENIZERS_PARALLELISM": "false", **(environment or {})}, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -34,12 +35,12 @@ def measure(script: str, side: str, vocabulary: str, environment: dict[str, str]
 
 
 def compare(name: str, script: str, vocabulary: str, rounds: int, unit: str, ours: tuple[str, ...], peer: tuple[str, ...],
-            peer_environment: dict[str, str] | None = None, peer_side: str = "peer") -> None:
+            peer_environment: dict[str, str] | None = None, peer_python: str | None = None) -> None:
     """Interleaved rounds, medians; prints one JSON line."""
     found: dict[str, list[float]] = {"ours": [], "peer": []}
     for _ in range(rounds):
         found["ours"].append(measure(script, "ours", vocabulary, None, *ours)["rate"])
-        found["peer"].append(measure(script, peer_side, vocabulary, peer_environment, *peer)["rate"])
+        found["peer"].append(measure(script, "peer", vocabulary, peer_environment, *peer, python=peer_python)["rate"])
     medians = {side: statistics.median(values) for side, values in found.items()}
     print(json.dumps({"benchmark": name, "vocabulary": vocabulary, **{k: round(v, 2) for k, v in medians.items()},
                       "ratio": round(medians["ours"] / medians["peer"], 2), "unit": unit,
@@ -49,3 +50,14 @@ def compare(name: str, script: str, vocabulary: str, rounds: int, unit: str, our
 
 def here(file: str) -> str:
     return str(Path(file).resolve())
+
+
+def word_tokenizer(size: int) -> Any:
+    """A tokenizer whose token i is the word wi, so that a text has the very token ids that were made up."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<eos>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, size)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peers import ALLOCATOR, VOCABULARIES, compare, here, model_config
+from peers import ALLOCATOR, VOCABULARIES, compare, here, model_config, word_tokenizer
 
 BATCH = 8
 
@@ -78,10 +78,10 @@ def ours(vocabulary: str, steps: int, precision: str) -> float:
 def peer(vocabulary: str, steps: int, precision: str) -> float:
     import torch
     from datasets import Dataset
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    tokenizer = _words(VOCABULARIES[vocabulary], PreTrainedTokenizerFast)
+    tokenizer = word_tokenizer(VOCABULARIES[vocabulary])
     given = model_config(vocabulary)
     torch.manual_seed(0)
     model, reference = (AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)) for _ in range(2))
@@ -108,16 +108,6 @@ def peer(vocabulary: str, steps: int, precision: str) -> float:
         assert len(wanted["prompt"]) in lengths.values() or "input_ids" in lengths, lengths
         trainer.train()
     return rate(times)
-
-
-def _words(size: int, cls: Any) -> Any:
-    """A tokenizer whose token i is the word wi, so that a text has the very token ids that were made up."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {"<unk>": 0, "<eos>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, size)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return cls(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from myllm_ray.common import distributed
+from myllm_ray.common.types import Reward, RolloutPool
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.load import validate
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
-from myllm_ray.config.trainers import RolloutSection
+from myllm_ray.config.trainers import RewardFunction, RolloutSection
 from myllm_ray.data.collate import to_tensors
 from myllm_ray.data.collate_records import build_pairs
 from myllm_ray.data.packing import Segment
@@ -75,6 +76,8 @@ def check_roles(config: TrainerConfig, kind: str) -> None:
                           f"{' or '.join(formats[r] for r in reads)}, or one of your own that gives them")
     for reward in getattr(knobs, "reward", None) or []:
         FunctionReward(reward)
+        if reward.workers and config.scaling.most == 0:
+            raise ConfigError(f"reward {reward.function}: workers={reward.workers} are Ray actors: scaling.workers must be at least 1")
     if getattr(knobs, "reward_model", None):
         section, _ = _reward_section(knobs.reward_model)
         try:
@@ -83,18 +86,38 @@ def check_roles(config: TrainerConfig, kind: str) -> None:
             raise ConfigError(str(error).replace("model.name:", "reward_model:", 1)) from None
 
 
-def roles_of(config: TrainerConfig, tokenizer: Any, prepared: PreparedData) -> dict[str, Any]:
-    """Keyword arguments for the trainer, by what it says it uses."""
+def roles_of(config: TrainerConfig, tokenizer: Any, prepared: PreparedData, services: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Keyword arguments for the trainer, by what it says it uses.
+
+    Args:
+        services: what there is only on Ray: `reward` and `rollouts`, which make pools of actors.
+    """
     cls: type[BaseTrainer] = resolve("trainers", config.trainer, "trainer")
     knobs, build = knobs_of(config), _Build(config, tokenizer, prepared)
     makers: dict[str, Callable[[], Any]] = {
         "knobs": lambda: knobs, "seed": lambda: config.run.seed,
         "micro_size": lambda: getattr(config, "rollout", RolloutSection()).micro_size,
         "shared_prompt": build.shared_prompt, "reference": build.reference, "reference_table": build.reference_table,
-        "reward_model": build.reward_model, "rewards": lambda: [FunctionReward(r) for r in getattr(knobs, "reward", [])],
+        "reward_model": build.reward_model, "rewards": lambda: [_reward(r, services or {}) for r in getattr(knobs, "reward", [])],
+        "pool": lambda: _pool(config, services or {}), "max_lag": lambda: getattr(config, "rollout", RolloutSection()).max_lag,
         "sampler": lambda: HFSampler(tokenizer, getattr(config, "rollout", RolloutSection())),
         "columns": lambda: partial(columns_of, prepared.train.plan.store)}
     return {name: value for name in cls.uses if (value := makers[name]()) is not None}
+
+
+def _reward(settings: RewardFunction, services: Mapping[str, Any]) -> Reward:
+    if not settings.workers:
+        return FunctionReward(settings)
+    reward: Reward = services["reward"](settings)
+    return reward
+
+
+def _pool(config: TrainerConfig, services: Mapping[str, Any]) -> RolloutPool | None:
+    rollout = getattr(config, "rollout", None)
+    if rollout is None or rollout.placement == "colocated":
+        return None
+    pool: RolloutPool = services["rollouts"](rollout.actors)
+    return pool
 
 
 class _Build:
@@ -113,10 +136,10 @@ class _Build:
     def reference_section(self) -> ModelSection:
         other = getattr(self.knobs, "reference_model", None)
         section = self.config.model if other is None else ModelSection(name=other, attention=self.config.model.attention)
-        return without_dropout(section)[0]
+        return without_dropout(section)[0].model_copy(update={"lora": None})  # new adapters change nothing yet
 
     def reference(self) -> nn.Module | None:
-        if not self.needs_reference() or getattr(self.knobs, "reference", "copy") == "precomputed":
+        if not self.needs_reference() or getattr(self.knobs, "reference", "copy") != "copy":
             return None
         return self._frozen(self.reference_section())
 

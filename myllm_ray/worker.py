@@ -103,7 +103,7 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
 
 def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStream | None = None,
                callbacks: Sequence[Callback] | None = None, start: Path | None = None,
-               watched: dict[str, Any] | None = None) -> dict[str, Any]:
+               watched: dict[str, Any] | None = None, services: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """One worker's part of a run, to its end or until it is left.
 
     Args:
@@ -112,6 +112,7 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
         stream: this worker's micro-batches; default: read in this process.
         callbacks: default: the config's.
         start: the checkpoint to go on from; default: what `resume_point` finds.
+        services: see `roles_of`.
         watched: by somebody outside who looks for workers that hang, and gets to know this of the worker. Default: rank 0 looks.
 
     Returns:
@@ -126,7 +127,7 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
     model = build_deferred(model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
     stream = stream or LocalStream(prepared.train)
     validation = LocalStream(prepared.validation) if prepared.validation else None
-    trainer = build_trainer(config, model, tokenizer, stream.sources, roles_of(config, tokenizer, prepared))
+    trainer = build_trainer(config, model, tokenizer, stream.sources, roles_of(config, tokenizer, prepared, services))
     optimizers = OptimizerManager(model, config)
     schedulers = SchedulerManager(config=config)
     checkpoints = checkpoints_of(config)
@@ -173,7 +174,7 @@ def build_trainer(config: TrainerConfig, model: torch.nn.Module, tokenizer: Any,
         trainer: BaseTrainer = cls(model, bytes_per_token=bytes_per_token(tokenizer), sources=sources, **roles, **config.options)
     except TypeError as error:
         raise ConfigError(f"options: {config.trainer} refuses them: {error}") from None
-    if "reference" in roles or "reference_table" in roles:
+    if "reference" in roles or "reference_table" in roles or getattr(trainer, "adapter_off", False):
         trainer.starts_at_reference = getattr(knobs_of(config), "reference_model", None) is None  # type: ignore[attr-defined]
     return trainer
 

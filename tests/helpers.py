@@ -130,3 +130,12 @@ def half(progress: float) -> float:
 def variety(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     """A reward that any text has some of: its share of different characters, and of letters."""
     return [(len(set(c)) + sum(x.isalpha() for x in c)) / max(1, len(c)) for c in completions]
+
+
+def judge(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """The length of a completion; an exclamation mark makes it hang, a question mark fail."""
+    if any("!" in c for c in completions):
+        time.sleep(60)
+    if any("?" in c for c in completions):
+        raise ValueError("a question")
+    return [float(len(c)) for c in completions]

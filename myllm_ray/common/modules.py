@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,3 +33,21 @@ def forward_names(module: nn.Module) -> set[str] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters}
+
+
+def adapted_modules(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules that PEFT has put an adapter into, by name."""
+    return ((name, m) for name, m in module.named_modules() if hasattr(m, "base_layer") and hasattr(m, "merge"))
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """The model as it was without its adapters."""
+    adapted = [m for _, m in adapted_modules(module)]
+    for m in adapted:
+        m._disable_adapters = True  # `enable_adapters(False)` would also stop them from training
+    try:
+        yield
+    finally:
+        for m in adapted:
+            m._disable_adapters = False

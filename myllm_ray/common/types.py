@@ -93,6 +93,38 @@ class Samples(NamedTuple):
     """(N,) bool: it ended by itself, rather than at the longest length."""
 
 
+class Sampled(NamedTuple):
+    """`Samples`, with what the policy that drew them thought of them."""
+
+    tokens: Tensor
+    lengths: Tensor
+    ended: Tensor
+    log_probs: Tensor
+    """(N, L), zero behind the end of an answer."""
+
+
+class RolloutJob(NamedTuple):
+    """A micro-batch of prompts to be answered somewhere else."""
+
+    prompts: Tensor
+    mask: Tensor
+    group: int
+    seeds: list[int]
+
+
+class RolloutPool(Protocol):
+    """Samples answers elsewhere, with the weights that it was last given."""
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Weights of the model by name, for all jobs from now on."""
+
+    def submit(self, job: RolloutJob) -> Any:
+        """Ask for answers; the result is for `result`."""
+
+    def result(self, asked: Any) -> Sampled:
+        """Wait for answers."""
+
+
 class Sampler(Protocol):
     """Samples answers from a model."""
 

@@ -23,6 +23,15 @@ def _exactly_one(section: Section, names: tuple[str, ...]) -> None:
         raise ValueError(f"give exactly one of {', '.join(names)} (got {', '.join(given) or 'none'})")
 
 
+class LoraSection(Section):
+    """Train small matrices beside frozen ones (needs the extra `lora`)."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = Field("all-linear", description="last parts of the names of the layers, such as [q_proj, v_proj]")
+
+
 class ModelSection(Section):
     """Where the model comes from: a name, a config (trained from scratch) or a factory of your own."""
 
@@ -31,11 +40,14 @@ class ModelSection(Section):
     factory: str | None = Field(None, description="import path of a function that builds the model: my_pkg.my_mod:build")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
     attention: Literal["sdpa", "eager"] = "sdpa"
+    lora: LoraSection | None = None
     trust_remote_code: bool = Field(False, description="run Python code that the hub folder brings along")
 
     @model_validator(mode="after")
     def _one(self) -> ModelSection:
         _exactly_one(self, ("name", "config", "factory"))
+        if self.lora is not None and self.factory is not None:
+            raise ValueError("model.lora is for models by name or config; put adapters into your own model in its factory")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config needs a model_type, such as llama, qwen3, gemma3_text or gpt2")
         return self

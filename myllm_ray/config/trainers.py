@@ -66,9 +66,9 @@ class DPOKnobs(Section):
         None, description="log-probabilities per token instead of per answer; default: ipo, simpo and orpo")
     desirable_weight: PositiveFloat = Field(1.0, description="kto: weight of desirable answers")
     undesirable_weight: PositiveFloat = Field(1.0, description="kto: weight of undesirable answers")
-    reference: Literal["copy", "precomputed"] = Field(
+    reference: Literal["copy", "precomputed", "adapter_off"] = Field(
         "copy", description="copy: the model as it was at the start, frozen; precomputed: its log-probabilities, computed once and "
-                            "kept with the data")
+                            "kept with the data; adapter_off: the model itself, without its LoRA adapters")
     reference_model: str | None = Field(None, description="another reference: hub id or folder; default: the model itself")
     shared_prompt: Literal["auto", "never"] = Field("auto", description="compute a prompt once for both answers, where the model can")
 
@@ -88,6 +88,8 @@ class DPOKnobs(Section):
             raise ValueError(f"{self.loss} is defined on log-probabilities per token: leave length_normalization out")
         if self.reference_model is not None and not self.needs_reference:
             raise ValueError(f"{self.loss} has no reference: leave reference_model out")
+        if self.reference_model is not None and self.reference == "adapter_off":
+            raise ValueError("reference: adapter_off is the model itself: leave reference_model out")
         return self
 
 
@@ -98,6 +100,8 @@ class DPOConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _batch(self) -> DPOConfig:
+        if self.dpo.reference == "adapter_off" and self.model.lora is None:
+            raise ValueError("dpo.reference=adapter_off needs adapters that can be switched off: give model.lora")
         if self.dpo.loss == "kto" and self.batch.global_size < 2:
             raise ValueError("dpo.loss=kto compares answers with those of other prompts: batch.global_size must be at least 2")
         return self
@@ -112,6 +116,10 @@ class RolloutSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, lt=1)
     stop: list[str] = Field(default_factory=list, description="texts that end an answer, besides the end-of-text token")
+    placement: Literal["colocated", "actors"] = Field(
+        "colocated", description="where answers are sampled: in the training workers, or in Ray actors, while these train")
+    actors: PositiveInt = Field(1, description="actors: how many for each training worker; they reserve as much as it does")
+    max_lag: PositiveInt = Field(1, description="actors: batches by which the weights that sample are older than those that train")
     micro_size: PositiveInt | None = Field(None, description="answers in one forward pass; default: those to batch.micro_size prompts")
 
 
@@ -124,7 +132,8 @@ class RewardFunction(Section):
     timeout: PositiveFloat | None = Field(60.0, description="seconds for one call; null: for ever")
     on_error: Literal["error"] | float = Field(
         "error", description="when it raises, hangs, or returns something else than finite numbers: end the run, or this reward")
-    workers: int = Field(0, ge=0, description="so many Ray actors run it, each a share of the batch; 0: the training process does")
+    workers: int = Field(0, ge=0, description="so many Ray actors for each training worker run it, each a share of the batch; 0: the "
+                         "training process does")
     options: dict[str, Any] = Field(default_factory=dict, description="further keyword arguments")
 
 
@@ -147,6 +156,10 @@ class _Online(TrainerConfig):
         if self.room is None or self.room < 1:
             raise ValueError(f"rollout.max_new_tokens={self.rollout.max_new_tokens} leaves no room for a prompt in "
                              f"data.sequence_length={self.data.sequence_length}")
+        if self.rollout.placement == "actors" and self.scaling.most == 0:
+            raise ValueError("rollout.placement=actors needs Ray: scaling.workers must be at least 1")
+        if self.rollout.placement == "actors" and self.scaling.least != self.scaling.most:
+            raise ValueError("rollout.placement=actors needs a fixed number of workers: scaling.workers is a range")
         for workers in self.worker_counts():
             if self.batch.global_size // self.batch.micro_size % (minibatches * workers):
                 raise ValueError(f"{self.batch.global_size // self.batch.micro_size} micro-batches a batch (batch.global_size / "

@@ -106,7 +106,7 @@ class TrainerEngine:
                 self.callbacks.emit("on_log", self.state, self.evaluate())
             self.pulse.enter("data", self.state.step + 1)
             left = (self.state.total_steps - self.state.step) // self.trainer.steps_per_batch
-            for batch in self.stream.batches(self.state.position, left):
+            for batch in self.trainer.ahead(self.stream.batches(self.state.position, left)):
                 if self.state.step == 0:
                     self.trainer.check(batch)
                 self._train_batch(batch)

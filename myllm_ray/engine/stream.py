@@ -13,6 +13,8 @@ from myllm_ray.common.types import IGNORE, Batch, Micro, Position
 from myllm_ray.config.errors import DataError
 
 _FILL = {"labels": IGNORE, "segment_ids": -1}
+_NUMBERS = ("margins", "desirable", "documents", "places")
+"""Of a row, not of its tokens."""
 
 
 class InMemoryStream:
@@ -66,11 +68,11 @@ class InMemoryStream:
 
     def _micro(self, items: list[Micro]) -> Micro:
         if not items:
-            items = [{name: value[: value.shape[0] if name == "margins" else 0] for name, value in self._item(0).items()}]
+            items = [{name: value[: value.shape[0] if name in _NUMBERS else 0] for name, value in self._item(0).items()}]
         width = max(2, max(len(item["input_ids"]) for item in items))
         micro: Micro = {}
         for name in items[0]:
-            if name == "margins":  # a number a row, not a token
+            if name in _NUMBERS:
                 micro[name] = torch.stack([i[name] for i in items])
                 continue
             fill = _FILL.get(name, 0)

@@ -20,6 +20,7 @@ from myllm_ray.config.schema import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.deferred import folder_source, record_initialization
 from myllm_ray.models.heads import ActorCritic, RewardModel
+from myllm_ray.models.lora import adapter_source, add_adapters
 
 WRAPPERS: dict[str, Any] = {"causal_lm": CausalLM, "reward_model": RewardModel, "actor_critic": ActorCritic, "actor_own_critic": ActorCritic}
 """Kinds of models: what stands around the one of transformers."""
@@ -55,6 +56,9 @@ def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, 
     skeleton = _skeleton(section, tokenizer, sequence_length, kind)
     source = _source(section, skeleton, seed)
     if source is not None:
+        if section.lora is not None:
+            add_adapters(skeleton, section.lora)
+            source = adapter_source(source, seed, skeleton)
         with torch.device("meta"):
             critic = copy.deepcopy(skeleton.base_model) if kind == "actor_own_critic" else None
             model = _wrapped(skeleton, kind, critic)
@@ -63,6 +67,8 @@ def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, 
         seed_all("weights", seed)
         whole = (_from_config(section, tokenizer, sequence_length, kind) if section.config is not None
                  else _from_name(section, kind))
+    if section.lora is not None:
+        add_adapters(whole, section.lora)
     return _wrapped(whole, kind, copy.deepcopy(whole.base_model) if kind == "actor_own_critic" else None).train()
 
 
@@ -93,7 +99,10 @@ def build_skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, 
         load_object(section.factory, "model.factory")
         return None
     with torch.device("meta"):
-        return _wrapped(_skeleton(section, tokenizer, sequence_length, kind), kind, None)
+        skeleton = _skeleton(section, tokenizer, sequence_length, kind)
+        if section.lora is not None:
+            add_adapters(skeleton, section.lora)
+        return _wrapped(skeleton, kind, None)
 
 
 def _auto(kind: str) -> Any:

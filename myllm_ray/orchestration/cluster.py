@@ -25,8 +25,10 @@ def worker_resources(scaling: ScalingSection) -> dict[str, float]:
 
 
 def cpus_needed(config: TrainerConfig, workers: int) -> float:
-    """CPUs that the workers reserve, and one for the tasks of Ray Data, without which training would wait for ever."""
-    return workers * config.scaling.cpus_per_worker + 1
+    """CPUs that the workers and their actors reserve, and one for the tasks of Ray Data, without which training would wait for ever."""
+    rollout = getattr(config, "rollout", None)
+    actors = rollout.actors if rollout is not None and rollout.placement == "actors" else 0
+    return workers * (1 + actors) * config.scaling.cpus_per_worker + 1
 
 
 def check_size(config: TrainerConfig) -> None:

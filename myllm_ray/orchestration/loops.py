@@ -32,6 +32,7 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from myllm_ray.orchestration.channel import ForwardCallback
+    from myllm_ray.orchestration.pools import services
     from myllm_ray.orchestration.ray_data import RayStream
     from myllm_ray.worker import absolute, build_callbacks, run_worker
 
@@ -41,13 +42,15 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(parsed.scaling.cpus_per_worker)))
     launched = config.get(LAUNCHED)
     if launched is None:
-        return run_worker(parsed, _prepare_alone(parsed))
-    prepared: PreparedData = launched["prepared"]
+        prepared = _prepare_alone(parsed)
+        return run_worker(parsed, prepared, services=services(parsed, prepared))
+    prepared = launched["prepared"]
     own = [c for c in build_callbacks(parsed) if not c.on_driver]
     stream = RayStream(prepared.train, ray.train.get_dataset_shard("train"))
     start = Path(launched["start"]) if launched["start"] else None
     return run_worker(parsed, prepared, stream, [*own, ForwardCallback(launched["queue"])], start,
-                      watched={"node": ray.get_runtime_context().get_node_id()})
+                      watched={"node": ray.get_runtime_context().get_node_id()},
+                      services=services(parsed, prepared))
 
 
 def _prepare_alone(config: TrainerConfig) -> PreparedData:

@@ -50,6 +50,10 @@ class BaseTrainer(ABC):
         """Models that are used but not trained (a reference, a reward model); the engine gives them back prepared."""
         return {}
 
+    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches as they are trained on, one after the other: a trainer that looks ahead overrides this."""
+        return batches
+
     def expand(self, batch: Batch) -> Iterator[list[Micro]]:
         """Optimizer steps of a batch, each a list of micro-batches. Default: one step on the batch as it is.
 

@@ -5,11 +5,11 @@
 the loss of a pair is, by `dpo.loss` (σ: sigmoid, ε: `label_smoothing`, β: `beta`, γ: `gamma`; l: log π(y|x) / |y|):
 
     sigmoid   -(1-ε) log σ(βΔ) - ε log σ(-βΔ)                  Rafailov et al., 2023, arXiv:2305.18290, eq. 7; ε: cDPO (Mitchell, 2023)
-    robust    [-(1-ε) log σ(βΔ) + ε log σ(-βΔ)] / (1 - 2ε)     Chowdhury et al., 2024, arXiv:2403.00409, eq. 12
+    robust    [-(1-ε) log σ(βΔ) + ε log σ(-βΔ)] / (1 - 2ε)     Chowdhury et al., 2024, arXiv:2403.00409
     ipo       (Δ - 1/(2β))²                                    Azar et al., 2023, arXiv:2310.12036, eq. 17
     hinge     max(0, 1 - βΔ)                                   Zhao et al., 2023, arXiv:2305.10425 (SLiC), with DPO's log-ratios
-    apo_zero  1 - σ(β r_chosen) + σ(β r_rejected)              D'Oosterlinck et al., 2024, arXiv:2408.06266, eq. 3
-    apo_down  σ(β r_chosen) + 1 - σ(βΔ)                        the same, eq. 4
+    apo_zero  1 - σ(β r_chosen) + σ(β r_rejected)              D'Oosterlinck et al., 2024, arXiv:2408.06266, eq. 7
+    apo_down  σ(β r_chosen) + 1 - σ(βΔ)                        the same, eq. 8
     simpo     as sigmoid, of β(l_chosen - l_rejected) - γ      Meng et al., 2024, arXiv:2405.14734, eq. 6
     orpo      -l_chosen - β log σ(odds(l_chosen) - odds(l_rejected)),  odds(l) = l - log(1 - e^l)
                                                                Hong et al., 2024, arXiv:2403.07691, eq. 6 and 7
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, relu
 
 from myllm_ray.common.distributed import all_reduce_
+from myllm_ray.common.modules import adapters_off
 from myllm_ray.common.types import Batch, MetricPairs, Micro, StepOutput
 from myllm_ray.config.errors import ConfigError, TrainingError
 from myllm_ray.config.trainers import DPOKnobs
@@ -89,6 +90,7 @@ class DPOTrainer(PreferenceTrainer):
     Args:
         knobs: the config's section `dpo`; or its keys as keyword arguments.
         reference: the model that is not to be left too far; None where the loss has none, or with a table.
+            Left out where the knob `reference` is adapter_off.
         reference_table: (documents, 2) log-probabilities of the answers under the reference, summed, by number of the document.
     """
 
@@ -101,7 +103,8 @@ class DPOTrainer(PreferenceTrainer):
         self.knobs = knobs or DPOKnobs(**options)
         self.reads = ("labelled",) if self.knobs.loss == "kto" else ("pairs",)  # type: ignore[misc]
         self.reference, self.reference_table = reference, reference_table
-        if self.knobs.needs_reference and reference is None and reference_table is None:
+        self.adapter_off = self.knobs.needs_reference and self.knobs.reference == "adapter_off"
+        if self.knobs.needs_reference and reference is None and reference_table is None and not self.adapter_off:
             raise ConfigError(f"dpo.loss={self.knobs.loss} needs a reference model: DPOTrainer(model, reference=...)")
 
     @property
@@ -142,8 +145,11 @@ class DPOTrainer(PreferenceTrainer):
         if self.reference_table is not None:
             lengths = torch.stack([(micro["segment_ids"] == n).sum(1) for n in (1, 2)], 1)
             return self._normalized(self.reference_table.to(lengths.device)[micro["documents"][:, 0]], lengths)
-        assert self.reference is not None
         inputs, per_row = self.inputs(micro)
+        if self.adapter_off:
+            with adapters_off(self.model):
+                return self._normalized(*answer_log_probs(self.model, inputs, per_row, rows))
+        assert self.reference is not None
         return self._normalized(*answer_log_probs(self.reference, inputs, per_row, rows))
 
     def train_step(self, micro: Micro) -> StepOutput:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.distributed import all_reduce_
-from myllm_ray.common.types import Batch, MetricPairs, Micro, Reward, Sampler, StepOutput
+from myllm_ray.common.types import Batch, MetricPairs, Micro, Reward, RolloutPool, Sampler, StepOutput
 from myllm_ray.config.trainers import GRPOKnobs
 from myllm_ray.ops.advantages import kl_estimate
 from myllm_ray.ops.pairs import sum_by
@@ -86,10 +86,10 @@ class GRPOTrainer(OnlineTrainer):
 
     def __init__(self, model: nn.Module, dataset: Any = None, *, sampler: Sampler, rewards: list[Reward],
                  knobs: GRPOKnobs | None = None, columns: Any = None, reference: nn.Module | None = None, seed: int = 0,
-                 micro_size: int | None = None, bytes_per_token: Any = None, sources: Any = (), **options: Any):
+                 micro_size: int | None = None, pool: RolloutPool | None = None, max_lag: int = 1, bytes_per_token: Any = None, sources: Any = (), **options: Any):
         self.knobs = knobs or GRPOKnobs(**{"reward": [{"function": r.name} for r in rewards], **options})
         super().__init__(model, dataset, sampler=sampler, rewards=rewards, columns=columns, reference=reference, seed=seed,
-                         micro_size=micro_size, epochs=self.knobs.epochs, minibatches=self.knobs.minibatches,
+                         micro_size=micro_size, pool=pool, max_lag=max_lag, epochs=self.knobs.epochs, minibatches=self.knobs.minibatches,
                          group=self.knobs.group_size, bytes_per_token=bytes_per_token, sources=sources)
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class GRPOTrainer(OnlineTrainer):
             if self.knobs.mask_truncated:
                 micro["lengths"] = micro["lengths"] * micro["ended"]
             with self.autocast():
-                if self.steps_per_batch > 1:
+                if self.steps_per_batch > 1 and "old_log_probs" not in micro:
                     micro["old_log_probs"] = self._grid(self.model, micro)
                 if self.reference is not None:
                     micro["reference_log_probs"] = self._grid(self.reference, micro)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from myllm_ray.common.distributed import gather_objects
 from myllm_ray.common.seeds import derive_seed
-from myllm_ray.common.types import Batch, MetricPairs, Micro, Position, Reward, Sampler, StepOutput, TokenScores
+from myllm_ray.common.types import (
+    Batch,
+    MetricPairs,
+    Micro,
+    Position,
+    Reward,
+    RolloutJob,
+    RolloutPool,
+    Sampled,
+    Sampler,
+    Samples,
+    StepOutput,
+    TokenScores,
+)
 from myllm_ray.ops.rollouts import Scored, answer_tokens, training_rows
 from myllm_ray.trainers import self_checks
 from myllm_ray.trainers.base import BaseTrainer
@@ -18,6 +33,11 @@ from myllm_ray.trainers.preference import filled, score_tokens
 Columns = Callable[[int], dict[str, Any]]
 """The other fields of the data row that a prompt came from, by the number of its document."""
 _SHOWN = 8
+
+
+def _place(batch: Batch, micro: Micro) -> str:
+    """Where a micro-batch of prompts stands in the data."""
+    return f"{batch.position.epoch}/{batch.position.row}/{int(micro['places'][0, 0])}"
 
 
 class OnlineTrainer(BaseTrainer):
@@ -32,20 +52,29 @@ class OnlineTrainer(BaseTrainer):
         micro_size: answers in one forward pass; None: those to one micro-batch of prompts.
         epochs, minibatches: passes over a batch of rollouts, and optimizer steps in each.
         group: answers to each prompt.
+        pool: samples elsewhere, while this process trains; None: this process samples.
+        max_lag: with a pool: the answers to a batch are sampled with the weights of so many batches before it. Always of exactly
+            as many, so that a run is the same however fast its parts are.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("prompts",)
-    uses: ClassVar[tuple[str, ...]] = ("knobs", "sampler", "rewards", "columns", "reference", "seed", "micro_size")
+    uses: ClassVar[tuple[str, ...]] = ("knobs", "sampler", "rewards", "columns", "reference", "seed", "micro_size", "pool", "max_lag")
 
     def __init__(self, model: nn.Module, dataset: Any = None, *, sampler: Sampler, rewards: Sequence[Reward] = (),
                  columns: Columns | None = None, reference: nn.Module | None = None, seed: int = 0, micro_size: int | None = None,
-                 epochs: int = 1, minibatches: int = 1, group: int = 1, **named: Any):
+                 epochs: int = 1, minibatches: int = 1, group: int = 1, pool: RolloutPool | None = None, max_lag: int = 1,
+                 **named: Any):
         super().__init__(model, dataset, **named)
         self.sampler, self.rewards, self.columns, self.seed = sampler, list(rewards), columns or (lambda _: {}), seed
         self.reference, self.micro_size, self.group = reference, micro_size, group
         self.epochs, self.minibatches = epochs, minibatches
         self.steps_per_batch = epochs * minibatches
         self._to_check = False
+        self.pool, self.max_lag = pool, max_lag
+        self._asked: dict[str, Any] = {}
+        """What is being sampled elsewhere, by the place of its micro-batch in the data."""
+        self._saved: dict[str, Sampled] = {}
+        """Answers that a checkpoint brought: sampled before it, trained on after it."""
 
     @property
     def frozen_models(self) -> dict[str, nn.Module]:
@@ -71,6 +100,63 @@ class OnlineTrainer(BaseTrainer):
             self_checks.answers_end_once(piece, self.sampler.end)
             self_checks.padding_has_no_influence(piece, self.train_step)
 
+    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """With a pool: batches are asked for `max_lag` batches before they are trained on."""
+        if self.pool is None:
+            yield from batches
+            return
+        waiting: deque[Batch] = deque()
+        self.pool.load(self._weights())
+        for batch in batches:
+            waiting.append(batch)
+            for micro in batch.micros:
+                key = _place(batch, micro)
+                self._asked[key] = self._saved.pop(key, None) or self.pool.submit(self._job(micro, batch))
+            if len(waiting) > self.max_lag:
+                yield waiting.popleft()
+                self.pool.load(self._weights())
+        yield from waiting
+
+    def _weights(self) -> dict[str, Tensor]:
+        inner = getattr(self.model, "module", self.model)
+        with self.generation(), torch.no_grad():
+            return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in inner.named_parameters()}
+
+    def _job(self, micro: Micro, batch: Batch) -> RolloutJob:
+        mask = micro["segment_ids"] >= 0
+        mask[:, 0] = True  # rows that fill up: see `_answered`
+        seeds = [derive_seed("rollout", self.seed, batch.position.epoch, batch.position.row, int(place), number)
+                 for place in micro["places"][:, 0] for number in range(self.group)]
+        return RolloutJob(micro["input_ids"], mask, self.group, seeds)
+
+    def _sample(self, micro: Micro, batch: Batch) -> tuple[Samples, Tensor | None]:
+        """Answers to a micro-batch, here or from the pool; from there with their log-probabilities, (N, L)."""
+        asked = self._asked.pop(_place(batch, micro), None)
+        if asked is not None:
+            found = self._result(asked)
+            tokens, lengths, ended, log_probs = (t.to(self.device) for t in found)
+            return Samples(tokens, lengths, ended), log_probs
+        job = self._job(micro, batch)
+        with self.generation():
+            return self.sampler(self.model, job.prompts, job.mask, job.group, job.seeds), None
+
+    def _result(self, asked: Any) -> Sampled:
+        assert self.pool is not None
+        return asked if isinstance(asked, Sampled) else self.pool.result(asked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """With a pool: the answers that were sampled for the next batches already, of all ranks."""
+        if self.pool is None:
+            return {}
+        self._asked = {key: self._result(asked) for key, asked in self._asked.items()}
+        own = {key: [t.tolist() for t in sampled] for key, sampled in self._asked.items()}
+        return {"sampled": {key: value for part in gather_objects(own) for key, value in part.items()}}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        types = (torch.long, torch.long, torch.bool, torch.float32)
+        self._saved = {key: Sampled(*(torch.tensor(v, dtype=t) for v, t in zip(value, types, strict=True)))
+                       for key, value in saved.get("sampled", {}).items()}
+
     def rollouts(self, batch: Batch) -> list[Micro]:
         """Answers to this rank's prompts, with rewards: a list of training micro-batches, one for each of prompts.
 
@@ -88,10 +174,7 @@ class OnlineTrainer(BaseTrainer):
         real = filled(micro)
         mask = micro["segment_ids"] >= 0
         mask[:, 0] = True
-        seeds = [derive_seed("rollout", self.seed, batch.position.epoch, batch.position.row, int(place), number)
-                 for place in micro["places"][:, 0] for number in range(self.group)]
-        with self.generation():
-            samples = self.sampler(self.model, micro["input_ids"], mask, self.group, seeds)
+        samples, log_probs = self._sample(micro, batch)
         counted = real.repeat_interleave(self.group)
         samples = samples._replace(lengths=samples.lengths * counted, ended=samples.ended & counted)
         rows = training_rows(micro["input_ids"], mask, samples)
@@ -105,6 +188,8 @@ class OnlineTrainer(BaseTrainer):
             given[chosen] = torch.tensor(values, dtype=torch.float64, device=self.device).T.reshape(len(chosen), -1)
         weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64, device=self.device)
         rows.update(function_rewards=given, reward=(given @ weights)[:, None], counted=counted[:, None])
+        if log_probs is not None:
+            rows["old_log_probs"] = log_probs
         if chosen:
             self._show(prompts, texts, {name: tensor[chosen] for name, tensor in rows.items()})
         return rows

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.distributed import all_reduce_
-from myllm_ray.common.types import Batch, MetricPairs, Micro, Reward, Sampler, StepOutput
+from myllm_ray.common.types import Batch, MetricPairs, Micro, Reward, RolloutPool, Sampler, StepOutput
 from myllm_ray.config.trainers import PPOKnobs
 from myllm_ray.ops.advantages import gae, kl_estimate, token_mask, whiten
 from myllm_ray.ops.rollouts import to_grid
@@ -71,11 +71,11 @@ class PPOTrainer(OnlineTrainer):
 
     def __init__(self, model: nn.Module, dataset: Any = None, *, sampler: Sampler, rewards: list[Reward],
                  knobs: PPOKnobs | None = None, columns: Any = None, reference: nn.Module | None = None,
-                 reward_model: nn.Module | None = None, seed: int = 0, micro_size: int | None = None, bytes_per_token: Any = None,
+                 reward_model: nn.Module | None = None, seed: int = 0, micro_size: int | None = None, pool: RolloutPool | None = None, max_lag: int = 1, bytes_per_token: Any = None,
                  sources: Any = (), **options: Any):
         self.knobs = knobs or PPOKnobs(**{"reward": [{"function": r.name} for r in rewards], **options})
         super().__init__(model, dataset, sampler=sampler, rewards=rewards, columns=columns, reference=reference, seed=seed,
-                         micro_size=micro_size, epochs=self.knobs.epochs, minibatches=self.knobs.minibatches,
+                         micro_size=micro_size, pool=pool, max_lag=max_lag, epochs=self.knobs.epochs, minibatches=self.knobs.minibatches,
                          bytes_per_token=bytes_per_token, sources=sources)
         self.reward_model, self.kl_weight = reward_model, self.knobs.kl_weight
 
@@ -112,6 +112,8 @@ class PPOTrainer(OnlineTrainer):
             scores, scored = self.score(self.model, micro)
             assert scores.values is not None, "PPO needs a model with a critic"
             old = to_grid(scores.log_probs, scored, lengths)
+            if "old_log_probs" in micro:  # of the policy that sampled, where that is an older one
+                old = micro["old_log_probs"][:, : old.shape[1]].to(old.dtype)
             found = {"old_log_probs": old, "values": to_grid(scores.values, scored, lengths), "divergence": torch.zeros_like(old)}
             if self.reference is not None:
                 reference = to_grid(self.score(self.reference, micro)[0].log_probs, scored, lengths)
@@ -185,7 +187,8 @@ class PPOTrainer(OnlineTrainer):
         return {"explained_variance": 1 - unexplained / spread} if spread > 1e-12 else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"kl_weight": self.kl_weight}
+        return {**super().state_dict(), "kl_weight": self.kl_weight}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
+        super().load_state_dict(saved)
         self.kl_weight = saved["kl_weight"]

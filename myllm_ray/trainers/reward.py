@@ -4,7 +4,7 @@
 
 r is a scalar head at the last token of an answer. m is the pair's margin, where the data has one (Touvron et al., 2023,
 arXiv:2307.09288, eq. 2). c is `reward.centering`: only differences are determined by the first term (Eisenstein et al., 2023,
-arXiv:2312.09244, §2).
+arXiv:2312.09244).
 """
 
 from __future__ import annotations

@@ -37,48 +37,63 @@ class FunctionReward:
             TrainingError: the function raised, hung, or returned something else, and `on_error` is "error".
         """
         try:
-            return self._checked(self._within_time(prompts, completions, columns), len(completions))
-        except _Failed as error:
+            return self.checked(self.within_time(prompts, completions, columns), len(completions))
+        except RewardFailure as error:
             if self.settings.on_error == "error":
                 raise TrainingError(f"reward {self.settings.function}: {error} (on_error: a number would be used instead)") from error.__cause__
             self.failures += len(completions)
             return [float(self.settings.on_error)] * len(completions)
 
-    def _within_time(self, *arguments: Any) -> Any:
+    def within_time(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> Any:
         """The function's result. A thread that hangs is left behind: Python can't end it."""
         box: list[Any] = []
 
-        def call() -> None:
+        def run() -> None:
             try:
-                prompts, completions, columns = arguments
-                result = self.function(prompts=prompts, completions=completions, **columns, **self.settings.options)
-                box.append(asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result)
+                box.append(self.call(prompts, completions, columns))
             except Exception as error:
                 box.append(error)
 
-        thread = threading.Thread(target=call, name=f"reward {self.name}", daemon=True)
+        thread = threading.Thread(target=run, name=f"reward {self.name}", daemon=True)
         thread.start()
         thread.join(self.settings.timeout)
         if thread.is_alive():
-            raise _Failed(f"gave no answer within {self.settings.timeout:g} s (timeout)")
-        if isinstance(box[0], Exception):
-            raise _Failed(f"raised {type(box[0]).__name__}: {box[0]}") from box[0]
+            raise RewardFailure(f"gave no answer within {self.settings.timeout:g} s (timeout)")
+        if isinstance(box[0], RewardFailure):
+            raise box[0]
         return box[0]
 
-    def _checked(self, values: Any, count: int) -> list[float]:
+    def call(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> Any:
+        """What the function returns.
+
+        Raises:
+            RewardFailure: it raised.
+        """
+        try:
+            result = self.function(prompts=prompts, completions=completions, **columns, **self.settings.options)
+            return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
+        except Exception as error:
+            raise RewardFailure(f"raised {type(error).__name__}: {error}") from error
+
+    def checked(self, values: Any, count: int) -> list[float]:
+        """The values as finite numbers, `count` of them.
+
+        Raises:
+            RewardFailure: they are something else.
+        """
         if hasattr(values, "tolist"):
             values = values.tolist()
         if not isinstance(values, (list, tuple)) or len(values) != count:
             got = f"{len(values)}" if isinstance(values, (list, tuple)) else type(values).__name__
-            raise _Failed(f"must return one number for each of the {count} completions, returned {got}")
+            raise RewardFailure(f"must return one number for each of the {count} completions, returned {got}")
         for i, value in enumerate(values):
             if isinstance(value, str) or not _is_finite(value):
-                raise _Failed(f"returned {value!r} for completion {i}, which is no finite number")
+                raise RewardFailure(f"returned {value!r} for completion {i}, which is no finite number")
         return [float(v) for v in values]
 
 
-class _Failed(Exception):
-    pass
+class RewardFailure(Exception):
+    """A reward function did not do what it is for; the message says what happened."""
 
 
 async def _awaited(result: Any) -> Any:

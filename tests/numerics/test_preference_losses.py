@@ -23,7 +23,7 @@ def made_up_rows(seed: int, count: int = 5) -> list[Row]:
     made = random.Random(seed)
 
     def tokens(most: int) -> list[int]:
-        return [made.randrange(2, VOCAB) for _ in range(made.randint(1, most))]
+        return [made.randrange(3, VOCAB) for _ in range(made.randint(1, most))]
 
     return [(tokens(5), tokens(7), tokens(7)) for _ in range(count)]
 

@@ -57,12 +57,12 @@ def test_kl_estimates() -> None:
 def made_up(seed: int, count: int, group: int) -> tuple[list[list[int]], list[list[int]], list[float]]:
     """(prompts, `group` answers to each, their rewards); some answers end by themselves."""
     made = random.Random(seed)
-    questions = [[made.randrange(2, VOCAB) for _ in range(made.randint(1, 4))] for _ in range(count)]
+    questions = [[made.randrange(3, VOCAB) for _ in range(made.randint(1, 4))] for _ in range(count)]
     answers = []
     for i in range(count * group):
         long = i % 3 == 2
         length = LONGEST if long else made.randint(1, LONGEST - 1)
-        answers.append([made.randrange(2, VOCAB) for _ in range(length - (not long))] + ([] if long else [END]))
+        answers.append([made.randrange(3, VOCAB) for _ in range(length - (not long))] + ([] if long else [END]))
     return questions, answers, [made.uniform(-1, 1) for _ in answers]
 
 

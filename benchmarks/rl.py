@@ -1,0 +1,185 @@
+"""GRPO and PPO: samples per second, ours and TRL's, with the same model (6 layers, hidden 256), prompts and batch, on the CPU.
+
+    pip install -e '.[bench]'
+    python benchmarks/rl.py [--rounds 3] [--steps 6] [--ppo-python PYTHON]
+
+Both sides sample 48 tokens for each answer (no end-of-text token is drawn: answers of equal length on both sides), 32 answers a step: GRPO
+8 answers to each of 4 prompts, PPO one to each of 32; the reward is a function of the text. The first two steps are not counted. Both sides in
+turn, each in a process of its own; medians. One JSON line a comparison.
+
+TRL's last version with PPO is 0.29: `--ppo-python` is the python of an environment that has it (a virtual environment with trl==0.29.1 and the
+transformers that it asks for); without it PPO is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+from typing import Any
+
+from peers import ALLOCATOR, VOCABULARIES, compare, here, model_config, word_tokenizer
+
+ANSWERS, GROUP, LONGEST, PROMPT = 32, 8, 48, 24
+
+
+def prompts(vocabulary: str, count: int) -> list[list[int]]:
+    made = random.Random(0)
+    return [[made.randrange(4, VOCABULARIES[vocabulary]) for _ in range(PROMPT)] for _ in range(count)]
+
+
+def rate(times: list[float], steps_per_batch: int = 1) -> float:
+    """Answers per second by the median of the batches behind the first two."""
+    times = times[steps_per_batch - 1 :: steps_per_batch]
+    return ANSWERS / statistics.median(b - a for a, b in itertools.pairwise(times[1:]))
+
+
+def text(ids: list[int]) -> str:
+    return "".join(f" w{i}" for i in ids)
+
+
+def judge(prompts: Any, completions: Any, **_: Any) -> list[float]:
+    return [len(set(c)) / max(1, len(c)) for c in completions]
+
+
+def ours(algorithm: str, vocabulary: str, steps: int) -> float:
+    import torch
+
+    from myllm_ray.accelerators.single import SingleGPUAccelerator
+    from myllm_ray.common.allocator import keep_large_blocks
+    from myllm_ray.common.types import RunState
+    from myllm_ray.config.schema import ModelSection
+    from myllm_ray.config.trainers import RewardFunction, RolloutSection
+    from myllm_ray.engine.callbacks import Callback
+    from myllm_ray.engine.engine import TrainerEngine
+    from myllm_ray.engine.optimizer import OptimizerManager
+    from myllm_ray.models.generate import HFSampler
+    from myllm_ray.models.load import build_model
+    from myllm_ray.trainers.grpo import GRPOTrainer
+    from myllm_ray.trainers.ppo import PPOTrainer
+    from myllm_ray.trainers.rewards import FunctionReward
+
+    keep_large_blocks()
+    tokenizer = word_tokenizer(VOCABULARIES[vocabulary])
+    section = ModelSection(config=model_config(vocabulary))
+    times: list[float] = []
+
+    class Clock(Callback):
+        def on_step_end(self, state: RunState) -> None:
+            times.append(time.perf_counter())
+
+    sampler = HFSampler(tokenizer, RolloutSection(max_new_tokens=LONGEST))
+    sampler.end = -1  # no token ends an answer
+    reward = FunctionReward(RewardFunction(function="judge"), judge)
+    group = GROUP if algorithm == "grpo" else 1
+    rows = [{"input_ids": p, "segment_ids": [0] * PROMPT, "documents": [i], "places": [i % (ANSWERS // group)]}
+            for i, p in enumerate(prompts(vocabulary, ANSWERS // group * steps))]
+    model = build_model(section, tokenizer, 1024, 0, "causal_lm" if algorithm == "grpo" else "actor_critic")
+    reference = build_model(section, tokenizer, 1024, 0)
+    if algorithm == "grpo":
+        trainer: Any = GRPOTrainer(model, rows, sampler=sampler, rewards=[reward], reference=reference, group_size=GROUP, kl_weight=0.04)
+    else:
+        trainer = PPOTrainer(model, rows, sampler=sampler, rewards=[reward], reference=reference, epochs=1, kl_weight=0.05)
+    config = {"max_steps": steps, "batch_size": ANSWERS // group, "gradient_clip": 1.0, "optimizer": {"name": "adamw", "lr": 1e-6}}
+    torch.set_num_threads(torch.get_num_threads())
+    engine = TrainerEngine(trainer, SingleGPUAccelerator(config), OptimizerManager(model, config), callbacks=[Clock()], config=config)
+    engine.setup()
+    engine.train()
+    return rate(times)
+
+
+def peer_grpo(vocabulary: str, steps: int) -> float:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    given = model_config(vocabulary)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
+        tokenizer = word_tokenizer(VOCABULARIES[vocabulary])
+        made.generation_config.eos_token_id = None
+        made.save_pretrained(f"{folder}/model")  # TRL loads its reference by the model's name
+        tokenizer.save_pretrained(f"{folder}/model")
+        times: list[float] = []
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                times.append(time.perf_counter())
+
+        arguments = GRPOConfig(
+            output_dir=folder, per_device_train_batch_size=ANSWERS, num_generations=GROUP, max_completion_length=LONGEST, max_steps=steps,
+            learning_rate=1e-6, beta=0.04, report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False, save_strategy="no",
+            logging_steps=1, disable_tqdm=True, generation_kwargs={"min_new_tokens": LONGEST, "eos_token_id": None})
+        rows = [{"prompt": text(p)} for p in prompts(vocabulary, ANSWERS // GROUP * steps)]
+        trainer = GRPOTrainer(f"{folder}/model", reward_funcs=judge, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                              callbacks=[Clock()])
+        trainer.train()
+    return rate(times)
+
+
+def peer_ppo(vocabulary: str, steps: int) -> float:
+    """TRL 0.29. Its rewards come from a model: one with a single scalar on a tiny trunk, so that it costs next to nothing."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    given = {**model_config(vocabulary), "pad_token_id": 2}
+    torch.manual_seed(0)
+    policy, reference = (AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)) for _ in range(2))
+    reference.load_state_dict(policy.state_dict())
+    value = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**given, num_labels=1))
+    small = {**given, "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    judge_model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**small, num_labels=1))
+    tokenizer = word_tokenizer(VOCABULARIES[vocabulary])
+    tokenizer.padding_side = "left"
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            times.append(time.perf_counter())
+
+    rows = Dataset.from_list([{"input_ids": p} for p in prompts(vocabulary, ANSWERS * steps)])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = PPOConfig(
+            output_dir=folder, per_device_train_batch_size=ANSWERS, gradient_accumulation_steps=1, num_mini_batches=1, num_ppo_epochs=1,
+            local_rollout_forward_batch_size=ANSWERS, response_length=LONGEST, total_episodes=ANSWERS * steps, learning_rate=1e-6, report_to="none",
+            bf16=False, use_cpu=True, gradient_checkpointing=False, save_strategy="no", logging_steps=1, disable_tqdm=True, num_sample_generations=0)
+        trainer = PPOTrainer(args=arguments, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=judge_model,
+                             value_model=value, train_dataset=rows, eval_dataset=rows.select(range(2)), callbacks=[Clock()])
+        trainer.train()
+    return rate(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--ppo-python", help="python of an environment with trl==0.29.1")
+    parser.add_argument("--algorithm", choices=["grpo", "ppo"])
+    parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--vocabulary", choices=list(VOCABULARIES), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        if arguments.side == "ours":
+            found = ours(arguments.algorithm, arguments.vocabulary, arguments.steps)
+        else:
+            found = (peer_grpo if arguments.algorithm == "grpo" else peer_ppo)(arguments.vocabulary, arguments.steps)
+        print(json.dumps({"rate": found}))
+        return
+    for algorithm in [arguments.algorithm] if arguments.algorithm else ["grpo", *(["ppo"] if arguments.ppo_python else [])]:
+        options = ("--steps", str(arguments.steps), "--algorithm", algorithm)
+        python = arguments.ppo_python if algorithm == "ppo" else None
+        for vocabulary in VOCABULARIES:
+            for environment in (None, ALLOCATOR):
+                compare(algorithm, here(__file__), vocabulary, arguments.rounds, "samples/s", options, options, environment, peer_python=python)
+
+
+if __name__ == "__main__":
+    main()
