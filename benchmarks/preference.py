@@ -126,7 +126,7 @@ def main() -> None:
     script = here(__file__)
     assert Path(script).exists()
     for vocabulary in VOCABULARIES:
-        for environment in (None, ALLOCATOR):
+        for environment in (None, ALLOCATOR) if vocabulary == "gpt2" else (None,):
             compare("dpo", script, vocabulary, arguments.rounds, "pairs/s", options, options, environment)
 
 

@@ -22,7 +22,7 @@ import tempfile
 import time
 from typing import Any
 
-from peers import ALLOCATOR, VOCABULARIES, compare, here, model_config, word_tokenizer
+from peers import VOCABULARIES, compare, here, model_config, word_tokenizer
 
 ANSWERS, GROUP, LONGEST, PROMPT = 32, 8, 48, 24
 
@@ -177,8 +177,7 @@ def main() -> None:
         options = ("--steps", str(arguments.steps), "--algorithm", algorithm)
         python = arguments.ppo_python if algorithm == "ppo" else None
         for vocabulary in VOCABULARIES:
-            for environment in (None, ALLOCATOR):
-                compare(algorithm, here(__file__), vocabulary, arguments.rounds, "samples/s", options, options, environment, peer_python=python)
+            compare(algorithm, here(__file__), vocabulary, arguments.rounds, "samples/s", options, options, peer_python=python)
 
 
 if __name__ == "__main__":

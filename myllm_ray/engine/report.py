@@ -13,7 +13,9 @@ from myllm_ray.engine.callbacks import Callback
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 560, 220, 56, 24
 _CHARTS = (("Loss", ("loss", "validation_loss")), ("Gradient norm", ("grad_norm",)), ("Learning rate", ("learning_rate",)),
-           ("Tokens per second", ("tokens_per_second",)), ("Token accuracy", ("token_accuracy", "validation_token_accuracy")))
+           ("Reward", ("reward", "validation_reward")), ("Preference accuracy", ("rewards/accuracies", "validation_rewards/accuracies")),
+           ("Accuracy", ("accuracy", "validation_accuracy")), ("KL divergence", ("kl",)), ("Entropy", ("entropy",)),
+           ("Answer length", ("length", "validation_length")), ("Tokens per second", ("tokens_per_second",)), ("Token accuracy", ("token_accuracy", "validation_token_accuracy")))
 _COLOURS = ("#1f6feb", "#d1242f")
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1200px;padding:0 1rem;color:#1f2328}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(540px,1fr));gap:1.5rem}svg{width:100%;height:auto}

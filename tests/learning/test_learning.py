@@ -24,7 +24,7 @@ MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "n
          "num_key_value_heads": 4, "tie_word_embeddings": True}
 SFT_STEPS = {"arithmetic": 60, "brackets": 30}
 ONLINE: dict[tuple[str, str], dict[str, Any]] = {
-    ("grpo", "arithmetic"): {"steps": 300, "batch": (16, 16), "lr": 3e-4, "knobs": {"group_size": 8}, "new": 4},
+    ("grpo", "arithmetic"): {"steps": 400, "batch": (32, 32), "lr": 3e-4, "knobs": {"group_size": 8}, "new": 4},
     ("grpo", "brackets"): {"steps": 300, "batch": (16, 16), "lr": 3e-4, "knobs": {"group_size": 8}, "new": 10},
     ("ppo", "arithmetic"): {"steps": 600, "batch": (64, 64), "lr": 3e-4, "knobs": {"epochs": 2, "kl_weight": 0.01}, "new": 4},
     ("ppo", "brackets"): {"steps": 600, "batch": (64, 64), "lr": 3e-4, "knobs": {"epochs": 2, "kl_weight": 0.01}, "new": 10}}

@@ -36,9 +36,9 @@ def test_a_pool_judges_in_shares_and_survives_what_hangs() -> None:
         pool(["p"] * 2, ["?", "a"], {})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", [pytest.param("reward", marks=pytest.mark.slow), pytest.param("dpo", marks=pytest.mark.slow),
-                                  pytest.param("ppo", marks=pytest.mark.slow), "grpo"])
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_two_workers_killed_or_not(make_config: MakeConfig, tmp_path: Path, kind: str) -> None:
     """ddp, killed after step 6; fsdp: the losses of one process. What was killed has them bit for bit of what was not."""
     local = train(make_config(*COMMON, *TRAINERS[kind], "run.name=local")).folder
@@ -46,12 +46,10 @@ def test_two_workers_killed_or_not(make_config: MakeConfig, tmp_path: Path, kind
     ddp = ("accelerator.name=ddp", "scaling.workers=2", "scaling.max_failures=1")
     killed = train(make_config(*COMMON, *TRAINERS[kind], *ddp, "run.name=killed", callbacks=["jsonl", kill])).folder
     assert (tmp_path / "killed").exists()
-    folders = [killed]
-    if kind != "grpo":
-        folders.append(train(make_config(*COMMON, *TRAINERS[kind], "accelerator.name=fsdp", "scaling.workers=2", "run.name=fsdp")).folder)
-        whole = train(make_config(*COMMON, *TRAINERS[kind], *ddp, "run.name=whole")).folder
-        assert comparable(killed) == comparable(whole)
-    for folder in folders:
+    fsdp = train(make_config(*COMMON, *TRAINERS[kind], "accelerator.name=fsdp", "scaling.workers=2", "run.name=fsdp")).folder
+    whole = train(make_config(*COMMON, *TRAINERS[kind], *ddp, "run.name=whole")).folder
+    assert comparable(killed) == comparable(whole)
+    for folder in (killed, fsdp):
         assert ledger(folder) == ledger(local)
         for row, other in zip(comparable(folder), comparable(local), strict=True):
             assert row["loss"] == pytest.approx(other["loss"], rel=2e-4, abs=2e-5)
