@@ -38,12 +38,15 @@ def compare(name: str, script: str, vocabulary: str, rounds: int, unit: str, our
             peer_environment: dict[str, str] | None = None, peer_python: str | None = None) -> None:
     """Interleaved rounds, medians; prints one JSON line."""
     found: dict[str, list[float]] = {"ours": [], "peer": []}
+    extra: dict[str, Any] = {}
     for _ in range(rounds):
-        found["ours"].append(measure(script, "ours", vocabulary, None, *ours)["rate"])
-        found["peer"].append(measure(script, "peer", vocabulary, peer_environment, *peer, python=peer_python)["rate"])
+        for side, environment, options, python in (("ours", None, ours, None), ("peer", peer_environment, peer, peer_python)):
+            result = measure(script, side, vocabulary, environment, *options, python=python)
+            found[side].append(result.pop("rate"))
+            extra.update({f"{name}_{side}": value for name, value in result.items()})
     medians = {side: statistics.median(values) for side, values in found.items()}
     print(json.dumps({"benchmark": name, "vocabulary": vocabulary, **{k: round(v, 2) for k, v in medians.items()},
-                      "ratio": round(medians["ours"] / medians["peer"], 2), "unit": unit,
+                      "ratio": round(medians["ours"] / medians["peer"], 2), "unit": unit, **extra,
                       "allocator_of_peer": "as ours" if peer_environment else "default",
                       "rounds": {side: [round(v, 2) for v in values] for side, values in found.items()}}), flush=True)
 

@@ -3,9 +3,10 @@
     pip install -e '.[bench]'
     python benchmarks/rl.py [--rounds 3] [--steps 6] [--ppo-python PYTHON]
 
-Both sides sample 48 tokens for each answer (no end-of-text token is drawn: answers of equal length on both sides), 32 answers a step: GRPO
-8 answers to each of 4 prompts, PPO one to each of 32; the reward is a function of the text. The first two steps are not counted. Both sides in
-turn, each in a process of its own; medians. One JSON line a comparison.
+Both sides begin from one model, which was first taught in a minute to end its answers after about 20 tokens, as a model that one would train
+further does; an answer has at most 48. 32 answers a step: GRPO 8 to each of 4 prompts, PPO one to each of 32; a reference with a KL term; the
+reward is a function of the text. The first two steps are not counted. Both sides in turn, each in a process of its own; medians. One JSON line a
+comparison, with the mean length of the answers that each side sampled.
 
 TRL's last version with PPO is 0.29: `--ppo-python` is the python of an environment that has it (a virtual environment with trl==0.29.1 and the
 transformers that it asks for); without it PPO is left out.
@@ -16,20 +17,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from peers import VOCABULARIES, compare, here, model_config, word_tokenizer
 
-ANSWERS, GROUP, LONGEST, PROMPT = 32, 8, 48, 24
+ANSWERS, GROUP, LONGEST, PROMPT, WORDS = 32, 8, 48, 24, 300
 
 
 def prompts(vocabulary: str, count: int) -> list[list[int]]:
     made = random.Random(0)
-    return [[made.randrange(4, VOCABULARIES[vocabulary]) for _ in range(PROMPT)] for _ in range(count)]
+    return [[made.randrange(4, WORDS) for _ in range(PROMPT)] for _ in range(count)]
 
 
 def rate(times: list[float], steps_per_batch: int = 1) -> float:
@@ -46,7 +49,32 @@ def judge(prompts: Any, completions: Any, **_: Any) -> list[float]:
     return [len(set(c)) / max(1, len(c)) for c in completions]
 
 
-def ours(algorithm: str, vocabulary: str, steps: int) -> float:
+def taught(vocabulary: str, folder: Path) -> None:
+    """A model that ends its answers, in Hugging Face format: random tokens, the end after 1 to 40 of them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model_config(vocabulary)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    made = random.Random(1)
+    for _ in range(100):
+        rows, labels = [], []
+        for _ in range(8):
+            length = made.randint(1, 40)
+            ids = [made.randrange(4, WORDS) for _ in range(PROMPT + length)]
+            rows.append([*ids, 1] + [1] * (40 - length))
+            labels.append([-100] * PROMPT + ids[PROMPT:] + [1] + [-100] * (40 - length))
+        loss = model(input_ids=torch.tensor(rows), labels=torch.tensor(labels)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 2
+    model.save_pretrained(folder)
+    word_tokenizer(VOCABULARIES[vocabulary]).save_pretrained(folder)
+
+
+def ours(algorithm: str, vocabulary: str, steps: int, folder: Path) -> tuple[float, float]:
     import torch
 
     from myllm_ray.accelerators.single import SingleGPUAccelerator
@@ -65,15 +93,18 @@ def ours(algorithm: str, vocabulary: str, steps: int) -> float:
 
     keep_large_blocks()
     tokenizer = word_tokenizer(VOCABULARIES[vocabulary])
-    section = ModelSection(config=model_config(vocabulary))
+    section = ModelSection(name=str(folder))
     times: list[float] = []
+    lengths: list[float] = []
 
     class Clock(Callback):
         def on_step_end(self, state: RunState) -> None:
             times.append(time.perf_counter())
 
+        def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
+            lengths.append(metrics["length"])
+
     sampler = HFSampler(tokenizer, RolloutSection(max_new_tokens=LONGEST))
-    sampler.end = -1  # no token ends an answer
     reward = FunctionReward(RewardFunction(function="judge"), judge)
     group = GROUP if algorithm == "grpo" else 1
     rows = [{"input_ids": p, "segment_ids": [0] * PROMPT, "documents": [i], "places": [i % (ANSWERS // group)]}
@@ -89,41 +120,34 @@ def ours(algorithm: str, vocabulary: str, steps: int) -> float:
     engine = TrainerEngine(trainer, SingleGPUAccelerator(config), OptimizerManager(model, config), callbacks=[Clock()], config=config)
     engine.setup()
     engine.train()
-    return rate(times)
+    return rate(times), statistics.mean(lengths)
 
 
-def peer_grpo(vocabulary: str, steps: int) -> float:
-    import torch
+def peer_grpo(vocabulary: str, steps: int, model: Path) -> tuple[float, float]:
     from datasets import Dataset
-    from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    given = model_config(vocabulary)
-    torch.manual_seed(0)
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            times.append(time.perf_counter())
+
     with tempfile.TemporaryDirectory() as folder:
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
-        tokenizer = word_tokenizer(VOCABULARIES[vocabulary])
-        made.generation_config.eos_token_id = None
-        made.save_pretrained(f"{folder}/model")  # TRL loads its reference by the model's name
-        tokenizer.save_pretrained(f"{folder}/model")
-        times: list[float] = []
-
-        class Clock(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                times.append(time.perf_counter())
-
         arguments = GRPOConfig(
             output_dir=folder, per_device_train_batch_size=ANSWERS, num_generations=GROUP, max_completion_length=LONGEST, max_steps=steps,
             learning_rate=1e-6, beta=0.04, report_to="none", bf16=False, use_cpu=True, gradient_checkpointing=False, save_strategy="no",
-            logging_steps=1, disable_tqdm=True, generation_kwargs={"min_new_tokens": LONGEST, "eos_token_id": None})
+            logging_steps=1, disable_tqdm=True)
         rows = [{"prompt": text(p)} for p in prompts(vocabulary, ANSWERS // GROUP * steps)]
-        trainer = GRPOTrainer(f"{folder}/model", reward_funcs=judge, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                              callbacks=[Clock()])
+        trainer = GRPOTrainer(str(model), reward_funcs=judge, args=arguments, train_dataset=Dataset.from_list(rows),
+                              processing_class=word_tokenizer(VOCABULARIES[vocabulary]), callbacks=[Clock()])
         trainer.train()
-    return rate(times)
+        logged = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
+    return rate(times), statistics.mean(logged)
 
 
-def peer_ppo(vocabulary: str, steps: int) -> float:
+def peer_ppo(vocabulary: str, steps: int, model: Path) -> tuple[float, float]:
     """TRL 0.29. Its rewards come from a model: one with a single scalar on a tiny trunk, so that it costs next to nothing."""
     import torch
     from datasets import Dataset
@@ -132,9 +156,9 @@ def peer_ppo(vocabulary: str, steps: int) -> float:
 
     given = {**model_config(vocabulary), "pad_token_id": 2}
     torch.manual_seed(0)
-    policy, reference = (AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)) for _ in range(2))
-    reference.load_state_dict(policy.state_dict())
-    value = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**given, num_labels=1))
+    policy, reference = (AutoModelForCausalLM.from_pretrained(model) for _ in range(2))
+    value = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    value.config.pad_token_id = 2
     small = {**given, "num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
     judge_model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(**small, num_labels=1))
     tokenizer = word_tokenizer(VOCABULARIES[vocabulary])
@@ -150,11 +174,11 @@ def peer_ppo(vocabulary: str, steps: int) -> float:
         arguments = PPOConfig(
             output_dir=folder, per_device_train_batch_size=ANSWERS, gradient_accumulation_steps=1, num_mini_batches=1, num_ppo_epochs=1,
             local_rollout_forward_batch_size=ANSWERS, response_length=LONGEST, total_episodes=ANSWERS * steps, learning_rate=1e-6, report_to="none",
-            bf16=False, use_cpu=True, gradient_checkpointing=False, save_strategy="no", logging_steps=1, disable_tqdm=True, num_sample_generations=0)
+            bf16=False, use_cpu=True, gradient_checkpointing=False, save_strategy="no", logging_steps=1, disable_tqdm=True, num_sample_generations=0, stop_token="eos")
         trainer = PPOTrainer(args=arguments, processing_class=tokenizer, model=policy, ref_model=reference, reward_model=judge_model,
                              value_model=value, train_dataset=rows, eval_dataset=rows.select(range(2)), callbacks=[Clock()])
         trainer.train()
-    return rate(times)
+    return rate(times), float("nan")  # it does not log lengths
 
 
 def main() -> None:
@@ -163,21 +187,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--ppo-python", help="python of an environment with trl==0.29.1")
     parser.add_argument("--algorithm", choices=["grpo", "ppo"])
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--vocabulary", choices=list(VOCABULARIES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         if arguments.side == "ours":
-            found = ours(arguments.algorithm, arguments.vocabulary, arguments.steps)
+            found, length = ours(arguments.algorithm, arguments.vocabulary, arguments.steps, arguments.model)
         else:
-            found = (peer_grpo if arguments.algorithm == "grpo" else peer_ppo)(arguments.vocabulary, arguments.steps)
-        print(json.dumps({"rate": found}))
+            peer = peer_grpo if arguments.algorithm == "grpo" else peer_ppo
+            found, length = peer(arguments.vocabulary, arguments.steps, arguments.model)
+        print(json.dumps({"rate": found, "length": None if math.isnan(length) else round(length, 1)}))
         return
-    for algorithm in [arguments.algorithm] if arguments.algorithm else ["grpo", *(["ppo"] if arguments.ppo_python else [])]:
-        options = ("--steps", str(arguments.steps), "--algorithm", algorithm)
-        python = arguments.ppo_python if algorithm == "ppo" else None
+    with tempfile.TemporaryDirectory() as folder:
         for vocabulary in VOCABULARIES:
-            compare(algorithm, here(__file__), vocabulary, arguments.rounds, "samples/s", options, options, peer_python=python)
+            model = Path(folder) / vocabulary
+            taught(vocabulary, model)
+            for algorithm in [arguments.algorithm] if arguments.algorithm else ["grpo", *(["ppo"] if arguments.ppo_python else [])]:
+                options = ("--steps", str(arguments.steps), "--algorithm", algorithm, "--model", str(model))
+                python = arguments.ppo_python if algorithm == "ppo" else None
+                compare(algorithm, here(__file__), vocabulary, arguments.rounds, "samples/s", options, options, peer_python=python)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common import distributed
+from myllm_ray.common.allocator import keep_large_blocks
 from myllm_ray.common.secrets import mask
 from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import BatchStream
@@ -121,6 +122,8 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
     """
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     accelerator.setup()
+    if accelerator.device.type == "cpu":
+        keep_large_blocks()
     folder = folder_of(config)
     pulse = _pulse(config, watched)
     tokenizer = open_tokenizer(prepared.tokenizer_folder)

@@ -13,6 +13,7 @@ from myllm_ray.common.types import Position
 from myllm_ray.data.collate import wrap64
 from myllm_ray.data.packing import Row
 from myllm_ray.data.prepare import PreparedData
+from myllm_ray.data.records import LABELLED, PAIRS, PROMPTS, TOKENS, split
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.tokenize import decode
 from myllm_ray.data.tokenizer import TURN_END
@@ -50,15 +51,28 @@ def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
     store, size = spec.plan.store, spec.plan.packing.size
     sources = [SourceReport(s["name"], s["documents"], s["tokens"], s["skipped"], s["first_skipped"])
                for s in store.meta["sources"]]
-    lengths = np.concatenate([store.lengths(np.arange(a, min(a + 65536, len(store)))) for a in range(0, len(store), 65536)])
     rows = spec.plan.rows_in_epoch(0)
-    placed = sum(segment.length for row in spec.plan.iterate(0) for segment in row)
+    if store.kind == TOKENS:
+        lengths = np.concatenate([store.lengths(np.arange(a, min(a + 65536, len(store)))) for a in range(0, len(store), 65536)])
+        placed, longer = sum(segment.length for row in spec.plan.iterate(0) for segment in row), int((lengths > size).sum())
+    else:
+        lengths = np.asarray([sum(len(ids) for ids, _ in parts_of(store, document)) for document in range(len(store))])
+        placed, longer = int(lengths.sum()), sum(int(s["cut"]) for s in store.meta["sources"])
     trained, total, ended = _sampled(store, tokenizer)
     return DataReport(
-        sources=sources, histogram=list(_histogram(lengths)), longer_than_row=int((lengths > size).sum()), rows=rows,
+        sources=sources, histogram=list(_histogram(lengths)), longer_than_row=longer, rows=rows,
         steps_per_epoch=spec.steps_in_epoch(0), efficiency=placed / (rows * size), trained_share=trained / max(1, total),
         validation_rows=prepared.validation.plan.rows_in_epoch(0) if prepared.validation else 0,
-        warnings=list(_warnings(tokenizer, ended, min(len(store), _SAMPLE))))
+        warnings=list(_warnings(tokenizer, ended, min(len(store), _SAMPLE))) if store.kind != PROMPTS else [])
+
+
+def parts_of(store: Any, document: int, start: int = 0, length: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The (ids, trained on) of a document; of a record those of its prompt, and of each answer."""
+    stored = store.read(document, start, length)
+    if store.kind == TOKENS:
+        return [decode(stored)]
+    answers = {PAIRS: 2, LABELLED: 1, PROMPTS: 0}[store.kind]
+    return [(part, np.full(len(part), number > 0)) for number, part in enumerate(split(stored)[: 1 + answers])]
 
 
 def _end_tokens(tokenizer: Any) -> set[int]:
@@ -74,10 +88,12 @@ def _sampled(store: Any, tokenizer: Any) -> tuple[int, int, int]:
     ends = np.asarray(sorted(_end_tokens(tokenizer)))
     trained_tokens = tokens = ended = 0
     for document in range(min(len(store), _SAMPLE)):
-        ids, trained = decode(store.read(document))
-        tokens += len(ids)
-        trained_tokens += int(trained.sum())
-        ended += bool(np.isin(ids[trained], ends).any())
+        last = False
+        for ids, trained in parts_of(store, document):
+            tokens += len(ids)
+            trained_tokens += int(trained.sum())
+            last = last or bool(np.isin(ids[trained], ends).any())
+        ended += last
     return trained_tokens, tokens, ended
 
 
@@ -117,7 +133,7 @@ def rows_of_step(spec: StreamSpec, step: int) -> tuple[Position, list[Row], int]
 def pieces(spec: StreamSpec, row: Row, tokenizer: Any) -> Iterator[tuple[int, str, bool]]:
     """A row as (document, text, trained on) runs, in order."""
     for segment in row:
-        ids, trained = decode(spec.plan.store.read(*segment))
-        edges = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
-        for part, mask in zip(np.split(ids, edges), np.split(trained, edges), strict=True):
-            yield segment.document, tokenizer.decode(part.tolist()), bool(mask[0])
+        for ids, trained in parts_of(spec.plan.store, *segment):
+            edges = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
+            for part, mask in zip(np.split(ids, edges), np.split(trained, edges), strict=True):
+                yield segment.document, tokenizer.decode(part.tolist()), bool(mask[0])

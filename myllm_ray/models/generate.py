@@ -21,6 +21,7 @@ from myllm_ray.common.types import Samples
 from myllm_ray.config.trainers import RolloutSection
 from myllm_ray.models.causal_lm import CausalLM
 
+_BLOCK = 256
 _COMPACT = 0.75
 """Ended answers leave the batch when no more than this share of it is still being written."""
 
@@ -53,6 +54,26 @@ class _GrowingLayer(DynamicLayer):
 
     def select(self, rows: Tensor) -> None:
         self.key_buffer, self.value_buffer = self.key_buffer[rows], self.value_buffer[rows]
+
+
+def draw(probabilities: Tensor, draws: Tensor) -> Tensor:
+    """(rows, V) probabilities and (rows,) uniform numbers -> (rows,) the first index whose cumulated probability exceeds the draw.
+
+    First the block, then the place in it: a running sum over a whole vocabulary in fp64 costs more than the head.
+    """
+    _rows, size = probabilities.shape
+    full = size // _BLOCK * _BLOCK
+    sums = torch.cat([probabilities[:, :full].unflatten(1, (-1, _BLOCK)).sum(-1), probabilities[:, full:].sum(-1, keepdim=True)], 1)
+    upto = sums.double().cumsum(-1)
+    wanted = draws * upto[:, -1]
+    block = torch.searchsorted(upto, wanted[:, None], right=True).squeeze(1).clamp(max=upto.shape[1] - 1)
+    before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
+    places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=probabilities.device)
+    inside = probabilities.gather(1, places.clamp(max=size - 1)).double() * (places < size)
+    place = torch.searchsorted(inside.cumsum(-1), (wanted - before)[:, None], right=True).squeeze(1)
+    # Rounding may leave a draw behind the last token of a block that has any probability.
+    last = (inside > 0).long().cumsum(-1).argmax(-1)
+    return block * _BLOCK + torch.minimum(place, last)
 
 
 class HFSampler:
@@ -105,7 +126,9 @@ class HFSampler:
         logits = self._forward(model, ids, seen, (seen.cumsum(1) - 1).clamp(min=0), cache).repeat_interleave(group, 0)
         for layer in layers:
             layer.key_buffer, layer.value_buffer = (b.repeat_interleave(group, 0) for b in (layer.key_buffer, layer.value_buffer))
-        seen, positions = seen.repeat_interleave(group, 0), lengths.repeat_interleave(group)
+        whole = bool(mask.all())  # no padding: no mask, and a shorter way through the model
+        seen = torch.nn.functional.pad(seen, (0, most), value=True).repeat_interleave(group, 0)
+        positions = lengths.repeat_interleave(group)
         rows = count * group
         tokens = torch.full((rows, most), self.end, device=device)
         lengths, ended = torch.full((rows,), most, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
@@ -126,23 +149,23 @@ class HFSampler:
                 for layer in layers:
                     layer.select(kept)
                 alive, seen, positions, chosen = alive[kept], seen[kept], positions[kept], chosen[kept]
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
-            logits = self._forward(model, chosen[:, None], seen, positions[:, None], cache)
+            used = width + step + 1
+            logits = self._forward(model, chosen[:, None], None if whole else seen[:, :used], positions[:, None], cache)
             positions = positions + 1
         return Samples(tokens, lengths, ended)
 
     @staticmethod
-    def _forward(model: nn.Module, ids: Tensor, seen: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+    def _forward(model: nn.Module, ids: Tensor, seen: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
         """(rows, V): logits behind the last token of each row. Through the model's own call, which FSDP's hooks hang on."""
-        logits: Tensor = model(input_ids=ids, attention_mask=seen.long(), position_ids=positions, cache=cache)
+        logits: Tensor = model(input_ids=ids, attention_mask=None if seen is None else seen.long(), position_ids=positions,
+                               cache=cache)
         return logits
 
     def _choose(self, logits: Tensor, written: Tensor, draws: Tensor) -> Tensor:
-        """A token of each row by inverse transform sampling: the first whose cumulated probability exceeds the draw."""
-        scores = logits.float() / self.temperature
+        """A token of each row by inverse transform sampling."""
+        scores = logits.float() if self.temperature == 1 else logits.float() / self.temperature
         scores = self.warpers(cast(Any, written), cast(Any, scores)) if len(self.warpers) else scores
-        cumulated = torch.softmax(scores, -1).double().cumsum(-1)
-        return torch.searchsorted(cumulated, (draws * cumulated[:, -1])[:, None], right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        return draw(torch.softmax(scores, -1), draws)
 
     def _ends(self, chosen: Tensor, written: Tensor) -> Tensor:
         ends = chosen == self.end

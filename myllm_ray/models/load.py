@@ -150,12 +150,14 @@ def config_of(section: ModelSection) -> Any:
 
 def _config_of_name(section: ModelSection) -> Any:
     name = section.name or ""
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    local = Path(name).expanduser().is_dir()
+    if name.startswith((".", "/", "~")) and not local:
         raise ConfigError(f"model.name: no folder {name!r} (seen from {Path.cwd()})")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name: {name!r} can't be loaded: {_one_line(error)}") from None
+        nowhere = "" if local else f"no folder {name!r} here ({Path.cwd()}), and as a hub id it "
+        raise ConfigError(f"model.name: {nowhere or f'{name!r} '}can't be loaded: {_one_line(error)}") from None
 
 
 def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str) -> PreTrainedModel:

@@ -25,7 +25,7 @@ from myllm_ray.common.types import (
     StepOutput,
     TokenScores,
 )
-from myllm_ray.ops.rollouts import Scored, answer_tokens, training_rows
+from myllm_ray.ops.rollouts import Scored, answer_tokens, packed, training_rows
 from myllm_ray.trainers import self_checks
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.preference import filled, score_tokens
@@ -185,7 +185,7 @@ class OnlineTrainer(BaseTrainer):
             texts = [self.sampler.decode(samples.tokens[i, : samples.lengths[i]].tolist()) for i in chosen]
             columns = self._columns([int(micro["documents"][i // self.group]) for i in chosen])
             values = [reward(prompts, texts, columns) for reward in self.rewards]
-            given[chosen] = torch.tensor(values, dtype=torch.float64, device=self.device).T.reshape(len(chosen), -1)
+            given[chosen] = torch.tensor(values, dtype=torch.float64, device=self.device).view(len(values), len(chosen)).T
         weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64, device=self.device)
         rows.update(function_rewards=given, reward=(given @ weights)[:, None], counted=counted[:, None])
         if log_probs is not None:
@@ -208,9 +208,13 @@ class OnlineTrainer(BaseTrainer):
                 **({r.name: float(v) for r, v in zip(self.rewards, rows["function_rewards"][i], strict=True)} if len(self.rewards) > 1 else {})})
 
     def score(self, model: nn.Module, rows: Micro, entropy: bool = False) -> tuple[TokenScores, Scored]:
-        """Scores of the answers' tokens under a model, at the temperature that they were sampled at."""
-        scored = answer_tokens(rows)
-        return score_tokens(model, rows, scored.predictors, scored.targets, self.sampler.temperature, entropy), scored
+        """Scores of the answers' tokens under a model, at the temperature that they were sampled at. Padding is not computed."""
+        scored, inputs = answer_tokens(rows), rows
+        predictors = scored.predictors
+        if getattr(getattr(model, "module", model), "computes_token_losses", False):  # other models may not keep packed rows apart
+            inputs, starts = packed(rows)
+            predictors = starts[scored.rows] + rows["prompt_lengths"][scored.rows, 0] + scored.steps - 1
+        return score_tokens(model, inputs, predictors, scored.targets, self.sampler.temperature, entropy), scored
 
     def minibatches_of(self, micros: list[Micro]) -> Iterator[list[Micro]]:
         """`epochs` times: the micro-batches in `minibatches` equal parts, those too large for a forward pass cut up."""

@@ -14,7 +14,8 @@ from e2e.test_cli import call
 
 
 def blocks(path: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.S)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / path).read_text(), re.S | re.M)
+    return [text for name, text in found if name == language]
 
 
 @pytest.fixture
@@ -27,12 +28,26 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_readme_commands(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line for block in blocks("README.md", "") for line in block.splitlines() if line.startswith(".venv/bin/myllm-ray")]
-    assert len(lines) == 8
+    assert len(lines) == 10
     for line in lines:
         code, out, err = call(capsys, monkeypatch, *shlex.split(line)[1:])
         assert code == 0, (line, err)
         assert out
     assert (elsewhere / "hf-model" / "config.json").is_file()
+
+
+def test_the_pages_of_preferences_and_rollouts(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their commands, with fewer steps; and the run wired by hand."""
+    done = set()
+    for page in ("docs/preferences.md", "docs/rollouts.md"):
+        for line in blocks(page, "")[0].splitlines():
+            if line not in done:
+                done.add(line)
+                short = ["run.max_steps=4", "evaluation.every_steps=4", "callbacks=[jsonl]"] if " train " in line else []
+                code, _out, err = call(capsys, monkeypatch, *shlex.split(line)[1:], *short)
+                assert code == 0, (line, err)
+    assert (elsewhere / "models" / "brackets-sft" / "config.json").is_file()
+    exec(blocks("docs/preferences.md", "python")[0], {})
 
 
 def test_readme_names_targets_that_exist() -> None:

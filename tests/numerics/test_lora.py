@@ -44,7 +44,7 @@ def test_adapters_change_nothing_at_first() -> None:
 
 def test_the_base_is_the_reference(make_config: MakeConfig) -> None:
     """The same run as with a frozen copy; on DDP and FSDP too. The base stays as it was."""
-    with_copy, switched = run_all(1, [make_config("run.name=copy", LORA, *DPO, "dpo.reference=copy"), make_config("run.name=off", LORA, *DPO)])
+    with_copy, switched = run_all(1, [make_config("run.name=copy", LORA, *DPO, "dpo.reference=copy"), make_config("run.name=switched", LORA, *DPO)])
     assert comparable(switched) == comparable(with_copy)
     assert comparable(switched)[-1]["loss"] < comparable(switched)[0]["loss"]
     found = read_tensors(switched / "checkpoints" / "step-00000005")

@@ -205,7 +205,7 @@ def test_ppo(knobs: dict[str, Any], size: int) -> None:
         returns = [a + float(v) for a, v in zip(advantages, old_values, strict=True)]
         episodes.append((prompt, answer, old, ref, old_values, advantages, returns))
     flat = torch.tensor([a for *_, advantages, _ in episodes for a in advantages], dtype=torch.float64)
-    mean, deviation = (flat.mean().item(), flat.std().item()) if knobs.get("whiten", True) else (0.0, 1.0)
+    mean, deviation = (flat.mean().item(), flat.std().item() + 1e-8) if knobs.get("whiten", True) else (0.0, 1.0)
     total = ZERO
     for prompt, answer, old, ref, old_values, advantages, returns in episodes:
         new, now, entropy = log_prob(policy, prompt, answer, TEMPERATURE), values(policy, prompt, answer), entropies(policy, prompt, answer)
