@@ -156,6 +156,9 @@ class _Online(TrainerConfig):
         if self.room is None or self.room < 1:
             raise ValueError(f"rollout.max_new_tokens={self.rollout.max_new_tokens} leaves no room for a prompt in "
                              f"data.sequence_length={self.data.sequence_length}")
+        if self.run.max_steps is not None and self.run.max_steps % self.steps_per_batch:
+            raise ValueError(f"run.max_steps={self.run.max_steps} is not a multiple of the {self.steps_per_batch} optimizer steps that are made "
+                             "of each batch (epochs × minibatches)")
         if self.rollout.placement == "actors" and self.scaling.most == 0:
             raise ValueError("rollout.placement=actors needs Ray: scaling.workers must be at least 1")
         if self.rollout.placement == "actors" and self.scaling.least != self.scaling.most:

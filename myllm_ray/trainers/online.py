@@ -234,7 +234,9 @@ class OnlineTrainer(BaseTrainer):
     def rollout_metrics(self, micro: Micro) -> MetricPairs:
         """What is told of the answers of a micro-batch."""
         n = micro["counted"].sum()
-        named = {f"rewards/{reward.name}": (micro["function_rewards"][:, i].sum(), n) for i, reward in enumerate(self.rewards)}
+        named: MetricPairs = {f"rewards/{reward.name}": (micro["function_rewards"][:, i].sum(), n) for i, reward in enumerate(self.rewards)}
+        if self.pool is not None:
+            named["rollout_lag"] = (float(self.max_lag), 1.0)
         return {**named, "reward": (micro["reward"].sum(), n), "length": (micro["lengths"].sum(), n),
                 "ended": (micro["ended"].sum(), n), "tokens": (micro["lengths"].sum() + micro["prompt_lengths"].sum(), 1.0),
                 "reward_failures": (float(sum(reward.failures for reward in self.rewards)), 1.0)}

@@ -237,6 +237,18 @@ def test_the_divergence_is_steered_to_its_target() -> None:
     assert other.kl_weight == trainer.kl_weight
 
 
+def test_rewards_are_weighted_and_told_apart() -> None:
+    questions, answers, rewards = made_up(24, 2, 2)
+    trainer = GRPOTrainer(tiny(24), sampler=Scripted(answers, LONGEST), rewards=[Given(rewards, "a", 2.0), Given([1.0, 0, 0, 1.0], "b", -0.5)],
+                          group_size=2)
+    (micro,) = next(trainer.expand(cut(questions, 2)))
+    assert micro["reward"][:, 0].tolist() == pytest.approx([2 * r - 0.5 * b for r, b in zip(rewards, [1, 0, 0, 1], strict=True)])
+    metrics = trainer.train_step(micro).metrics
+    assert float(metrics["rewards/a"][0]) == pytest.approx(sum(rewards))
+    assert (float(metrics["rewards/b"][0]), int(metrics["rewards/b"][1])) == (2.0, 4)
+    assert [s["a"] for s in trainer.samples] == pytest.approx(rewards)
+
+
 def test_rows_that_fill_up_count_for_nothing() -> None:
     questions, answers, rewards = made_up(19, 3, 2)
     results = []

@@ -32,6 +32,7 @@ def drain(where: Place, node: Any) -> None:
     assert ray is not None
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
     """1 -> 2 -> 1 workers in one run: a node joins, and is drained. No checkpoint but those of the changes; none repeated."""

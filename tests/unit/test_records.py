@@ -146,7 +146,8 @@ def test_prompts_carry_their_fields(make_config: MakeConfig) -> None:
     (("trainer=grpo", "grpo.reward=nowhere:fn", "rollout.max_new_tokens=4", "data.train.format=prompt"), "no module 'nowhere'"),
     (("trainer=grpo", "grpo.reward=helpers:half", "rollout.max_new_tokens=24"), "leaves no room for a prompt in data.sequence_length=24"),
     (("trainer=grpo", "grpo={reward: 'helpers:half', minibatches: 3}", "rollout.max_new_tokens=4"), "can't be cut into 3 minibatches"),
-    (("trainer=ppo", "ppo.reward_model=/nowhere", "rollout.max_new_tokens=4", "data.train.format=prompt"), "no folder '/nowhere'"),
+    (("trainer=ppo", "ppo={reward: 'helpers:half', epochs: 4}", "rollout.max_new_tokens=4"), "run.max_steps=6 is not a multiple of the 4"),
+    (("trainer=ppo", "ppo.epochs=2", "ppo.reward_model=/nowhere", "rollout.max_new_tokens=4", "data.train.format=prompt"), "no folder '/nowhere'"),
 ])
 def test_what_does_not_fit_is_told(make_config: MakeConfig, tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
     path = tmp_path / "pairs.json"
