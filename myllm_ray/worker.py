@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,14 @@ def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
-def run_local(config: TrainerConfig) -> dict[str, Any]:
-    """Train in this very process, without Ray; returns the summary of `run_worker`."""
+def run_local(config: TrainerConfig, callbacks: Sequence[Callback] | None = None,
+              services: Callable[[TrainerConfig, PreparedData], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """Train in this very process, without Ray; returns the summary of `run_worker`.
+
+    Args:
+        callbacks: default: the config's.
+        services: makes what the roles may use (see `roles_of`).
+    """
     config = absolute(config)
     check_names(config)
     torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
@@ -74,11 +80,11 @@ def run_local(config: TrainerConfig) -> dict[str, Any]:
     folder = folder_of(config)
     try:
         with stop_on_signals(lambda name: request(folder, "stop", name)):
-            summary = run_worker(config, prepared)
-            while summary["rewound"]:
+            while True:
+                summary = run_worker(config, prepared, callbacks=callbacks, services=services(config, prepared) if services else None)
+                if not summary["rewound"]:
+                    return summary
                 log.warning("%s", summary["left"])
-                summary = run_worker(config, prepared)
-        return summary
     finally:
         remove(folder)
 
@@ -118,7 +124,7 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
 
     Returns:
         `step`, `metrics` (the last that were logged), `folder`, `checkpoint` (the newest); `left`: why the run was left before
-        its end, or None; `rewound`: to go on at once, from the checkpoint before a bad step.
+        its end, or None; `rewound`: to go on at once, from the checkpoint before a bad step; `abandoned`: left without saving.
     """
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     accelerator.setup()
@@ -150,7 +156,8 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
         pulse.close()
     newest = checkpoints.all()
     return {"step": state.step, "metrics": engine.metrics, "folder": state.folder,
-            "checkpoint": str(newest[-1]) if newest else None, "left": state.left, "rewound": state.rewound}
+            "checkpoint": str(newest[-1]) if newest else None, "left": state.left, "rewound": state.rewound,
+            "abandoned": state.abandoned}
 
 
 def _pulse(config: TrainerConfig, watched: dict[str, Any] | None) -> Pulse:

@@ -163,16 +163,21 @@ class RunState:
     folder: str | None = None
     is_main: bool = True
     requests: dict[str, str] = field(default_factory=dict)
-    """Open requests: `save`, `evaluate` and `stop` of callbacks, and `leave` from outside, each with its reason."""
+    """Open requests: `save`, `evaluate`, `stop` and `abandon` of callbacks, and `leave` from outside, each with its reason."""
     left: str | None = None
     """Why the run was left before its end, to go on from its newest checkpoint; None where it has ended."""
     rewound: bool = False
     """It was left because of a bad step: to go on at once, from the checkpoint before it."""
+    abandoned: bool = False
+    """It was left because nobody wants it any more: no checkpoint was saved."""
 
     def request(self, what: str, reason: str = "") -> None:
-        """Ask the engine to `save`, `evaluate` or `stop` after this step. All ranks follow when one asks."""
-        if what not in ("save", "evaluate", "stop"):
-            raise ValueError(f"a callback can request save, evaluate or stop, not {what!r}")
+        """Ask the engine to `save`, `evaluate` or `stop` after this step, or to `abandon` the run: to end without saving.
+
+        All ranks follow when one asks.
+        """
+        if what not in ("save", "evaluate", "stop", "abandon"):
+            raise ValueError(f"a callback can request save, evaluate, stop or abandon, not {what!r}")
         self.requests[what] = reason
 
 

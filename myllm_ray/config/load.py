@@ -101,24 +101,29 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+    set_key(raw, key, value, f"override {override!r}")
+
+
+def set_key(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set the dotted key `a.b.c` in place; list items are reached by their number."""
     *parents, last = key.split(".")
     target: Any = raw
     for part in parents:
         if isinstance(target, list):
-            target = target[_item(target, part, override)]
+            target = target[_item(target, part, where)]
             continue
         if not isinstance(target.get(part), (dict, list)):
             target[part] = {}
         target = target[part]
     if isinstance(target, list):
-        target[_item(target, last, override)] = value
+        target[_item(target, last, where)] = value
     else:
         target[last] = value
 
 
-def _item(items: list[Any], part: str, override: str) -> int:
+def _item(items: list[Any], part: str, where: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"override {override!r}: {part!r} is not the number of a list item (0 to {len(items) - 1})")
+        raise ConfigError(f"{where}: {part!r} is not the number of a list item (0 to {len(items) - 1})")
     return int(part)
 
 

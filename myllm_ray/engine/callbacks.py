@@ -13,10 +13,12 @@ The order of events, every one on every rank unless the class says `main_only`:
             on_log(state, metrics)                 # every logging.every_steps; reduced over ranks, evaluation included
         on_checkpoint(state, folder)               # every checkpoint.every_steps, or on request
         on_epoch_end(state)
+        on_batch_end(state)                        # all that belongs to the batch is logged and saved
     on_train_end(state)  or  on_exception(state, error)
     close()                                        # always
 
-`state.request("save" | "evaluate" | "stop", reason)` is followed by all ranks when one rank asks.
+`state.request("save" | "evaluate" | "stop", reason)` is followed by all ranks when one rank asks: before the step ends if it
+asks in on_step_end or on_evaluate, at the end of the next one if it asks in on_log. `abandon` ends the run without a checkpoint.
 """
 
 from __future__ import annotations
@@ -53,6 +55,13 @@ class Callback:
 
     def on_epoch_end(self, state: RunState) -> None: ...
 
+    def decides(self, state: RunState) -> bool:
+        """Whether on_batch_end, which follows at once, may ask for something that all ranks shall follow at once. Every rank must
+        give the same answer."""
+        return False
+
+    def on_batch_end(self, state: RunState) -> None: ...
+
     def on_train_end(self, state: RunState) -> None: ...
 
     def on_exception(self, state: RunState, error: BaseException) -> None: ...
@@ -75,6 +84,9 @@ class CallbackList:
     def emit(self, event: str, state: RunState, *payload: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(state, *payload)
+
+    def decide(self, state: RunState) -> bool:
+        return any([callback.decides(state) for callback in self.callbacks])
 
     def close(self) -> None:
         for callback in self.callbacks:

@@ -66,6 +66,8 @@ class TrainerEngine:
         self._callbacks = tuple(callbacks)
         self._saved_step = -1
         self._skipped_steps = 0
+        self._heard: set[str] = set()
+        """Requests that all ranks know of: what only one of them has asked for is not followed yet."""
         self._bad: str | None = None
         """What was wrong with the last step, so that it was left out."""
 
@@ -110,11 +112,11 @@ class TrainerEngine:
                 if self.state.step == 0:
                     self.trainer.check(batch)
                 self._train_batch(batch)
-                if self.state.left is not None or "stop" in self.state.requests:
+                if self.state.left is not None or "stop" in self._heard:
                     break
                 self.pulse.enter("data", self.state.step + 1)
-            # A run that is left saves where it stands; one that goes back to an earlier checkpoint must not.
-            wanted = self.settings.save_at_end if self.state.left is None else not self.state.rewound
+            # A run that is left saves where it stands; one that goes back to an earlier checkpoint, or is given up, must not.
+            wanted = self.settings.save_at_end if self.state.left is None else not (self.state.rewound or self.state.abandoned)
             if self.checkpoints and wanted and self._saved_step != self.state.step:
                 self.save()
             self.pulse.enter("end", self.state.step)
@@ -159,12 +161,17 @@ class TrainerEngine:
             started = time.perf_counter()
         self.samples.write(first, self.state.step, self.trainer.samples)
         self.state.position = batch.next
-        if "leave" in self.state.requests and self.state.step < self.state.total_steps:
-            self.state.left = self.state.requests["leave"]
         if self._due(self.settings.save_every, "save", first) and self.checkpoints:
             self.save()
         if batch.next.epoch != batch.position.epoch:
             self.callbacks.emit("on_epoch_end", self.state)
+        decided = self.callbacks.decide(self.state)
+        self.callbacks.emit("on_batch_end", self.state)
+        if decided:
+            self._agree(0)
+        for name in {"leave", "abandon"} & self._heard:
+            if self.state.step < self.state.total_steps:
+                self.state.left, self.state.abandoned = self.state.requests[name], name == "abandon"
 
     def training_step(self, micros: list[Micro]) -> tuple[StepResult, MetricSum]:
         """One optimizer step: the loss is summed over micro-batches and ranks and divided once, by the global weight."""
@@ -292,7 +299,10 @@ class TrainerEngine:
 
     def _due(self, every: int | None, request: str, since: int | None = None) -> bool:
         """Whether a multiple of `every` steps was reached, in this step or in one after `since`; or it was asked for."""
-        asked = self.state.requests.pop(request, None) is not None
+        asked = request in self._heard
+        if asked:
+            self._heard.discard(request)
+            self.state.requests.pop(request, None)
         since = self.state.step - 1 if since is None else since
         return asked or bool(every and self.state.step // every > since // every)
 
@@ -301,7 +311,7 @@ class TrainerEngine:
 
         A checkpoint that failed in the background of one rank ends the run on all, at the same step.
         """
-        names = ("save", "evaluate", "stop", "leave")
+        names = ("save", "evaluate", "stop", "leave", "abandon")
         if self.pulse.leave is not None:
             self.state.requests["leave"] = self.pulse.leave
         failed = self.checkpoints is not None and self.checkpoints.failed
@@ -312,6 +322,7 @@ class TrainerEngine:
             raise CheckpointError("another rank could not write its part of the checkpoint; its own message says why")
         for name, count in zip(names, asked, strict=True):
             if count:
+                self._heard.add(name)
                 self.state.requests.setdefault(name, "asked for by another rank")
         return total
 

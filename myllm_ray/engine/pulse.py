@@ -3,6 +3,7 @@
     <run>/.pulse/rank-00001.json    {"beat": 17, "step": 8, "phase": "forward", "seconds": 0.4, "waits": false, ...}
     <run>/.pulse/stop, leave        why the run shall save and end: for good (a signal, `myllm-ray stop`), or to go on at
                                     once (another number of workers)
+    <run>/.pulse/abandon            why nobody wants a sweep's trial any more (orchestration/sweeps/desk.py)
     <run>/.pulse/stacks-<id>        every rank shall write the stacks of its threads to <run>/stacks/<id>/rank-00001.txt
 
 A thread writes and reads about once a second, so a rank that hangs still says in which phase; one that is stopped
@@ -42,10 +43,10 @@ def request(run: str | Path, name: str, text: str) -> None:
     write_atomic(pulse_folder(run) / name, text)
 
 
-def asked_to_stop(run: str | Path) -> str | None:
-    """The reason given by whoever asked the run to stop, or None."""
+def asked(run: str | Path, name: str = "stop") -> str | None:
+    """The reason given by whoever asked the run to stop (or for what else `name` says), or None."""
     try:
-        return (pulse_folder(run) / "stop").read_text(encoding="utf-8")
+        return (pulse_folder(run) / name).read_text(encoding="utf-8")
     except OSError:
         return None
 

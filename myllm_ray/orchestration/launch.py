@@ -6,11 +6,14 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.load import load_config, validate
 from myllm_ray.config.schema import TrainerConfig
+
+if TYPE_CHECKING:
+    from myllm_ray.data.prepare import PreparedData
 
 log = logging.getLogger(__name__)
 
@@ -73,29 +76,42 @@ def train(config: TrainerConfig | Mapping[str, Any] | str | Path, overrides: Ite
     return RunResult(history=history, **{k: summary[k] for k in ("folder", "step", "metrics", "checkpoint", "left")})
 
 
+def make_ready(config: TrainerConfig, map_units: Any = map) -> tuple[TrainerConfig, PreparedData]:
+    """Everything before workers start: names looked up, data prepared, the model built without memory, the folder claimed.
+
+    Returns:
+        The config with absolute paths, and its data.
+    """
+    from myllm_ray.data.prepare import prepare
+    from myllm_ray.engine.run_folder import claim
+    from myllm_ray.orchestration.failures import clearly
+    from myllm_ray.worker import absolute, check_model, check_names
+
+    config = absolute(config)
+    check_names(config)
+    prepared: PreparedData = clearly(lambda: prepare(config, map_units))
+    check_model(config, prepared)
+    claim(config, prepared.identity)
+    return config, prepared
+
+
 def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     import ray
 
-    from myllm_ray.data.prepare import prepare
-    from myllm_ray.engine.run_folder import claim
     from myllm_ray.orchestration import session  # sets what Ray reads when it is imported
-    from myllm_ray.orchestration.channel import DriverDisplay
-    from myllm_ray.orchestration.failures import clearly
+    from myllm_ray.orchestration.channel import DriverDisplay, ForwardCallback
     from myllm_ray.orchestration.ray_data import map_units
     from myllm_ray.orchestration.supervisor import Supervisor
-    from myllm_ray.worker import absolute, build_callbacks, check_model, check_names
+    from myllm_ray.worker import build_callbacks, check_names
 
-    config = absolute(config)
     check_names(config)
     log.info("connecting to Ray")
     started = session.connect(config, verbose)
     try:
-        prepared = clearly(lambda: prepare(config, map_units))
-        check_model(config, prepared)
-        claim(config, prepared.identity)
+        config, prepared = make_ready(config, map_units)
         shown = [c for c in build_callbacks(config) if c.on_driver]
         with DriverDisplay(shown) as display:
-            return Supervisor(config, prepared, display.queue).run()
+            return Supervisor(config, prepared, [ForwardCallback(display.queue)]).run()
     finally:
         if started:
             ray.shutdown()

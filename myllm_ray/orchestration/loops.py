@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from myllm_ray.data.prepare import PreparedData
 
 LAUNCHED = "myllm_ray.launched"
-"""Key under which `train(config)` puts what it has made ready: {"prepared": PreparedData, "queue": actor handle,
-"start": checkpoint to go on from, or None}."""
+"""Key under which `train(config)` puts what it has made ready: {"prepared": PreparedData, "callbacks": of the worker,
+besides the config's, "start": checkpoint to go on from, or None}."""
 
 
 def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +31,6 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     import ray.train
     import torch
 
-    from myllm_ray.orchestration.channel import ForwardCallback
     from myllm_ray.orchestration.pools import services
     from myllm_ray.orchestration.ray_data import RayStream
     from myllm_ray.worker import absolute, build_callbacks, run_worker
@@ -48,7 +47,7 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     own = [c for c in build_callbacks(parsed) if not c.on_driver]
     stream = RayStream(prepared.train, ray.train.get_dataset_shard("train"))
     start = Path(launched["start"]) if launched["start"] else None
-    return run_worker(parsed, prepared, stream, [*own, ForwardCallback(launched["queue"])], start,
+    return run_worker(parsed, prepared, stream, [*own, *launched["callbacks"]], start,
                       watched={"node": ray.get_runtime_context().get_node_id()},
                       services=services(parsed, prepared))
 

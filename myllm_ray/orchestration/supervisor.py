@@ -20,6 +20,7 @@ import shutil
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,8 +33,9 @@ from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import Position
 from myllm_ray.config.errors import TrainingError, UserError
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpoint import read_manifest
-from myllm_ray.engine.pulse import asked_to_stop, clear, read_beats, remove, request
+from myllm_ray.engine.pulse import asked, clear, read_beats, remove, request
 from myllm_ray.engine.run_folder import folder_of, resume_point
 from myllm_ray.engine.watch import Lag, Watch
 from myllm_ray.orchestration.cluster import draining_nodes, kill_process, worker_resources, workers_that_fit
@@ -60,11 +62,11 @@ class Supervisor:
     Args:
         config: with absolute paths.
         prepared: its data.
-        queue: the channel to the driver's display.
+        callbacks: for the workers, besides those of the config that belong there; they are pickled.
     """
 
-    def __init__(self, config: TrainerConfig, prepared: PreparedData, queue: Any):
-        self.config, self.prepared, self.queue = config, prepared, queue
+    def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback]):
+        self.config, self.prepared, self.callbacks = config, prepared, callbacks
         self.folder = folder_of(config)
         self.failures = 0
         self._attempts = JSONLines(self.folder / "attempts.jsonl", keep=lambda row: True)
@@ -79,7 +81,7 @@ class Supervisor:
             with stop_on_signals(self._ask_to_stop):
                 while True:
                     summary = self._attempt()
-                    if summary is not None and (summary["left"] is None or asked_to_stop(self.folder) is not None):
+                    if summary is not None and (summary["left"] is None or summary["abandoned"] or asked(self.folder) is not None):
                         return summary
         finally:
             self._attempts.close()
@@ -96,10 +98,10 @@ class Supervisor:
         step = int(read_manifest(start)["step"]) if start else 0
         if workers == 0:  # asked to stop while no workers were there: nothing to save
             return {"step": step, "metrics": {}, "folder": str(self.folder), "checkpoint": str(start) if start else None,
-                    "left": asked_to_stop(self.folder), "rewound": False}
+                    "left": asked(self.folder), "rewound": False, "abandoned": False}
         clear(self.folder)
         log.info("starting %d worker%s%s", workers, "s" * (workers > 1), f", from step {step}" if step else "")
-        group = _Group(self.config, self.prepared, self.queue, workers, start)
+        group = _Group(self.config, self.prepared, self.callbacks, workers, start)
         try:
             lag = self._watch(group, workers)
         except BaseException:
@@ -143,8 +145,8 @@ class Supervisor:
     def _wait_for_room(self) -> int:
         """Until the cluster has room for the run; then the number of workers. 0: somebody has asked to stop."""
         said = -_SAY_SECONDS
-        while asked_to_stop(self.folder) is not None or (workers := workers_that_fit(self.config)) == 0:
-            if asked_to_stop(self.folder) is not None:
+        while asked(self.folder) is not None or (workers := workers_that_fit(self.config)) == 0:
+            if asked(self.folder) is not None:
                 return 0
             if time.monotonic() - said >= _SAY_SECONDS:
                 said = time.monotonic()
@@ -191,11 +193,11 @@ class Supervisor:
 class _Group:
     """One TorchTrainer, running in a thread so that the main thread can watch, and hear Ctrl-C."""
 
-    def __init__(self, config: TrainerConfig, prepared: PreparedData, queue: Any, workers: int, start: Path | None):
+    def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], workers: int, start: Path | None):
         self.summary: dict[str, Any] = {}
         self.failure: Failure | None = None
         self._folder = folder_of(config)
-        self._trainer = _trainer(config, prepared, queue, workers, start)
+        self._trainer = _trainer(config, prepared, callbacks, workers, start)
         self._thread = threading.Thread(target=self._fit, name="myllm-ray-fit", daemon=True)
         self._thread.start()
 
@@ -226,7 +228,7 @@ class _Group:
             self._thread.join(20)
 
 
-def _trainer(config: TrainerConfig, prepared: PreparedData, queue: Any, workers: int, start: Path | None) -> TorchTrainer:
+def _trainer(config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], workers: int, start: Path | None) -> TorchTrainer:
     scaling = config.scaling
 
     def remaining() -> ray.data.Dataset:
@@ -237,7 +239,7 @@ def _trainer(config: TrainerConfig, prepared: PreparedData, queue: Any, workers:
         total = config.run.max_steps or batches * per_batch
         return build_dataset(prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]) // per_batch)
 
-    launched = {"prepared": prepared, "queue": queue, "start": str(start) if start else None}
+    launched = {"prepared": prepared, "callbacks": list(callbacks), "start": str(start) if start else None}
     # Ray's own state has a name of its own at every start: a name used before would silently resume from Ray's records.
     return TorchTrainer(
         cast(Any, train_loop), train_loop_config={**config.model_dump(mode="json"), LAUNCHED: launched},

@@ -59,7 +59,7 @@ def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT", "command"])
-def test_a_run_that_is_asked_to_stop_saves_first(tmp_path: Path, how: str, make_config: MakeConfig,
+def test_a_run_that_is_asked_saves_first(tmp_path: Path, how: str, make_config: MakeConfig,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 75, and the same run in the end; in this process (0 workers), and once on Ray."""
     on_ray = how == "SIGTERM"
