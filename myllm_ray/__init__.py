@@ -33,6 +33,8 @@ _PUBLIC = {
     "UserError": "myllm_ray.config.errors",
     "load_config": "myllm_ray.config.load",
     "train": "myllm_ray.orchestration.launch",
+    "sweep": "myllm_ray.orchestration.sweeps.sweep",
+    "load_sweep": "myllm_ray.config.sweep",
     "pretrain_loop": "myllm_ray.orchestration.loops",
     **{f"{name}_loop": "myllm_ray.orchestration.loops" for name in ("sft", "reward", "dpo", "ppo", "grpo")},
 }

@@ -1,4 +1,4 @@
-"""The command line: `myllm-ray train | data | verify | doctor | sample | export | submit | schema`.
+"""The command line: `myllm-ray train | sweep | data | verify | doctor | sample | export | submit | schema`.
 
 Errors that are the user's to fix are one line on standard error and exit code 2.
 """
@@ -57,6 +57,27 @@ def train(config: Config, overrides: Overrides = None,
     if result.left is not None:
         out.print(f"stopped before its end ({result.left}); to go on: the same command with checkpoint.resume=auto")
         sys.exit(EXIT_LEFT)
+
+
+@app.command()
+def sweep(file: Annotated[Path, typer.Argument(help="a sweep's YAML or JSON file")], overrides: Overrides = None,
+          resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted sweep; what has ended stays")] = False,
+          verbose: Annotated[bool, typer.Option("--verbose", help="show Ray's own logs")] = False) -> None:
+    """Search for the best values of some keys of a config, many runs at a time."""
+    from myllm_ray.config.sweep import load_sweep
+    from myllm_ray.orchestration.sweeps.sweep import sweep as run
+
+    try:
+        result = run(load_sweep(file, overrides or []), resume=resume, verbose=verbose)
+    except KeyboardInterrupt:
+        print("stopped at once; trials that have ended are kept (--resume goes on)", file=sys.stderr)
+        sys.exit(130)
+    out.print(result.summary())
+    if result.best_yaml is not None:
+        out.print(f"train it again: myllm-ray train {result.best_yaml}; all trials: {result.folder}/report.html")
+    if result.left is not None:
+        out.print(f"ended early ({result.left}); to go on: the same command with --resume")
+        sys.exit(0 if result.left.startswith("budget") else EXIT_LEFT)
 
 
 @app.command()

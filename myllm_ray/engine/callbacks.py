@@ -86,7 +86,7 @@ class CallbackList:
             getattr(callback, event)(state, *payload)
 
     def decide(self, state: RunState) -> bool:
-        return any([callback.decides(state) for callback in self.callbacks])
+        return any(callback.decides(state) for callback in self.callbacks)
 
     def close(self) -> None:
         for callback in self.callbacks:

@@ -53,7 +53,7 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
     if resume != "auto" and used and not config.run.overwrite:
         raise ConfigError(f"{folder} holds an earlier run: checkpoint.resume=auto continues it, another run.name starts "
                           "beside it, run.overwrite=true replaces it")
-    start = _given(resume) if resume not in ("auto", "never") else manager.latest() if resume == "auto" else None
+    start = resume_source(resume) if resume not in ("auto", "never") else manager.latest() if resume == "auto" else None
     if start is not None:
         check_same_run(start, config, identity)
         if folder.resolve() in start.resolve().parents and resume != "auto":
@@ -90,7 +90,7 @@ def resume_point(config: TrainerConfig) -> Path | None:
     own = checkpoints_of(config).latest()
     if own is not None:
         return own
-    return _given(config.checkpoint.resume) if config.checkpoint.resume not in ("auto", "never") else None
+    return resume_source(config.checkpoint.resume) if config.checkpoint.resume not in ("auto", "never") else None
 
 
 def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
                                   "means nothing any more; undo the change, or start a new run (run.name)")
 
 
-def _given(resume: str) -> Path:
+def resume_source(resume: str) -> Path:
     """A checkpoint folder, or the newest checkpoint of a run's folder."""
     path = Path(resume)
     if (path / "checkpoints").is_dir():

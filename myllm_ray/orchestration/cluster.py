@@ -63,18 +63,28 @@ def workers_that_fit(config: TrainerConfig, placed: Iterable[str] = ()) -> int:
     placed = list(placed)
     staying = sum(node not in leaving for node in placed)
     free = [has for node, has in state.available_resources_per_node().items() if node not in leaving]
-    slots = sum(_slots(has, need) for has in free)
+    room = slots(free, need)
     cpus = sum(has.get("CPU", 0.0) for has in free)
     for count in reversed(config.worker_counts()):
         more = max(0, count - staying)
-        enough = more <= slots and (cpus >= cpus_needed(config, more) or (more == 0 and staying == len(placed) > 0))
+        enough = more <= room and (cpus >= cpus_needed(config, more) or (more == 0 and staying == len(placed) > 0))
         if enough:
             return count
     return 0
 
 
-def _slots(has: Mapping[str, float], need: Mapping[str, float]) -> int:
-    return min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in need.items() if amount)
+def slots(nodes: Iterable[Mapping[str, float]], need: Mapping[str, float]) -> int:
+    """How often `need` fits into what the nodes have."""
+    return sum(min(int(has.get(name, 0.0) / amount + 1e-6) for name, amount in need.items() if amount) for has in nodes)
+
+
+def remove_group(identity: str) -> None:
+    """Remove a placement group by its id (hex), and with it what runs in it, if it is still there."""
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    if placement_group_table().get(identity, {}).get("state", "REMOVED") != "REMOVED":
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(identity))))
 
 
 def kill_process(beat: Mapping[str, Any]) -> None:

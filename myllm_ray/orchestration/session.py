@@ -23,8 +23,11 @@ import ray
 from myllm_ray.orchestration.cluster import check_size, cpus_needed
 
 
-def connect(config: TrainerConfig, verbose: bool = False) -> bool:
+def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = None) -> bool:
     """Be connected to Ray: to the cluster of `RAY_ADDRESS` (every `ray job` has one), else to a new local one.
+
+    Args:
+        cpus: that a new local one needs at least; default: for one run of the config.
 
     Returns:
         Whether a local Ray was started here, which the caller shuts down.
@@ -37,8 +40,9 @@ def connect(config: TrainerConfig, verbose: bool = False) -> bool:
         address = os.environ.get("RAY_ADDRESS")
         options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
         if not address:
+            least = math.ceil(cpus_needed(config, config.scaling.most) if cpus is None else cpus)
             # More logical CPUs than cores: a laptop with 2 cores can hold 2 workers and the data tasks beside them.
-            options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, math.ceil(cpus_needed(config, config.scaling.most))),
+            options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, least),
                         "include_dashboard": False, "runtime_env": {"env_vars": _worker_environment()}}
             started = True
         try:
@@ -48,7 +52,8 @@ def connect(config: TrainerConfig, verbose: bool = False) -> bool:
     if not verbose:
         for name in ("ray.train", "ray.data", "ray.tune", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    check_size(config)
+    if cpus is None:
+        check_size(config)
     return started
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 
@@ -55,7 +55,7 @@ class RemoteDesk:
     """A desk in an actor; picklable, for the workers of a trial."""
 
     def __init__(self, folder: str):
-        self._actor: Any = ray.remote(num_cpus=0, max_concurrency=4)(Desk).remote(folder)
+        self._actor: Any = cast(Any, ray).remote(num_cpus=0, max_concurrency=4)(Desk).remote(folder)
 
     def report(self, step: int, metrics: dict[str, float]) -> str:
         return str(ray.get(self._actor.report.remote(step, metrics)))

@@ -73,8 +73,7 @@ def build_scheduler(sweep: SweepConfig, steps: int, every: int, earlier: Iterabl
     elif options.name == "hyperband":
         scheduler = HyperBandScheduler(time_attr="report", max_t=max(1, math.ceil(steps / every)), reduction_factor=options.reduction_factor)
     elif options.name == "median":
-        # Without time slices: Tune would pause trials, which then would need checkpoints.
-        scheduler = MedianStoppingRule(time_attr="step", grace_period=grace_steps(sweep, steps), min_time_slice=10**12)
+        scheduler = _Median(time_attr="step", grace_period=grace_steps(sweep, steps))
     elif options.name == "pbt":
         return SeededPBT(sweep, every)
     else:
@@ -84,6 +83,13 @@ def build_scheduler(sweep: SweepConfig, steps: int, every: int, earlier: Iterabl
         for row in earlier:
             _replay(scheduler, row)
     return scheduler
+
+
+class _Median(MedianStoppingRule):
+    """Goes on while there is too little to compare with. Tune's own pauses trials then, which would cost each of them a checkpoint."""
+
+    def _on_insufficient_samples(self, tune_controller: Any, trial: TuneTrial, time: float) -> str:
+        return TrialScheduler.CONTINUE
 
 
 class _Earlier:
@@ -147,27 +153,27 @@ class SeededPBT(PopulationBasedTraining):
             return
         lower, upper = self._quantiles()
         for member in [*upper, *(t for t in others if t not in upper and t not in lower), *lower]:
-            self._trial_state[member].last_perturbation_time = due
+            self._trial_state[member].last_perturbation_time = int(due)
             self._checkpoint_or_exploit(member, controller, upper, lower)
         self._next_perturbation_sync = max(due + self._perturbation_interval, *(self._trial_state[t].last_train_time for t in others))
 
 
-def explore(sweep: SweepConfig, key: str, value: Any, number: int, step: int) -> Any:
-    """A value near one that did well, for trial `number` at an exchange at `step`."""
-    dimension, rng = sweep.space[key], generator("pbt explore", sweep.seed, key, number, step)
+def explore(sweep: SweepConfig, key: str, value: Any, number: int, at: int) -> Any:
+    """A value near one that did well, for trial `number` at an exchange at step `at`."""
+    dimension, rng = sweep.space[key], generator("pbt explore", sweep.seed, key, number, at)
     if rng.random() < sweep.scheduler.resample:
-        return draw(sweep, key, number, step)
+        return draw(sweep, key, number, at)
     up = rng.random() < 0.5
     if dimension.kind == "choice":
-        at = dimension.values.index(value) + (1 if up else -1)
-        return dimension.values[min(max(at, 0), len(dimension.values) - 1)]
+        place = dimension.values.index(value) + (1 if up else -1)
+        return dimension.values[min(max(place, 0), len(dimension.values) - 1)]
     low, high = dimension.values[:2]
     changed = min(max(value * (1.2 if up else 0.8), low), high)
     if dimension.kind == "randint":
         return min(round(changed), high - 1)
     if dimension.kind == "quniform":
-        step_size = dimension.values[2]
-        return float(round(changed / step_size) * step_size)
+        step = dimension.values[2]
+        return float(round(changed / step) * step)
     return float(f"{changed:.4g}")
 
 

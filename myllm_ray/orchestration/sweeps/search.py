@@ -23,13 +23,14 @@ class OptunaTrials(Searcher):
 
     def __init__(self, sweep: SweepConfig, numbers: Sequence[int], earlier: Sequence[dict[str, Any]]):
         super().__init__(metric=SCORE, mode=sweep.mode)
-        require("optuna", "search", "search: optuna")
+        require("optuna", "myllm_ray[search]", "search: optuna")
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         known = [row for row in earlier if row["score"] is not None]
-        self._inner = OptunaSearch({key: domain_of(d) for key, d in sweep.space.items()}, metric=SCORE, mode=sweep.mode,
+        space: Any = {key: domain_of(d) for key, d in sweep.space.items()}
+        self._inner = OptunaSearch(space, metric=SCORE, mode=sweep.mode,
                                    sampler=optuna.samplers.TPESampler(seed=sweep.seed, n_startup_trials=min(10, max(1, trials_of(sweep) // 3))),
                                    points_to_evaluate=[row["values"] for row in known] or None,
                                    evaluated_rewards=[row["score"] for row in known] or None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from ray import tune
@@ -20,9 +20,8 @@ _TRIALS = 10
 def domain_of(dimension: Dimension) -> sample.Domain:
     """Tune's distribution of a key."""
     if dimension.kind in ("choice", "grid"):
-        return tune.choice(dimension.values)
-    made: sample.Domain = getattr(tune, dimension.kind)(*dimension.values)
-    return made
+        return cast(sample.Domain, tune.choice(dimension.values))
+    return cast(sample.Domain, getattr(tune, dimension.kind)(*dimension.values))
 
 
 def draw(sweep: SweepConfig, key: str, *where: int) -> Any:

@@ -35,7 +35,7 @@ from myllm_ray.config.sweep import SweepConfig, run_config
 from myllm_ray.engine.pulse import remove, request
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of
 from myllm_ray.orchestration.failures import explain
-from myllm_ray.orchestration.sweeps.desk import ABANDON, GO_ON, Desk, RemoteDesk, TrialReporter
+from myllm_ray.orchestration.sweeps.desk import ABANDON, GO_ON, PLACEMENT_GROUP, Desk, RemoteDesk, TrialReporter
 
 log = logging.getLogger(__name__)
 SCORE = "score"
@@ -81,6 +81,7 @@ def config_of(shared: Shared, number: int, values: dict[str, Any]) -> TrainerCon
         config.scaling.workers = 0
     if shared.checkpointed:
         config.checkpoint.every_steps, config.checkpoint.async_, config.checkpoint.at_end = shared.every, False, True
+        config.checkpoint.keep_last = max(2, config.checkpoint.keep_last or 2)  # others take over from the last but one, too
     return config
 
 
@@ -292,6 +293,7 @@ class _WorkerGroup(_Run):
 
     def close(self) -> None:
         super().close()
+        (self._folder / PLACEMENT_GROUP).unlink(missing_ok=True)
         try:
             self._desk.close()
         except ray.exceptions.RayError as error:

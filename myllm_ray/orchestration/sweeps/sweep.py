@@ -1,0 +1,227 @@
+"""`sweep(...)`: many runs of one config with other values, in Ray Tune; from its file to `best.yaml`, in a visible order.
+
+Tune decides which trial runs when, and which is stopped. What it decides from, and what came of it, stands in the sweep's
+own folder (`results.py`), so an interrupted sweep goes on from there: Tune's own snapshots are not used.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray import tune
+
+from myllm_ray.common.files import read_jsonl
+from myllm_ray.common.signals import stop_on_signals
+from myllm_ray.config.errors import ConfigError, UserError
+from myllm_ray.config.load import read_file, validate
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.sweep import CHECKPOINTED, SweepConfig, run_config, validate_sweep
+from myllm_ray.data.prepare import PreparedData, prepare
+from myllm_ray.engine.run_folder import resume_source
+from myllm_ray.orchestration import session
+from myllm_ray.orchestration.cluster import check_size, cpus_needed, slots, worker_resources
+from myllm_ray.orchestration.failures import clearly
+from myllm_ray.orchestration.ray_data import map_units
+from myllm_ray.orchestration.sweeps.display import SweepDisplay
+from myllm_ray.orchestration.sweeps.follow import Budget, Follow, remove_leftover
+from myllm_ray.orchestration.sweeps.report import write_report
+from myllm_ray.orchestration.sweeps.results import Row, SweepFolder, SweepResult, result_of
+from myllm_ray.orchestration.sweeps.schedule import build_scheduler, report_interval
+from myllm_ray.orchestration.sweeps.search import OptunaTrials, limited
+from myllm_ray.orchestration.sweeps.space import dimensions_from, plan, trials_of
+from myllm_ray.orchestration.sweeps.trial import Shared, Trial, in_process, name_of
+from myllm_ray.worker import absolute, check_model, check_names
+
+log = logging.getLogger(__name__)
+_DATA = ("data.", "tokenizer.", "batch.", "run.seed")
+"""Keys that decide what the prepared data is."""
+_HEAD = "node:__internal_head__"
+_OF_OTHERS = 0.002
+"""Of the head's resource, for each trial: Ray Train needs a little of it for every worker group."""
+_TUNE = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the runs write their metrics themselves
+         "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that failed has no metric
+         "TUNE_FORCE_TRIAL_CLEANUP_S": "30", "TUNE_GLOBAL_CHECKPOINT_S": "3600", "RAY_AIR_NEW_OUTPUT": "0",
+         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0", "TUNE_MAX_PENDING_TRIALS_PG": "1000"}
+
+
+def sweep(base: SweepConfig | TrainerConfig | Mapping[str, Any] | str | Path, space: Mapping[str, Any] | None = None, *,
+          resume: bool = False, verbose: bool = False, **settings: Any) -> SweepResult:
+    """Search for the values of some keys of a run's config.
+
+    Args:
+        base: the run's config: a model, a mapping, or the path of its file. Or a whole `SweepConfig`, and nothing else.
+        space: {dotted key: a distribution of `ray.tune`, or {"loguniform": [1e-5, 1e-2]} as in a sweep's file}.
+        resume: go on with an interrupted sweep; trials that have ended stay as they are.
+        verbose: show Ray's own logs.
+        **settings: as in a sweep's file: `metric`, `mode`, `trials`, `search`, `scheduler`, `max_concurrent`, `budget`, `run`, `seed`, ...
+
+    Raises:
+        UserError: one line that says what is wrong and what to do. One failing trial is no error; all of them are.
+    """
+    if not isinstance(base, SweepConfig):
+        raw = read_file(Path(base)) if isinstance(base, (str, Path)) else base.model_dump(mode="json") if isinstance(base, TrainerConfig) else dict(base)
+        base = validate_sweep({"base": raw, "space": dimensions_from(space or {}), **settings})
+    return _Sweep(base, resume, verbose).run()
+
+
+class _Sweep:
+    def __init__(self, config: SweepConfig, resume: bool, verbose: bool):
+        self.sweep = config.model_copy(deep=True)
+        # Paths that hold wherever a trial runs. Prepared data is kept where the base config's own runs keep it.
+        self.sweep.base = absolute(validate(cast(Mapping[str, Any], self.sweep.base))).model_dump(mode="json")
+        self.base = absolute(run_config(self.sweep, {}, "trial", self.sweep.run.storage))
+        self.folder = SweepFolder(self.sweep)
+        self.resume, self.verbose = resume, verbose
+
+    def run(self) -> SweepResult:
+        check_names(self.base)
+        self._check_fork()
+        self.folder.claim(self.resume)
+        if len(self.folder.rows) >= trials_of(self.sweep):
+            return self._ended(None)
+        log.info("connecting to Ray")
+        wanted = self.sweep.max_concurrent if isinstance(self.sweep.max_concurrent, int) else 1
+        started = session.connect(self.base, self.verbose, wanted * self._cpus())
+        try:
+            return self._run_trials()
+        finally:
+            if started:
+                ray.shutdown()
+
+    def _check_fork(self) -> None:
+        if self.sweep.fork_from is not None:
+            self.sweep.fork_from = str(resume_source(self.sweep.fork_from).absolute())
+
+    def _run_trials(self) -> SweepResult:
+        prepared = clearly(partial(prepare, self.base, map_units))
+        check_model(self.base, prepared)
+        self._check_room()
+        steps = _steps(self.base, prepared)
+        shared = Shared(self.sweep, str(self.folder.trials), report_interval(self.sweep, self.base, steps), self.sweep.scheduler.name in CHECKPOINTED)
+        planned = self._planned()
+        at_a_time = self._at_a_time()
+        total = trials_of(self.sweep)
+        log.info("%d trials, %d at a time%s: %s", total, at_a_time, f" ({len(self.folder.rows)} have ended before)" if self.folder.rows else "",
+                 self.folder.path)
+        budget = Budget(self.sweep.budget, self.folder.rows)
+        with SweepDisplay(self.sweep, total) as display:
+            follow = Follow(self.folder, display, budget)
+            with stop_on_signals(follow.interrupt), _environment(_TUNE):
+                self._tuner(shared, planned, steps, at_a_time, follow, budget).fit()
+        for folder in self.folder.trials.glob("*"):
+            remove_leftover(folder)
+        return self._ended(follow.left or (budget.reason if len(self.folder.rows) < total else None))
+
+    def _planned(self) -> list[Row] | None:
+        """What is left to run: numbers with their values; None where a searcher decides."""
+        values = plan(self.sweep)
+        if values is None:
+            return None
+        ended = {row["trial"] for row in self.folder.rows}
+        left: list[Row] = [{"number": n, "values": self._last_values(n, v)} for n, v in enumerate(values) if name_of(n) not in ended]
+        problems = []
+        for trial in left:
+            try:
+                config = run_config(self.sweep, trial["values"], name_of(trial["number"]), str(self.folder.trials))
+            except ConfigError as error:
+                problems.append(str(error))
+                continue
+            if any(key.startswith(_DATA) for key in trial["values"]):  # once, here, and not in several trials at a time
+                clearly(partial(prepare, absolute(config), map_units))
+        if left and len(problems) == len(left):
+            raise ConfigError(f"no trial of the sweep can run: {problems[0]}")
+        return left
+
+    def _last_values(self, number: int, values: dict[str, Any]) -> dict[str, Any]:
+        """Of a member of a population the values that it had when the sweep was interrupted."""
+        for row in read_jsonl(self.folder.trials / name_of(number) / "lineage.jsonl"):
+            values = row["values"]
+        return values
+
+    def _tuner(self, shared: Shared, planned: list[Row] | None, steps: int, at_a_time: int, follow: Follow, budget: Budget) -> tune.Tuner:
+        search: dict[str, Any] = {}
+        if planned is None:
+            ended = {row["trial"] for row in self.folder.rows}
+            numbers = [n for n in range(trials_of(self.sweep)) if name_of(n) not in ended]
+            space: dict[str, Any] = {}
+            search = {"search_alg": limited(OptunaTrials(self.sweep, numbers, self.folder.rows), at_a_time), "num_samples": len(numbers)}
+        else:
+            space = {"trial": tune.grid_search(planned)}
+        trainable = tune.with_resources(tune.with_parameters(Trial, shared=shared), self._resources(at_a_time))
+        return tune.Tuner(
+            trainable, param_space=space,
+            tune_config=tune.TuneConfig(reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id,
+                                        scheduler=build_scheduler(self.sweep, steps, shared.every, self.folder.rows), **search),
+            run_config=tune.RunConfig(name="tune", storage_path=str(self.folder.path / ".tune"), verbose=0, stop=budget, callbacks=[follow],
+                                      checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                                      failure_config=tune.FailureConfig(max_failures=max(0, self.base.scaling.max_failures))))
+
+    def _resources(self, at_a_time: int) -> tune.PlacementGroupFactory:
+        """What one trial reserves. The workers of a group reserve their own; the ticket, a share of a resource that every head node
+        has, keeps trials from starting that would only wait for workers."""
+        main = worker_resources(self.base.scaling) if in_process(self.base) else {"CPU": 0.01}
+        ticket = (1 - _OF_OTHERS * (at_a_time + 1)) / at_a_time
+        return tune.PlacementGroupFactory([main, {_HEAD: max(1e-4, math.floor(ticket * 1e4) / 1e4)}])
+
+    def _cpus(self) -> float:
+        """CPUs that a trial needs."""
+        return self.base.scaling.cpus_per_worker if in_process(self.base) else cpus_needed(self.base, self.base.scaling.most) + 0.01
+
+    def _check_room(self) -> None:
+        if not in_process(self.base):
+            check_size(self.base)
+        elif slots([ray.cluster_resources()], worker_resources(self.base.scaling)) == 0:
+            raise ConfigError(f"a trial needs {worker_resources(self.base.scaling)}, the Ray cluster has less: see base.scaling")
+
+    def _at_a_time(self) -> int:
+        """How many trials the cluster can hold."""
+        total = trials_of(self.sweep)
+        if isinstance(self.sweep.max_concurrent, int):
+            return min(self.sweep.max_concurrent, total)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        need = worker_resources(self.base.scaling)
+        if in_process(self.base):
+            return max(1, min(slots(nodes, need), total))
+        by_workers = slots(nodes, need) // max(1, self.base.scaling.most)
+        by_cpus = int(sum(node.get("CPU", 0.0) for node in nodes) / self._cpus())
+        return max(1, min(by_workers, by_cpus, total))
+
+    def _ended(self, left: str | None) -> SweepResult:
+        self.folder.close()
+        shutil.rmtree(self.folder.path / ".tune", ignore_errors=True)
+        self.folder.write_best()
+        result = result_of(self.folder, left)
+        write_report(result, self.sweep)
+        failed = [row for row in result.trials if row["status"] == "failed"]
+        if failed and len(failed) == len(result.trials) and left is None:
+            raise UserError(f"all {len(failed)} trials failed; the first: {failed[0]['error']}")
+        return result
+
+
+def _steps(config: TrainerConfig, prepared: PreparedData) -> int:
+    """Steps of a whole trial."""
+    return config.run.max_steps or config.steps_per_batch * sum(prepared.train.steps_in_epoch(e) for e in range(config.run.epochs or 1))
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """What Tune reads from the environment, while it runs."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
