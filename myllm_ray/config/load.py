@@ -54,14 +54,16 @@ def read_file(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds {type(raw).__name__}")
-    raw = dict(substitute(raw, str(path)))
-    included = raw.pop("include", None)
-    if included is None:
-        return raw
+    return include(dict(substitute(raw, str(path))), path, (*_chain, resolved))
+
+
+def include(raw: dict[str, Any], path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A mapping from the file at `path`, laid on the files that its `include` names, relative to that file."""
+    names = raw.get("include")
     base: dict[str, Any] = {}
-    for name in [included] if isinstance(included, str) else included:
-        base = merge(base, read_file(path.parent / name, (*_chain, resolved)))
-    return merge(base, raw)
+    for name in [names] if isinstance(names, str) else names or []:
+        base = merge(base, read_file(path.parent / name, _chain))
+    return merge(base, {key: value for key, value in raw.items() if key != "include"})
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

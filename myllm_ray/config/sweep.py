@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.config.load import apply_override, explain, read_file, set_key, validate
+from myllm_ray.config.load import apply_override, explain, include, read_file, set_key, validate
 from myllm_ray.config.schema import Section, TrainerConfig
 
 SCHEDULERS = ("fifo", "asha", "hyperband", "median", "pbt")
@@ -91,7 +91,7 @@ class SweepRun(Section):
 class SweepConfig(Section):
     """A search over keys of a run's config. Trial i is a pure function of this file and i (but for optuna, and pbt's exchanges)."""
 
-    base: str | dict[str, Any] = Field(description="the run's config: a file, relative to this one, or the config itself")
+    base: str | dict[str, Any] = Field(description="the run's config: a file, relative to this one, or the config itself (with `include`, if you like)")
     space: dict[str, Dimension] = Field(min_length=1, description="dotted keys of the base config")
     metric: str = Field("loss", description="any metric that the run logs")
     mode: Literal["min", "max"] = "min"
@@ -157,6 +157,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     base = raw.get("base")
     if isinstance(base, str):
         raw["base"] = read_file(path.parent / base)
+    elif isinstance(base, dict):
+        raw["base"] = include(base, path)
     return validate_sweep(raw, str(path))
 
 
