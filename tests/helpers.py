@@ -139,3 +139,16 @@ def judge(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     if any("?" in c for c in completions):
         raise ValueError("a question")
     return [float(len(c)) for c in completions]
+
+
+class AskInLog(Callback):
+    """Asks for something where only rank 0 comes by."""
+
+    main_only = True
+
+    def __init__(self, step: int, what: str):
+        self.step, self.what = step, what
+
+    def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
+        if state.step == self.step:
+            state.request(self.what, "test")
