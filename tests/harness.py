@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,13 +58,13 @@ class Place:
 
 
 @contextmanager
-def place(cpus: int, slots: int = 0) -> Iterator[Place]:
+def place(cpus: int, slots: int = 0, dashboard: bool = False) -> Iterator[Place]:
     """A cluster of its own, ended afterwards."""
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = _PATH  # for the workers, which inherit it from their raylet
     cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": cpus, "include_dashboard": False, **({"resources": {"slot": slots}} if slots else {})})
+        "num_cpus": cpus, "include_dashboard": dashboard, "dashboard_port": free_port() if dashboard else None, **({"resources": {"slot": slots}} if slots else {})})
     try:
         yield Place(cluster)
     finally:
@@ -72,10 +73,11 @@ def place(cpus: int, slots: int = 0) -> Iterator[Place]:
 
 @dataclass
 class Job:
-    """One run: its config file, and the driver process while it runs."""
+    """One run (or one sweep): its config file, and the driver process while it runs."""
 
     config: dict[str, Any]
     address: str | None
+    command: str = "train"
     process: Any = None
     started: float = field(default_factory=time.monotonic)
 
@@ -92,7 +94,7 @@ class Job:
         if self.address:
             environment["RAY_ADDRESS"] = self.address
         self.log = open(self.folder.parent / f"{self.folder.name}.log", "a")  # noqa: SIM115 (the process writes to it)
-        self.process = subprocess.Popen([sys.executable, "-m", "myllm_ray.cli", "train", str(path), *overrides], cwd=ROOT,
+        self.process = subprocess.Popen([sys.executable, "-m", "myllm_ray.cli", self.command, str(path), *overrides], cwd=ROOT,
                                         stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         return self
 
@@ -133,6 +135,13 @@ class Job:
         pid = pids[rng.choice(sorted(pids))]
         os.kill(pid, sign)
         return int(pid)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def alive(pid: int) -> bool:

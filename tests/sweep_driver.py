@@ -1,0 +1,111 @@
+"""A Python session that sweeps, stays, and looks at what its trials have left behind: `python sweep_driver.py <address> <sweep.json>`.
+
+Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from myllm_ray.orchestration import session  # noqa: F401  (sets what Ray reads at import)
+
+# isort: split
+import psutil
+import ray
+from harness import alive
+
+from myllm_ray.common.files import read_jsonl
+from myllm_ray.config.sweep import validate_sweep
+from myllm_ray.engine.pulse import read_beats
+from myllm_ray.orchestration.sweeps.desk import PLACEMENT_GROUP
+from myllm_ray.orchestration.sweeps.sweep import sweep
+
+
+class Watcher(threading.Thread):
+    """Looks at the processes and the placement groups of trials, and how long after its end each of them goes."""
+
+    def __init__(self, folder: Path):
+        super().__init__(daemon=True)
+        self.folder, self.over = folder, False
+        self.pids: dict[str, set[int]] = {}
+        self.groups: dict[str, set[str]] = {}
+        self.ended: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
+        """From the end of a trial, as the sweep recorded it, until nothing of it was there any more."""
+
+    def run(self) -> None:
+        while not self.over or (self.ended.keys() - self.seconds.keys() and time.monotonic() < self.limit):
+            for trial in (self.folder / "trials").glob("*"):
+                beats = read_beats(trial) if trial.name not in self.ended else {}
+                self.pids.setdefault(trial.name, set()).update(int(b["pid"]) for b in beats.values())
+                try:
+                    self.groups.setdefault(trial.name, set()).add((trial / PLACEMENT_GROUP).read_text())
+                except OSError:
+                    pass
+            for row in read_jsonl(self.folder / "results.jsonl"):
+                self.ended.setdefault(row["trial"], time.monotonic())
+            states = {key: group["state"] for key, group in ray.util.placement_group_table().items()}
+            for name in self.ended.keys() - self.seconds.keys():
+                gone = not any(alive(pid) for pid in self.pids.get(name, ()))
+                if gone and all(states.get(group, "REMOVED") == "REMOVED" for group in self.groups.get(name, ())):
+                    self.seconds[name] = time.monotonic() - self.ended[name]
+            if not self.over:
+                self.limit = time.monotonic() + 20
+            time.sleep(0.1)
+
+
+def memory() -> float:
+    """MiB that the processes of the cluster's workers and this one have to themselves."""
+    mine = psutil.Process()
+    raylets = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet" and any(
+        ray.get_runtime_context().gcs_address in part for part in p.info["cmdline"] or [])]
+    total = 0
+    for process in [mine, *(child for raylet in raylets for child in raylet.children(recursive=True))]:
+        try:
+            total += process.memory_full_info().uss
+        except psutil.Error:
+            continue
+    return total / 2**20
+
+
+_DATAS = {"_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor"}
+"""Of Ray Data, one for all of a session; no trial's."""
+
+
+def left() -> dict[str, list[str]]:
+    """Placement groups and actors that are there."""
+    groups = [key for key, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"]
+    actors = [str(a.get("ActorClassName") or a.get("Name") or key) for key, a in ray._private.state.actors().items() if a["State"] != "DEAD"]
+    actors = [name for name in actors if name not in _DATAS]
+    return {"groups": groups, "actors": actors}
+
+
+def main(address: str, path: str) -> dict[str, Any]:
+    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    raw = json.loads(Path(path).read_text())
+    sweep(validate_sweep({**raw, "trials": 2, "run": {**raw["run"], "name": "warm-up"}}))  # what is paid once
+    time.sleep(5)
+    before = memory()
+    watcher = Watcher(Path(raw["run"]["storage"]) / raw["run"]["name"])
+    watcher.start()
+    result = sweep(validate_sweep(raw))
+    done = time.monotonic()
+    while any(left().values()) and time.monotonic() - done < 20:
+        time.sleep(0.1)
+    until_empty = time.monotonic() - done
+    watcher.over = True
+    watcher.join()
+    time.sleep(max(0.0, 5 - (time.monotonic() - done)))
+    return {"statuses": [row["status"] for row in result.trials], "left": left(), "until_empty": until_empty, "memory": [before, memory()],
+            "seconds": watcher.seconds, "processes": {name: len(pids) for name, pids in watcher.pids.items()},
+            "groups": {name: len(groups) for name, groups in watcher.groups.items()},
+            "cpus": [ray.cluster_resources().get("CPU"), ray.available_resources().get("CPU")]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(*sys.argv[1:])))
