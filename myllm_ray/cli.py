@@ -1,4 +1,4 @@
-"""The command line: `myllm-ray train | sweep | data | verify | doctor | sample | export | submit | schema`.
+"""The command line: `myllm-ray train | sweep | lr-find | data | verify | doctor | sample | export | submit | schema`.
 
 Errors that are the user's to fix are one line on standard error and exit code 2.
 """
@@ -78,6 +78,20 @@ def sweep(file: Annotated[Path, typer.Argument(help="a sweep's YAML or JSON file
     if result.left is not None:
         out.print(f"ended early ({result.left}); to go on: the same command with --resume")
         sys.exit(0 if result.left.startswith("budget") else EXIT_LEFT)
+
+
+@app.command()
+def lr_find(config: Config, overrides: Overrides = None,
+            low: Annotated[float, typer.Option(help="the learning rate of the first step")] = 1e-6,
+            high: Annotated[float, typer.Option(help="of the last step")] = 1.0,
+            steps: Annotated[int, typer.Option(help="how many")] = 100) -> None:
+    """Find a learning rate by one short run in which it grows (a range test)."""
+    from myllm_ray.orchestration.lr_find import find_lr
+
+    loaded = load_config(config, overrides or [])
+    found = find_lr(loaded, low, high, steps)
+    out.print(found.summary())
+    out.print(f"chart: {Path(loaded.run.storage) / loaded.run.name}-lr-find/lr_find.html; it is a start, not an end: a sweep looks more closely")
 
 
 @app.command()

@@ -15,6 +15,8 @@ from typing import Any
 from myllm_ray.orchestration import session  # noqa: F401  (sets what Ray reads at import)
 
 # isort: split
+import contextlib
+
 import psutil
 import ray
 from harness import alive
@@ -43,10 +45,8 @@ class Watcher(threading.Thread):
             for trial in (self.folder / "trials").glob("*"):
                 beats = read_beats(trial) if trial.name not in self.ended else {}
                 self.pids.setdefault(trial.name, set()).update(int(b["pid"]) for b in beats.values())
-                try:
+                with contextlib.suppress(OSError):
                     self.groups.setdefault(trial.name, set()).add((trial / PLACEMENT_GROUP).read_text())
-                except OSError:
-                    pass
             for row in read_jsonl(self.folder / "results.jsonl"):
                 self.ended.setdefault(row["trial"], time.monotonic())
             states = {key: group["state"] for key, group in ray.util.placement_group_table().items()}

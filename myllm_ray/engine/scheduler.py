@@ -26,6 +26,9 @@ DECAYS: dict[str, Decay] = {
     "cosine_with_restarts": lambda progress, options: (
         0.0 if progress >= 1 else 0.5 * (1.0 + math.cos(math.pi * ((options["cycles"] * progress) % 1.0)))),
     "polynomial": lambda progress, options: (1.0 - progress) ** options["power"],
+    # Grows by the same factor in every step, from min_lr_ratio to 1: the range test of Smith (2015, arXiv:1506.01186).
+    "range_test": lambda progress, options: (
+        (options["min_lr_ratio"] ** (1.0 - progress) - options["min_lr_ratio"]) / max(1e-12, 1.0 - options["min_lr_ratio"])),
     "wsd": lambda progress, options: min(1.0, (1.0 - progress) / options["decay_ratio"]),
 }
 _DEFAULTS: dict[str, Any] = {"name": "constant", "warmup_steps": None, "warmup_ratio": None, "min_lr_ratio": 0.0,

@@ -41,14 +41,17 @@ def test_twenty_stopped_trials_leave_nothing(tmp_path: Path, workers: int, dashb
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     print(json.dumps({k: v for k, v in found.items() if k != "statuses"}))
-    assert len(found["statuses"]) == 20 and found["statuses"].count("stopped") >= 14 and "failed" not in found["statuses"]
+    assert len(found["statuses"]) == 20
+    assert found["statuses"].count("stopped") >= 14
+    assert "failed" not in found["statuses"]
     assert found["left"] == {"groups": [], "actors": []}
     assert found["until_empty"] < seconds
     assert found["cpus"] == [4, 4]
     assert found["memory"][1] < found["memory"][0] + 100, found["memory"]  # MiB
     if workers:
         assert all(count == workers for count in found["processes"].values()), found["processes"]
-        assert len(found["seconds"]) == 20 and max(found["seconds"].values()) < seconds, found["seconds"]
+        assert len(found["seconds"]) == 20
+        assert max(found["seconds"].values()) < seconds, found["seconds"]
         assert sum(found["groups"].values()) == 20
 
 
@@ -67,7 +70,8 @@ def test_a_killed_driver_costs_no_trial(tmp_path: Path) -> None:
     assert 5 <= len(before) < 12
 
     refused = Job(config, None, "sweep").start("max_concurrent=2")
-    assert refused.end() == 2 and "--resume goes on with it" in refused.said()
+    assert refused.end() == 2
+    assert "--resume goes on with it" in refused.said()
     again = Job(config, None, "sweep").start("max_concurrent=2", "--resume")
     assert again.end(300) == 0, again.said()[-3000:]
     rows = read_jsonl(results)

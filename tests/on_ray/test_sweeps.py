@@ -38,7 +38,8 @@ def test_a_trial_is_the_run_that_train_makes_and_a_failing_one_ends_nothing(make
 
     assert [row["status"] for row in result.trials] == ["done", "failed", "done", "failed"]
     assert all("there is no 'nonsense'" in row["error"] for row in result.trials if row["status"] == "failed")
-    assert result.best is not None and result.left is None
+    assert result.best is not None
+    assert result.left is None
     table = result.table
     assert list(table.columns) == ["trial", "optimizer.lr", "scheduler.name", "loss", "status", "step", "seconds", "error"]
     assert table.loc[table["loss"].idxmin(), "trial"] == result.best["trial"]
@@ -50,7 +51,8 @@ def test_a_trial_is_the_run_that_train_makes_and_a_failing_one_ends_nothing(make
             again = train(make_config(f"run.max_steps={STEPS}", f"optimizer.lr={row['values']['optimizer.lr']}", f"run.name=again-{row['trial']}"))
             assert comparable(row["folder"]) == comparable(again.folder)
             assert ledger(row["folder"]) == ledger(again.folder)
-    assert result.best_yaml is not None and result.best_checkpoint is not None
+    assert result.best_yaml is not None
+    assert result.best_checkpoint is not None
     best = train(load_config(result.best_yaml))
     assert comparable(best.folder) == comparable(result.best["folder"])
     assert comparable(best.folder)[-1]["loss"] == result.best["score"]
@@ -86,7 +88,8 @@ def check_population(result: SweepResult, every: int) -> int:
         for entry in read_jsonl(Path(trial["folder"]) / "lineage.jsonl") if (Path(trial["folder"]) / "lineage.jsonl").exists() else []:
             exchanges += 1
             step = entry["step"]
-            assert step % every == 0 and entry["from"] != trial["trial"]
+            assert step % every == 0
+            assert entry["from"] != trial["trial"]
             taken = Path(trial["folder"]) / "checkpoints" / f"step-{step:08d}"
             given = Path(result.folder) / "trials" / entry["from"] / "checkpoints" / f"step-{step:08d}"
             if taken.exists() and given.exists():  # both keep their newest
@@ -129,7 +132,8 @@ def test_trials_start_from_a_checkpoint_and_stop_early(make_config: MakeConfig, 
         assert ledger(row["folder"])[0]["step"] == 5
     first_losses = {comparable(row["folder"])[0]["loss"] for row in forked.trials}
     assert len(first_losses) == 1  # one set of weights, one batch
-    assert forked.best is not None and forked.best["status"] == "done"
+    assert forked.best is not None
+    assert forked.best["status"] == "done"
 
 
 def test_optuna_learns_from_the_trials_before_and_goes_on(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -25,6 +25,9 @@ def test_rank_0_alone_asks_while_it_logs(make_config: MakeConfig, world: int) ->
                            callbacks=["jsonl", {"helpers:AskInLog": {"step": 3, "what": what}}])
 
     stopped, kept, abandoned = run_all(world, [ask("stop", "stop"), ask("save", "save"), ask("abandon", "abandon")])  # type: ignore[list-item]
-    assert [row["step"] for row in comparable(stopped)] == [1, 2, 3, 4] and saved(stopped) == ["step-00000004"]
-    assert len(comparable(kept)) == 6 and saved(kept) == ["step-00000004", "step-00000006"]
-    assert [row["step"] for row in comparable(abandoned)] == [1, 2, 3, 4] and saved(abandoned) == []
+    assert [row["step"] for row in comparable(stopped)] == [1, 2, 3, 4]
+    assert saved(stopped) == ["step-00000004"]
+    assert len(comparable(kept)) == 6
+    assert saved(kept) == ["step-00000004", "step-00000006"]
+    assert [row["step"] for row in comparable(abandoned)] == [1, 2, 3, 4]
+    assert saved(abandoned) == []

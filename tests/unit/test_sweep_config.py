@@ -13,8 +13,8 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.load import validate
 from myllm_ray.config.sweep import SweepConfig, load_sweep, run_config, validate_sweep
 from myllm_ray.orchestration.sweeps.display import SweepDisplay
-from myllm_ray.orchestration.sweeps.results import SweepFolder, best_of, result_of
 from myllm_ray.orchestration.sweeps.report import write_report
+from myllm_ray.orchestration.sweeps.results import SweepFolder, best_of, result_of
 from myllm_ray.orchestration.sweeps.schedule import explore, report_interval
 from myllm_ray.orchestration.sweeps.space import dimensions_from, draw, plan, trials_of
 
@@ -81,7 +81,9 @@ def test_a_wrong_file_ends_the_command_with_2(tmp_path: Path, capsys: pytest.Cap
         cli.main()
     assert exit_.value.code == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "optimizer.lrr" in said and "did you mean lr" in said
+    assert said.count("\n") == 1
+    assert "optimizer.lrr" in said
+    assert "did you mean lr" in said
 
 
 def test_values_depend_on_seed_key_and_number_alone() -> None:
@@ -191,7 +193,8 @@ def test_a_sweeps_folder_tells_its_results(tmp_path: Path) -> None:
     recorded = validate(yaml.safe_load((tmp_path / "s" / "best.yaml").read_text()))
     assert (recorded.optimizer.lr, recorded.run.name, recorded.run.storage) == (0.01, "s-0001", str(tmp_path))
     page = write_report(result, sweep).read_text()
-    assert "<b>no</b>" not in page and "&lt;b&gt;no" in page
+    assert "<b>no</b>" not in page
+    assert "&lt;b&gt;no" in page
     assert page.count("<svg") == 4  # parallel coordinates, two keys, the curves
 
     again = SweepFolder(sweep.model_copy(update={"trials": 9}))
@@ -221,8 +224,11 @@ def test_the_live_table_shows_running_trials_first_and_the_best_in_bold() -> Non
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(display.render())
     text = console.export_text()
-    assert "39 of 40 trials" in text and "0039" in text and "10 more are in results.jsonl" in text
-    assert "optimizer.lr" in text and "scheduler.warmup_steps" in text
+    assert "39 of 40 trials" in text
+    assert "0039" in text
+    assert "10 more are in results.jsonl" in text
+    assert "optimizer.lr" in text
+    assert "scheduler.warmup_steps" in text
 
 
 def test_a_population_goes_on_when_a_member_fails_while_the_others_wait() -> None:
