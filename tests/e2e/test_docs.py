@@ -28,7 +28,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_readme_commands(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line for block in blocks("README.md", "") for line in block.splitlines() if line.startswith(".venv/bin/myllm-ray")]
-    assert len(lines) == 10
+    assert len(lines) == 12
     for line in lines:
         code, out, err = call(capsys, monkeypatch, *shlex.split(line)[1:])
         assert code == 0, (line, err)
@@ -76,7 +76,8 @@ def test_readme_python(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_ray_page_python(elsewhere: Path) -> None:
+def test_ray_and_sweeps_pages_python(elsewhere: Path) -> None:
     assert sys.platform != "win32"
     exec(blocks("docs/ray.md", "python")[0], {})
+    exec(blocks("docs/sweeps.md", "python")[0], {})
     assert (elsewhere / "runs" / "tiny-sft" / "checkpoints" / "step-00000010" / "manifest.json").is_file()
