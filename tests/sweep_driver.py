@@ -60,14 +60,16 @@ class Watcher(threading.Thread):
 
 
 def memory() -> float:
-    """MiB that the processes of the cluster's workers and this one have to themselves."""
+    """MiB that this process and those of actors and running tasks have to themselves. (Not the idle processes that Ray keeps for the next
+    task: their number changes by itself.)"""
     mine = psutil.Process()
     raylets = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet" and any(
         ray.get_runtime_context().gcs_address in part for part in p.info["cmdline"] or [])]
     total = 0
     for process in [mine, *(child for raylet in raylets for child in raylet.children(recursive=True))]:
         try:
-            total += process.memory_full_info().uss
+            if "IDLE" not in "".join(process.cmdline()):
+                total += process.memory_full_info().uss
         except psutil.Error:
             continue
     return total / 2**20
