@@ -6,9 +6,9 @@ its own name (`sft: {...}`), in a subclass of `TrainerConfig`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, WithJsonSchema, model_validator
 
 
 class Section(BaseModel):
@@ -129,7 +129,14 @@ class BatchSection(Section):
     """Rows in one optimizer step (all workers together), and in one forward pass of one worker."""
 
     global_size: PositiveInt = 8
-    micro_size: PositiveInt = 1
+    micro_size: Annotated[PositiveInt, WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"const": "auto"}]})] = Field(
+        1, description="auto: the largest that fits, found before the run and recorded")
+    find_micro_size: bool = Field(False, description="what micro_size: auto sets; micro_size is then found before the first step")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return {**value, "micro_size": 1, "find_micro_size": True} if isinstance(value, dict) and value.get("micro_size") == "auto" else value
 
 
 class ParameterGroup(Section):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray._private.state import state  # the State API proper asks the dashboard, which may be off
@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import ScalingSection, TrainerConfig
+from myllm_ray.orchestration.failures import clearly
 
 
 def worker_resources(scaling: ScalingSection) -> dict[str, float]:
@@ -22,6 +23,18 @@ def worker_resources(scaling: ScalingSection) -> dict[str, float]:
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
     return resources
+
+
+def on_a_worker(config: TrainerConfig) -> Callable[..., Any]:
+    """Calls a function with arguments in a task that holds what one worker of the config would."""
+    resources = {name: amount for name, amount in worker_resources(config.scaling).items() if name not in ("CPU", "GPU")}
+    options = {"num_cpus": config.scaling.cpus_per_worker, "num_gpus": config.scaling.gpus_per_worker, "resources": resources, "max_retries": 0}
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        task: Any = cast(Any, ray).remote(**options)(function)
+        return clearly(lambda: ray.get(task.remote(*arguments)))
+
+    return call
 
 
 def cpus_needed(config: TrainerConfig, workers: int) -> float:

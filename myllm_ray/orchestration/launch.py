@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.load import load_config, validate
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.orchestration.micro_size import with_micro_size
 
 if TYPE_CHECKING:
     from myllm_ray.data.prepare import PreparedData
@@ -69,7 +70,7 @@ def train(config: TrainerConfig | Mapping[str, Any] | str | Path, overrides: Ite
     if config.scaling.most == 0:
         from myllm_ray.worker import run_local  # Ray is not imported on this way
 
-        summary = run_local(config)
+        summary = run_local(with_micro_size(config))
     else:
         summary = _train_on_ray(config, verbose)
     history = list(read_jsonl(Path(summary["folder"]) / "metrics.jsonl"))
@@ -100,6 +101,7 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
 
     from myllm_ray.orchestration import session  # sets what Ray reads when it is imported
     from myllm_ray.orchestration.channel import DriverDisplay, ForwardCallback
+    from myllm_ray.orchestration.cluster import on_a_worker
     from myllm_ray.orchestration.ray_data import map_units
     from myllm_ray.orchestration.supervisor import Supervisor
     from myllm_ray.worker import build_callbacks, check_names
@@ -108,7 +110,7 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     log.info("connecting to Ray")
     started = session.connect(config, verbose)
     try:
-        config, prepared = make_ready(config, map_units)
+        config, prepared = make_ready(with_micro_size(config, on_a_worker(config)), map_units)
         shown = [c for c in build_callbacks(config) if c.on_driver]
         with DriverDisplay(shown) as display:
             return Supervisor(config, prepared, [ForwardCallback(display.queue)]).run()

@@ -6,6 +6,7 @@ own folder (`results.py`), so an interrupted sweep goes on from there: Tune's ow
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -19,7 +20,7 @@ from typing import Any, cast
 import ray
 from ray import tune
 
-from myllm_ray.common.files import read_jsonl
+from myllm_ray.common.files import read_jsonl, write_json
 from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.load import read_file, validate
@@ -28,8 +29,9 @@ from myllm_ray.config.sweep import CHECKPOINTED, SweepConfig, run_config, valida
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.engine.run_folder import resume_source
 from myllm_ray.orchestration import session
-from myllm_ray.orchestration.cluster import check_size, cpus_needed, slots, worker_resources
+from myllm_ray.orchestration.cluster import check_size, cpus_needed, on_a_worker, slots, worker_resources
 from myllm_ray.orchestration.failures import clearly
+from myllm_ray.orchestration.micro_size import with_micro_size
 from myllm_ray.orchestration.ray_data import map_units
 from myllm_ray.orchestration.sweeps.display import SweepDisplay
 from myllm_ray.orchestration.sweeps.follow import Budget, Follow, remove_leftover
@@ -44,6 +46,8 @@ from myllm_ray.worker import absolute, check_model, check_names
 log = logging.getLogger(__name__)
 _DATA = ("data.", "tokenizer.", "batch.", "run.seed")
 """Keys that decide what the prepared data is."""
+_MICRO_SIZE = "micro_size.json"
+"""What `batch.micro_size: auto` came to."""
 _HEAD = "node:__internal_head__"
 _OF_OTHERS = 0.002
 """Of the head's resource, for each trial: Ray Train needs a little of it for every worker group."""
@@ -86,6 +90,8 @@ class _Sweep:
         check_names(self.base)
         self._check_fork()
         self.folder.claim(self.resume)
+        if (self.folder.path / _MICRO_SIZE).exists():
+            self._take_micro_size(json.loads((self.folder.path / _MICRO_SIZE).read_text(encoding="utf-8")))
         if len(self.folder.rows) >= trials_of(self.sweep):
             return self._ended(None)
         log.info("connecting to Ray")
@@ -97,14 +103,26 @@ class _Sweep:
             if started:
                 ray.shutdown()
 
+    def _find_micro_size(self) -> None:
+        """Once for all trials."""
+        if self.base.batch.find_micro_size:
+            found = with_micro_size(self.base, on_a_worker(self.base)).batch.micro_size
+            write_json(self.folder.path / _MICRO_SIZE, found)
+            self._take_micro_size(found)
+
+    def _take_micro_size(self, found: int) -> None:
+        cast(dict[str, Any], self.sweep.base)["batch"] |= {"micro_size": found, "find_micro_size": False}
+        self.base = absolute(run_config(self.sweep, {}, "trial", self.sweep.run.storage))
+
     def _check_fork(self) -> None:
         if self.sweep.fork_from is not None:
             self.sweep.fork_from = str(resume_source(self.sweep.fork_from).absolute())
 
     def _run_trials(self) -> SweepResult:
+        self._check_room()
+        self._find_micro_size()
         prepared = clearly(partial(prepare, self.base, map_units))
         check_model(self.base, prepared)
-        self._check_room()
         steps = _steps(self.base, prepared)
         shared = Shared(self.sweep, str(self.folder.trials), report_interval(self.sweep, self.base, steps), self.sweep.scheduler.name in CHECKPOINTED)
         planned = self._planned()

@@ -1,0 +1,76 @@
+"""`batch.micro_size: auto`: sizes are tried until the memory runs out, and running out is survived."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, MakeConfig, comparable
+
+from myllm_ray import train
+from myllm_ray.config import ConfigError, TrainingError, load_config
+from myllm_ray.orchestration import micro_size
+from myllm_ray.orchestration.micro_size import out_of_memory, with_micro_size
+
+
+def tried(fits: int) -> tuple[list[int], Any]:
+    """A way to try that knows what fits."""
+    seen: list[int] = []
+
+    def call(function: Any, raw: Any, size: int, limit: Any) -> str:
+        seen.append(size)
+        return "" if size <= fits else "no memory"
+
+    return seen, call
+
+
+@pytest.mark.parametrize(("fits", "found"), [(1, 1), (2, 2), (3, 2), (7, 4), (64, 16)])
+def test_the_largest_size_that_fits_is_found_by_bisection(make_config: MakeConfig, fits: int, found: int) -> None:
+    config = make_config("batch.micro_size=auto", "batch.global_size=32", "scaling.workers=2", "accelerator.name=ddp")
+    seen, call = tried(fits)
+    resolved = with_micro_size(config, call)
+    assert (resolved.batch.micro_size, resolved.batch.find_micro_size) == (found, False)
+    assert len(seen) <= 3  # of 1, 2, 4, 8, 16
+    assert config.batch.find_micro_size
+
+
+def test_nothing_fits(make_config: MakeConfig) -> None:
+    with pytest.raises(TrainingError, match="not even one row fits: no memory"):
+        with_micro_size(make_config("batch.micro_size=auto"), tried(0)[1])
+
+
+def test_memory_that_runs_out_is_survived(make_config: MakeConfig) -> None:
+    """A limit between what two sizes need, in a process of its own."""
+    model = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 4}
+    raw = make_config("data.sequence_length=160", "data.packing=false", model={"config": model}).model_dump(mode="json")
+    raw["batch"] |= {"global_size": 64}
+    limit = int(2.5 * 2**30)
+    assert out_of_memory(raw, 1, limit) == ""
+    assert "memory" in out_of_memory(raw, 256, limit)
+    raw["model"]["config"]["num_attention_heads"] = 7
+    with pytest.raises(TrainingError, match="a try with 1 failed"):
+        out_of_memory(raw, 1, None)
+
+
+def test_a_run_records_what_was_found_and_goes_on_with_it(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config("batch.micro_size=auto", "run.max_steps=3", "checkpoint.resume=auto")
+    monkeypatch.setattr(micro_size, "out_of_memory", lambda raw, size, limit: "no memory" if size > 4 else "")
+    first = train(config)
+    recorded = yaml.safe_load((Path(first.folder) / "config.yaml").read_text())
+    assert recorded["batch"] == {"global_size": 8, "micro_size": 4, "find_micro_size": False}
+    same = train(make_config("batch.micro_size=4", "run.max_steps=3", "run.name=number"))
+    assert comparable(first.folder) == comparable(same.folder)
+    monkeypatch.setattr(micro_size, "out_of_memory", lambda *_: pytest.fail("it is known"))
+    assert train(make_config("batch.micro_size=auto", "run.max_steps=5", "checkpoint.resume=auto")).step == 5
+
+
+def test_wrong_uses_are_told(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"batch\.micro_size"):
+        make_config("batch.micro_size=automatic")
+    with pytest.raises(ConfigError, match="can't be found for grpo"):
+        with_micro_size(load_config(ROOT / "configs" / "tiny_grpo.yaml", ["batch.micro_size=auto"]))
+    with pytest.raises(ConfigError, match=r"nowhere\.json") as error:
+        train(make_config("batch.micro_size=auto", data={"train": {"path": "/nowhere.json", "format": "instruction"}}))
+    assert "\n" not in str(error.value)
