@@ -154,6 +154,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
             raw["space"] = {**(raw.get("space") or {}), dotted: nested}
         else:
             apply_override(raw, override)
+    if "base" not in raw and "trainer" in raw:
+        raise ConfigError(f"{path}: this is a run's config: a sweep's file names it as `base`, and the keys to search under `space`")
     base = raw.get("base")
     if isinstance(base, str):
         raw["base"] = read_file(path.parent / base)

@@ -86,6 +86,25 @@ def test_a_wrong_file_ends_the_command_with_2(tmp_path: Path, capsys: pytest.Cap
     assert "did you mean lr" in said
 
 
+@pytest.mark.parametrize(("file", "overrides", "says"), [
+    ("base.yaml", [], "this is a run's config"),
+    ("sweep.yaml", ["metric=validation_loss"], "needs held-out data"),
+    ("sweep.yaml", ["fork_from=nowhere"], "nowhere"),
+    ("sweep.yaml", ["space.scheduler.warmup_steps.choice=[]"], "empty list"),
+])
+def test_nothing_is_written_before_a_mistake_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: str,
+                                                     overrides: list[str], says: str) -> None:
+    from myllm_ray import cli
+
+    write(tmp_path, run={"name": "s", "storage": str(tmp_path / "sweeps")})
+    monkeypatch.setattr("sys.argv", ["myllm-ray", "sweep", str(tmp_path / file), *overrides])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "sweeps").exists()
+
+
 def test_values_depend_on_seed_key_and_number_alone() -> None:
     values = plan(make(trials=6))
     assert values is not None

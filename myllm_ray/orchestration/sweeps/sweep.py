@@ -89,6 +89,7 @@ class _Sweep:
     def run(self) -> SweepResult:
         check_names(self.base)
         self._check_fork()
+        report_interval(self.sweep, self.base, 1)  # refuses a metric that comes too late, before anything is written
         self.folder.claim(self.resume)
         if (self.folder.path / _MICRO_SIZE).exists():
             self._take_micro_size(json.loads((self.folder.path / _MICRO_SIZE).read_text(encoding="utf-8")))
