@@ -172,12 +172,13 @@ class RunState:
     """It was left because nobody wants it any more: no checkpoint was saved."""
 
     def request(self, what: str, reason: str = "") -> None:
-        """Ask the engine to `save`, `evaluate` or `stop` after this step, or to `abandon` the run: to end without saving.
+        """Ask the engine to `save`, `evaluate` or `stop` after this step; to `leave` the run: to save, whatever the config says, and go on
+        another time; or to `abandon` it: to end without saving.
 
         All ranks follow when one asks.
         """
-        if what not in ("save", "evaluate", "stop", "abandon"):
-            raise ValueError(f"a callback can request save, evaluate, stop or abandon, not {what!r}")
+        if what not in ("save", "evaluate", "stop", "leave", "abandon"):
+            raise ValueError(f"a callback can request save, evaluate, stop, leave or abandon, not {what!r}")
         self.requests[what] = reason
 
 

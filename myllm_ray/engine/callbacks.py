@@ -18,7 +18,7 @@ The order of events, every one on every rank unless the class says `main_only`:
     close()                                        # always
 
 `state.request("save" | "evaluate" | "stop", reason)` is followed by all ranks when one rank asks: before the step ends if it
-asks in on_step_end or on_evaluate, at the end of the next one if it asks in on_log. `abandon` ends the run without a checkpoint.
+asks in on_step_end or on_evaluate, at the end of the next one if it asks in on_log. `abandon` ends the run without a checkpoint, `leave` with one.
 """
 
 from __future__ import annotations

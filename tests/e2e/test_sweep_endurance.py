@@ -85,3 +85,26 @@ def test_a_killed_driver_costs_no_trial(tmp_path: Path) -> None:
     assert whole.end(300) == 0, whole.said()[-3000:]
     expected = {row["trial"]: row["score"] for row in read_jsonl(whole.folder / "results.jsonl")}
     assert {row["trial"]: row["score"] for row in rows} == expected
+
+
+@pytest.mark.timeout(600)
+def test_an_interrupted_sweep_goes_on_where_its_trials_stood(tmp_path: Path) -> None:
+    """Ctrl-C while trials run: they save, exit code 75; with --resume no step of them is trained again."""
+    config = sweep_config(tmp_path, "interrupted", "run.max_steps=60", "checkpoint.every_steps=null", trials=3)
+    config["base"]["callbacks"] = ["jsonl", {"helpers:Slow": {"seconds": 0.05}}]
+    job = Job(config, None, "sweep").start("max_concurrent=2")
+    metrics = [job.folder / "trials" / name / "metrics.jsonl" for name in ("0000", "0001")]
+    job.until(lambda: all(path.exists() and len(path.read_text().splitlines()) >= 5 for path in metrics))
+    os.kill(job.process.pid, signal.SIGINT)
+    assert job.end() == 75, job.said()
+    stood = [len(path.read_text().splitlines()) for path in metrics]
+    for path, step in zip(metrics, stood, strict=True):
+        assert 5 <= step < 60
+        assert [saved.name for saved in (path.parent / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+    before = [path.read_text() for path in metrics]
+    again = Job(config, None, "sweep").start("max_concurrent=2", "--resume")
+    assert again.end(300) == 0, again.said()[-3000:]
+    for path, lines in zip(metrics, before, strict=True):
+        assert path.read_text().startswith(lines)
+        assert [row["step"] for row in read_jsonl(path)] == list(range(1, 61))
+    assert {row["status"] for row in read_jsonl(job.folder / "results.jsonl")} == {"done"}

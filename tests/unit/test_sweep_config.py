@@ -282,3 +282,20 @@ def test_a_population_goes_on_when_a_member_fails_while_the_others_wait() -> Non
     scheduler.on_trial_error(controller, members[3])
     assert sorted(exchanged) == ["m0", "m1", "m2"]
     assert scheduler._next_perturbation_sync == 10
+
+
+def test_an_interrupted_trial_saves_and_a_stopped_one_does_not(tmp_path: Path) -> None:
+    """Ctrl-C used to end a trial that waited for Tune without a checkpoint, so that --resume started it again."""
+    from myllm_ray.engine.pulse import request
+    from myllm_ray.orchestration.sweeps.desk import ABANDON, GO_ON, LEAVE, Desk
+
+    desk = Desk(str(tmp_path / "trial"))
+    for verdict in (GO_ON, ABANDON):
+        desk.answer(verdict)
+        assert desk.report(1, {"loss": 1.0}) == verdict
+    request(tmp_path / "trial", "abandon", "the scheduler")
+    assert desk.report(2, {"loss": 1.0}) == ABANDON
+    request(tmp_path / "trial", "stop", "Ctrl-C")
+    desk.answer(ABANDON)
+    assert desk.report(3, {"loss": 1.0}) == LEAVE
+    assert desk.poll(0.0) == (1, {"loss": 1.0})

@@ -12,7 +12,7 @@ from myllm_ray.common.types import RunState
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.pulse import asked
 
-GO_ON, ABANDON = "go on", "abandon"
+GO_ON, ABANDON, LEAVE = "go on", "abandon", "leave"
 _LOOK_SECONDS = 0.3
 
 
@@ -30,15 +30,17 @@ class Desk:
         self._verdicts: queue.Queue[str] = queue.Queue()
 
     def report(self, step: int, metrics: dict[str, float]) -> str:
-        """The training's side: GO_ON or ABANDON, when that is known."""
+        """The training's side: GO_ON, ABANDON or (saving first) LEAVE, when that is known."""
         self._reports.put((step, metrics))
         while True:
-            if asked(self._folder, "abandon") is not None:
-                return ABANDON
             try:
-                return self._verdicts.get(timeout=_LOOK_SECONDS)
+                verdict = self._verdicts.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
-                continue
+                verdict = None
+            if asked(self._folder, "stop") is not None:  # the sweep was interrupted: this trial shall go on another time
+                return LEAVE
+            if verdict is not None or asked(self._folder, "abandon") is not None:
+                return verdict or ABANDON
 
     def poll(self, seconds: float) -> tuple[int, dict[str, float]] | None:
         """Tune's side: the next report, if there is one in time."""
@@ -103,8 +105,9 @@ class TrialReporter(Callback):
         if not self.decides(state):
             return
         self._fresh, self._reported = False, state.step
-        if state.is_main and self._desk.report(state.step, self._metrics) == ABANDON:
-            state.request("abandon", "the sweep has ended this trial")
+        verdict = self._desk.report(state.step, self._metrics) if state.is_main else GO_ON
+        if verdict != GO_ON:
+            state.request(verdict, "the sweep has ended this trial")
 
 
 PLACEMENT_GROUP = ".placement_group"
