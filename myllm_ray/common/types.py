@@ -163,7 +163,7 @@ class RunState:
     folder: str | None = None
     is_main: bool = True
     requests: dict[str, str] = field(default_factory=dict)
-    """Open requests: `save`, `evaluate`, `stop` and `abandon` of callbacks, and `leave` from outside, each with its reason."""
+    """Open requests, of callbacks (see `request`) and from outside (`leave`), each with its reason."""
     left: str | None = None
     """Why the run was left before its end, to go on from its newest checkpoint; None where it has ended."""
     rewound: bool = False

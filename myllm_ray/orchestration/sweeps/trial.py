@@ -256,6 +256,8 @@ class _Run:
         self._thread.join(seconds)
         if self._thread.is_alive():
             return False
+        if self.problem is not None:  # nobody asks for its outcome any more: what did not get saved must not be silent
+            log.warning("%s, when it was ended: %s", self._folder, self.problem)
         self.close()
         return True
 
