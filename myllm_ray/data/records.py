@@ -4,7 +4,7 @@ A record is one document of the store: its parts end to end, with `PART` between
 
     pairs     prompt | chosen | rejected | margin           preference pairs (reward model, DPO)
     labelled  prompt | completion | 1 or 0                  unpaired preferences (KTO)
-    prompts   prompt | the row's other fields, as JSON      what rollouts begin with (PPO, GRPO)
+    prompts   prompt | JSON, see `PromptRow`                what rollouts begin with (PPO, GRPO)
 """
 
 from __future__ import annotations
@@ -32,6 +32,20 @@ class Room:
     overflow: str = "truncate"
 
 
+@dataclass(frozen=True)
+class PromptRow:
+    """The data row behind a record of prompts, for reward functions.
+
+    `prompt`: as the row has it, a text or a list of messages. `text`: what was tokenised, with the chat template's special
+    tokens where the prompt is a list of messages. `tools`: the tool definitions of the row, if any. `columns`: its other fields.
+    """
+
+    prompt: str | list[dict[str, Any]]
+    text: str
+    tools: list[dict[str, Any]] | None
+    columns: dict[str, Any]
+
+
 def kind_of(formatted: Any) -> str:
     """Which kind of document a format gave."""
     return {Preference: PAIRS, Labelled: LABELLED, Prompt: PROMPTS}.get(type(formatted), TOKENS)
@@ -46,8 +60,7 @@ def tokenize_record(record: Preference | Labelled | Prompt, tokenizer: Any, room
     if isinstance(record, Prompt):
         prompt = _prompt(record.prompt, tokenizer)
         _check_prompt(prompt, room.length)
-        columns = np.frombuffer(json.dumps(record.columns, ensure_ascii=False, default=str).encode(), np.uint8)
-        return join([np.asarray(prompt), columns]), False
+        return join([np.asarray(prompt), _encoded_row(record, tokenizer)]), False
     answers = [record.chosen, record.rejected] if isinstance(record, Preference) else [record.completion]
     prompt = _prompt(record.prompt, tokenizer)
     _check_prompt(prompt, room.length - 1)
@@ -66,6 +79,15 @@ def tokenize_record(record: Preference | Labelled | Prompt, tokenizer: Any, room
     else:
         parts.append(np.asarray([record.margin + 0.0], np.float32).view(np.int32))
     return join(parts), cut
+
+
+def _encoded_row(record: Prompt, tokenizer: Any) -> np.ndarray:
+    """The `PromptRow` of a record as the bytes of its JSON."""
+    prompt, text = record.prompt, record.prompt
+    if isinstance(prompt, Messages):
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    row = {"prompt": prompt, "text": text, "tools": None, "columns": record.columns}
+    return np.frombuffer(json.dumps(row, ensure_ascii=False, default=str).encode(), np.uint8)
 
 
 def _check_prompt(prompt: Sequence[int], most: int) -> None:
@@ -109,7 +131,16 @@ def split(document: np.ndarray) -> list[np.ndarray]:
     return [part[1:] if i else part for i, part in enumerate(np.split(document, edges))]
 
 
+def prompt_row(store: TokenStore, document: int) -> PromptRow:
+    """The data row that a record of prompts was made from."""
+    return PromptRow(**json.loads(split(store.read(document))[1].astype(np.uint8).tobytes()))
+
+
 def columns_of(store: TokenStore, document: int) -> dict[str, Any]:
-    """The other fields of the row that a record of prompts was made from."""
-    columns: dict[str, Any] = json.loads(split(store.read(document))[1].astype(np.uint8).tobytes())
-    return columns
+    """The row's fields other than `prompt`."""
+    return prompt_row(store, document).columns
+
+
+def prompt_of(store: TokenStore, document: int) -> str | list[dict[str, Any]]:
+    """The prompt as the row has it: a text, or a list of messages."""
+    return prompt_row(store, document).prompt

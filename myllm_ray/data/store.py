@@ -23,7 +23,8 @@ import pyarrow as pa
 from myllm_ray.common.files import write_json
 from myllm_ray.config.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Part of the cache's key: change it when the same rows give other documents."""
 
 
 class TokenStore:

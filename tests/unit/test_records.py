@@ -16,7 +16,7 @@ from myllm_ray.data import formats, tasks
 from myllm_ray.data.collate import to_arrow, to_tensors
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt
 from myllm_ray.data.prepare import prepare
-from myllm_ray.data.records import Room, columns_of, join, split, tokenize_record
+from myllm_ray.data.records import PromptRow, Room, columns_of, join, prompt_of, prompt_row, split, tokenize_record
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.ops.pairs import answers, last_tokens, one_answer_per_row, shared_prompt_mask
 from myllm_ray.worker import absolute, check_model
@@ -133,6 +133,18 @@ def test_prompts_carry_their_fields(make_config: MakeConfig) -> None:
     micro = to_tensors(spec.micro_at(0, 2))
     assert micro["places"].tolist() == [[2], [3]]
     assert columns_of(spec.plan.store, int(micro["documents"][0])) == {"answer": "2"}
+    assert prompt_row(spec.plan.store, int(micro["documents"][0])) == PromptRow("0+2=", "0+2=", None, {"answer": "2"})
+
+
+def test_prompts_of_messages_come_back_as_messages_with_their_text(make_config: MakeConfig, tmp_path: Path) -> None:
+    path, messages = tmp_path / "rows.jsonl", [{"role": "user", "content": "Say gamma:"}]
+    path.write_text(json.dumps({"prompt": messages, "text": "a column of that name", "answer": "gamma"}))
+    store = prepare(absolute(make_config(
+        "trainer=grpo", "grpo.reward=helpers:variety", "rollout.max_new_tokens=4", "data.validation=null", f"data.train.path={path}",
+        "data.train.format=prompt", "data.sequence_length=64"))).train.plan.store
+    assert prompt_of(store, 0) == messages
+    assert prompt_row(store, 0).text == "<|im_start|>user\nSay gamma:<|im_end|>\n<|im_start|>assistant\n"
+    assert columns_of(store, 0) == {"text": "a column of that name", "answer": "gamma"}
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
