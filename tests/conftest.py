@@ -16,6 +16,7 @@ os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 
+import machine
 import pytest
 import torch
 
@@ -65,6 +66,26 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(params=["poor", "rich"])
+def any_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs twice: on a CPU without bf16 and fp16 arithmetic, and on one with both."""
+    return _cpu(monkeypatch, request.param)
+
+
+@pytest.fixture
+def cpu_with_fp16(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A CPU that reports fp16 arithmetic, here and in the processes that the test starts; torch emulates it."""
+    return _cpu(monkeypatch, "rich")
+
+
+def _cpu(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
+    for name in machine.OPERATORS:  # put back after the test
+        monkeypatch.setattr(torch.ops.mkldnn, name, getattr(torch.ops.mkldnn, name))
+    monkeypatch.setenv(machine.VARIABLE, kind)
+    machine.apply_cpu()
+    return kind
 
 
 MakeConfig = Callable[..., TrainerConfig]

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import machine  # noqa: F401  (applies TEST_CPU in spawned processes)
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

@@ -90,10 +90,21 @@ class Accelerator(ABC):
     def check(self) -> None:
         """Look whether this machine can do what the config asks, without starting anything.
 
+        What the backend has on no machine comes first (`check_backend`): advice about this machine's device would not help.
+
         Raises:
             ConfigError: the device is not there, it can't compute in this precision, or a folder can't be written.
         """
-        check_precision(self.precision, self._choose_device())
+        device = self._choose_device()
+        self.check_backend(device)
+        check_precision(self.precision, device)
+
+    def check_backend(self, device: torch.device) -> None:
+        """Refuse what this backend can't do on any device of this type. Must not depend on what the machine has.
+
+        Raises:
+            ConfigError: says what is wrong, and what to use.
+        """
 
     def setup(self) -> None:
         """Choose the device, and adopt the process group that Ray or torchrun made, or make one of one process.

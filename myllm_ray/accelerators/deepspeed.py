@@ -71,9 +71,11 @@ class DeepSpeedAccelerator(Accelerator):
             raise ConfigError(f"optimizer.name={name} needs whole tensors, ZeRO gives it flat slices: use fsdp, ddp, or "
                               "accelerator.stage=0")
 
+    def check_backend(self, device: torch.device) -> None:
+        check_json(self.json)
+
     def check(self) -> None:
         super().check()
-        check_json(self.json)
         if "disk" not in (self.offload["optimizer"], self.offload["parameters"]):
             return
         problem = why_not_writable(Path(self.offload["path"]))

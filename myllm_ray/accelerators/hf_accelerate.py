@@ -78,11 +78,10 @@ class HFAccelerator(Accelerator):
         keyword_options(cls, arguments or {}, key=key)
         return cls(**(arguments or {}))
 
-    def check(self) -> None:
-        super().check()
-        if self.precision == "fp16" and self._choose_device().type == "cpu":
+    def check_backend(self, device: torch.device) -> None:
+        if self.precision == "fp16" and device.type == "cpu":
             raise ConfigError("accelerator.precision=fp16: Accelerate has it on GPUs only; use bf16, or ddp, fsdp or deepspeed")
-        if "fsdp_plugin" in self.options and self._choose_device().type == "cpu":
+        if "fsdp_plugin" in self.options and device.type == "cpu":
             raise ConfigError("accelerator.options.fsdp_plugin: Accelerate passes over it on CPUs and trains as DDP; use "
                               "accelerator.name=fsdp here")
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from myllm_ray.accelerators.base import Accelerator
-from myllm_ray.accelerators.precision import why_not
+from myllm_ray.accelerators.precision import DTYPES, why_not
 from myllm_ray.accelerators.single import SingleGPUAccelerator
 from myllm_ray.common.types import Batch, Position, StepOutput
 from myllm_ray.config.errors import ConfigError
@@ -197,8 +197,7 @@ def test_bf16_keeps_fp32_master_weights(kind: str) -> None:
 FP16 = [kind for kind in SECTIONS if not kind.startswith("accelerate")]
 
 
-@pytest.mark.skipif(bool(why_not("fp16", torch.device("cpu"))), reason="this CPU has no fp16")
-def test_fp16_skips_the_same_steps_on_every_backend(tmp_path: Path) -> None:
+def test_fp16_skips_the_same_steps_on_every_backend(tmp_path: Path, cpu_with_fp16: str) -> None:
     """From a loss scale that overflows: it halves until it fits, and only then the weights move."""
     job = {"steps": 12, "loss_scale": 2.0**18}
     expected = train("single", 8, 0, 1, **job)
@@ -236,19 +235,22 @@ def overflow_on_one_rank(rank: int, world: int, store: str, kind: str) -> None:
     leave()
 
 
-@pytest.mark.skipif(bool(why_not("fp16", torch.device("cpu"))), reason="this CPU has no fp16")
-def test_an_overflow_in_one_shard_skips_the_step_everywhere(tmp_path: Path) -> None:
+def test_an_overflow_in_one_shard_skips_the_step_everywhere(tmp_path: Path, cpu_with_fp16: str) -> None:
     mp.spawn(overflow_on_one_rank, (2, str(tmp_path / "store"), "fsdp"), nprocs=2)
 
 
-def test_fp16_on_a_cpu_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+def test_precisions_on_the_poorest_and_the_richest_cpu(any_cpu: str) -> None:
+    cpu = torch.device("cpu")
+    refused = {precision for precision in DTYPES if why_not(precision, cpu)}
+    assert refused == ({"fp16"} if any_cpu == "poor" else set()), "bf16 is emulated where it is missing"
+    if any_cpu == "rich":
+        SingleGPUAccelerator({"accelerator": {"precision": "fp16", "device": "cpu"}}).setup()
+        return
     with pytest.raises(ConfigError, match=r"this CPU has no fp16 arithmetic .*; use bf16 or fp32"):
         SingleGPUAccelerator({"accelerator": {"precision": "fp16", "device": "cpu"}}).setup()
 
 
-def test_a_missing_device_is_told() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
+def test_a_missing_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="torch sees no CUDA device"):
         SingleGPUAccelerator({"accelerator": {"device": "cuda"}}).setup()

@@ -171,9 +171,14 @@ def test_generation_with_sharded_parameters(tmp_path: Path, name: str) -> None:
     (["accelerator.name=accelerate", "accelerator.options={fsdp_plugin: {shard: 1}}"], "options.fsdp_plugin.shard for FullyShardedDataParallelPlugin"),
     (["accelerator.name=accelerate", "accelerator.precision=fp16", "accelerator.device=cpu"], "Accelerate has it on GPUs only"),
     (["accelerator.name=accelerate", "accelerator.options={fsdp_plugin: {}}", "accelerator.device=cpu"], "use accelerator.name=fsdp here"),
+    (["accelerator.name=accelerate", "accelerator.options={fsdp_plugin: {}}", "accelerator.precision=fp16", "accelerator.device=cpu"],
+     "Accelerate has it on GPUs only"),
+    (["accelerator.name=deepspeed", "accelerator.options={zero_optimisation: {}}", "accelerator.precision=fp16", "accelerator.device=cpu"],
+     "did you mean zero_optimization?"),
     (["accelerator.activation_checkpointing=0"], "accelerator.activation_checkpointing"),
 ])
-def test_mistakes_are_told_before_anything_starts(make_config: MakeConfig, overrides: list[str], said: str) -> None:
+def test_mistakes_are_told_before_anything_starts(make_config: MakeConfig, any_cpu: str, overrides: list[str], said: str) -> None:
+    """The same line on every CPU: what no machine can do comes before what this one lacks."""
     with pytest.raises(UserError) as caught:
         check_names(make_config(*overrides))
     assert said in str(caught.value)

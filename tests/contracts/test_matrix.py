@@ -37,7 +37,7 @@ def assert_same_state(checkpoint: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def test_every_backend_trains_the_same_run(make_config: MakeConfig, precision: str) -> None:
+def test_every_backend_trains_the_same_run(make_config: MakeConfig, cpu_with_fp16: str, precision: str) -> None:
     common = (*TEN, f"accelerator.precision={precision}", "checkpoint.at_end=false")
     single, = run_all(1, [make_config("run.name=single", *common)])
     assert column(single, "loss")[-1] < 0.8 * column(single, "loss")[0]

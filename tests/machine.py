@@ -1,0 +1,39 @@
+"""The CPU that the tests see: feature detection patched, so that no test depends on what this machine has.
+
+`TEST_CPU` chooses: `poor` has neither bf16 nor fp16 arithmetic, `rich` has both, unset leaves what the hardware reports.
+torch emulates what the hardware lacks, so tests of fp16 run on a `rich` CPU everywhere. Processes that a test starts inherit
+the variable and apply it when they import this module.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+VARIABLE = "TEST_CPU"
+OPERATORS = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
+
+
+class Answer:
+    """A detection operator of torch with another answer; torch's registry still finds its overloads."""
+
+    def __init__(self, operator: Any, answer: bool):
+        self._operator, self._answer = operator, answer
+
+    def __call__(self) -> bool:
+        return self._answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._operator, name)
+
+
+def apply_cpu() -> None:
+    """Patch torch's detection as the environment says."""
+    cpu = os.environ.get(VARIABLE)
+    for name in OPERATORS if cpu else ():
+        setattr(torch.ops.mkldnn, name, Answer(getattr(torch.ops.mkldnn, name), {"poor": False, "rich": True}[cpu or ""]))
+
+
+apply_cpu()
