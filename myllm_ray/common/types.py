@@ -148,8 +148,15 @@ class Reward(Protocol):
     failures: int
     """Answers that got the fallback, so far."""
 
-    def __call__(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
-        """One finite number for each completion."""
+    def __call__(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
+        """One finite number for each completion.
+
+        Args:
+            prompts: as the data has them: texts, or lists of messages {role, content}.
+            completions: texts, special tokens and stop texts left out.
+            columns: one value for each completion: `prompt_texts` (what the model read, with special tokens), `prompt_ids`,
+                `completion_ids`, and the other fields of the data.
+        """
 
 
 @dataclass

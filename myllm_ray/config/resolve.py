@@ -81,6 +81,11 @@ def load_object(path: str, key: str) -> Any:
         ConfigError: the module or the name in it can't be found.
     """
     module_name, _, attribute = path.partition(":")
+    if module_name.endswith(".py") or not attribute:
+        module = module_name.removesuffix(".py").strip("./").replace("/", ".")
+        meant = f"{module}:{attribute}" if attribute else ":".join(module.rsplit(".", 1)) if "." in module else f"{module}:name"
+        raise ConfigError(f"{key}: {path!r} is not an import path" + (": drop .py" if module_name.endswith(".py") else "")
+                          + f"; write module:name, here {meant}")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -136,6 +136,19 @@ class RewardFunction(Section):
                          "training process does")
     options: dict[str, Any] = Field(default_factory=dict, description="further keyword arguments")
 
+    @property
+    def logged_as(self) -> str:
+        """The name under which its rewards are logged."""
+        return self.name or self.function.rpartition(":")[2].rpartition(".")[2]
+
+
+def _distinct(rewards: list[RewardFunction]) -> None:
+    """Rewards that are logged under one name would hide each other."""
+    names = [reward.logged_as for reward in rewards]
+    twice = next((name for i, name in enumerate(names) if name in names[:i] or name == "reward_model"), None)
+    if twice is not None:
+        raise ValueError(f"reward: {twice!r} is the name of another reward in the log: give this one a name of its own (name)")
+
 
 def _functions(value: Any) -> Any:
     """A path, or a list of paths and mappings, as a list of mappings."""
@@ -206,6 +219,7 @@ class PPOKnobs(Section):
             raise ValueError("give reward (a function) or reward_model: without one there is nothing to learn")
         if self.kl_target is not None and not self.kl_weight:
             raise ValueError("kl_target steers kl_weight, which is 0")
+        _distinct(self.reward)
         return self
 
 
@@ -247,6 +261,11 @@ class GRPOKnobs(Section):
     @classmethod
     def _listed(cls, raw: Any) -> Any:
         return {**raw, "reward": _functions(raw["reward"])} if isinstance(raw, dict) and raw.get("reward") else raw
+
+    @model_validator(mode="after")
+    def _fits(self) -> GRPOKnobs:
+        _distinct(self.reward)
+        return self
 
 
 class GRPOConfig(_Online):

@@ -131,6 +131,8 @@ class EarlyStoppingCallback(Callback):
         if self.metric not in metrics:
             raise ConfigError(f"early_stopping: no metric {self.metric!r}; there are {', '.join(sorted(metrics))}")
         value = self.sign * metrics[self.metric]
+        if not math.isfinite(value):  # it says nothing about whether the model improves
+            return
         if value < self.best - self.min_delta:
             self.best, self.waited = value, 0
             return

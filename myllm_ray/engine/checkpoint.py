@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import math
 import platform
 import re
 import shutil
@@ -192,15 +193,15 @@ class CheckpointManager:
         return [p for p in everything if p not in kept and not (self.keep_every and step_of(p) % self.keep_every == 0)]
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest value of the metric `keep_best`."""
+        """The checkpoint with the lowest finite value of the metric `keep_best`."""
         if not self.keep_best:
             return None
         scored = []
         for path in self.all():
             with suppress(CheckpointError):  # a damaged one is nobody's best
                 metrics = read_manifest(path).get("metrics", {})
-                if self.keep_best in metrics:
-                    scored.append((metrics[self.keep_best], path))
+                if math.isfinite(value := metrics.get(self.keep_best, math.nan)):
+                    scored.append((value, path))
         return min(scored)[1] if scored else None
 
 

@@ -38,12 +38,12 @@ class MetricSum:
         return float(accelerator.all_reduce([self._loss])[0]) / max(float(self.weight), 1e-9)
 
     def reduce(self, accelerator: Reducer) -> dict[str, float]:
-        """`loss` and all metrics, over all ranks. A metric whose weight is 0 is left out; `tokens` is a plain sum."""
+        """`loss` and all metrics, over all ranks. What has the weight 0 is left out, `loss` too; `tokens` is a plain sum."""
         names = sorted(self._sums)
         flat = [self._loss, *(self._sums[n] for n in names), *(self._weights[n] for n in names)]
         reduced = accelerator.all_reduce(flat).tolist()
         loss, sums, weights = reduced[0], reduced[1 : 1 + len(names)], reduced[1 + len(names) :]
-        values = {"loss": loss / max(float(self.weight), 1e-9)}
+        values = {"loss": loss / float(self.weight)} if self.weight else {}
         for name, total, weight in zip(names, sums, weights, strict=True):
             if name == "tokens":
                 values[name] = total

@@ -28,7 +28,7 @@ class _Judge:
     def __init__(self, settings: RewardFunction):
         self._reward = FunctionReward(settings)
 
-    def judge(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
+    def judge(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
         return self._reward.checked(self._reward.call(prompts, completions, columns), len(completions))
 
 
@@ -42,12 +42,12 @@ class PooledReward(FunctionReward):
     def _start(self) -> Any:
         return ray.remote(num_cpus=0)(_Judge).remote(self.settings.model_copy(update={"timeout": None}))
 
-    def within_time(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> Any:
+    def within_time(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> Any:
         count = len(self._actors)
         edges = [len(prompts) * i // count for i in range(count + 1)]
         asked = {}
         for number, (first, last) in enumerate(itertools.pairwise(edges)):
-            share = {name: values[first:last] for name, values in columns.items()}
+            share = {name: values[first:last] for name, values in self.accepted(columns).items()}
             asked[self._actors[number].judge.remote(prompts[first:last], completions[first:last], share)] = number
         _done, late = ray.wait(list(asked), num_returns=len(asked), timeout=self.settings.timeout)
         for reference in late:

@@ -79,4 +79,4 @@ class CausalLMTrainer(BaseTrainer):
 
     def derive(self, metrics: dict[str, float]) -> dict[str, float]:
         """Perplexity = exp(loss)."""
-        return {"perplexity": math.exp(min(metrics["loss"], 700.0))}
+        return {"perplexity": math.exp(min(metrics["loss"], 700.0))} if "loss" in metrics else {}

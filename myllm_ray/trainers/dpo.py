@@ -164,7 +164,8 @@ class DPOTrainer(PreferenceTrainer):
         else:
             losses = pair_losses(policy, reference, self.knobs)
             metrics = self._pair_metrics(policy.detach(), reference, lengths)
-        return StepOutput(losses.sum(), {**metrics, "tokens": ((micro["segment_ids"] >= 0).sum(), 1.0)})
+        trained = lengths[:, :1] if self.knobs.loss == "kto" else lengths  # KTO's second answer only measures the divergence
+        return StepOutput(losses.sum(), {**metrics, "tokens": (trained.sum(), 1.0)})
 
     def _pair_metrics(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> MetricPairs:
         rewards, n = self.knobs.beta * (policy - reference), len(policy)

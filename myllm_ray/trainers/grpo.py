@@ -102,7 +102,7 @@ class GRPOTrainer(OnlineTrainer):
             micro["advantages"] = group_advantages(grouped, deviation).view(-1, 1)
             micro["group_deviation"] = grouped.std(1).repeat_interleave(self.group)[:, None]
             if self.knobs.mask_truncated:
-                micro["lengths"] = micro["lengths"] * micro["ended"]
+                micro["sampled_lengths"], micro["lengths"] = micro["lengths"], micro["lengths"] * micro["ended"]
             with self.autocast():
                 if self.steps_per_batch > 1 and "old_log_probs" not in micro:
                     micro["old_log_probs"] = self._grid(self.model, micro)

@@ -31,7 +31,8 @@ from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.preference import filled, score_tokens
 
 Columns = Callable[[int], dict[str, Any]]
-"""The other fields of the data row that a prompt came from, by the number of its document."""
+"""Fields of the data row that a prompt came from, by the number of its document; `prompts` and `prompt_texts` may be among them
+(see `Reward`)."""
 _SHOWN = 8
 
 
@@ -160,7 +161,8 @@ class OnlineTrainer(BaseTrainer):
     def rollouts(self, batch: Batch) -> list[Micro]:
         """Answers to this rank's prompts, with rewards: a list of training micro-batches, one for each of prompts.
 
-        To `training_rows` come `function_rewards` (N, F), `reward` (N, 1), their weighted sum, and `counted` (N, 1).
+        To `training_rows` come `function_rewards` (N, F), `reward` (N, 1), which is their weighted sum plus `model_rewards`, and
+        `counted` (N, 1).
         """
         self.samples = []
         return [self._answered({name: tensor.to(self.device) for name, tensor in micro.items()}, batch) for micro in batch.micros]
@@ -181,18 +183,31 @@ class OnlineTrainer(BaseTrainer):
         given = torch.zeros(len(counted), len(self.rewards), dtype=torch.float64, device=self.device)
         chosen = counted.nonzero().squeeze(1).tolist()
         if chosen:
-            prompts = [self.sampler.decode(micro["input_ids"][i // self.group][mask[i // self.group]].tolist()) for i in chosen]
-            texts = [self.sampler.decode(samples.tokens[i, : samples.lengths[i]].tolist()) for i in chosen]
+            ids = [micro["input_ids"][i // self.group][mask[i // self.group]].tolist() for i in chosen]
+            answers = [samples.tokens[i, : samples.lengths[i]].tolist() for i in chosen]
+            texts = [self.sampler.decode(answer) for answer in answers]
             columns = self._columns([int(micro["documents"][i // self.group]) for i in chosen])
+            if "prompts" not in columns:  # wired by hand: there are only tokens
+                columns["prompts"] = [self.sampler.decode(prompt) for prompt in ids]
+            columns.setdefault("prompt_texts", columns["prompts"])
+            columns.update(prompt_ids=ids, completion_ids=answers)
+            prompts = columns.pop("prompts")
             values = [reward(prompts, texts, columns) for reward in self.rewards]
             given[chosen] = torch.tensor(values, dtype=torch.float64, device=self.device).view(len(values), len(chosen)).T
         weights = torch.tensor([reward.weight for reward in self.rewards], dtype=torch.float64, device=self.device)
         rows.update(function_rewards=given, reward=(given @ weights)[:, None], counted=counted[:, None])
+        model_rewards = self.model_rewards(rows)
+        if model_rewards is not None:
+            rows.update(model_rewards=model_rewards[:, None], reward=rows["reward"] + model_rewards[:, None])
         if log_probs is not None:
             rows["old_log_probs"] = log_probs
         if chosen:
-            self._show(prompts, texts, {name: tensor[chosen] for name, tensor in rows.items()})
+            self._show(columns["prompt_texts"], texts, {name: tensor[chosen] for name, tensor in rows.items()})
         return rows
+
+    def model_rewards(self, rows: Micro) -> Tensor | None:
+        """(N,) what a reward model adds to the rewards of training rows; None: there is no reward model."""
+        return None
 
     def _columns(self, documents: list[int]) -> dict[str, list[Any]]:
         fields = {document: self.columns(document) for document in set(documents)}
@@ -202,10 +217,12 @@ class OnlineTrainer(BaseTrainer):
     def _show(self, prompts: list[str], texts: list[str], rows: Micro) -> None:
         """The first answers of the first micro-batch, which rank 0 has whatever the number of ranks."""
         for i in range(min(len(texts), 0 if self.samples else _SHOWN)):
+            parts = {r.name: float(v) for r, v in zip(self.rewards, rows["function_rewards"][i], strict=True)}
+            if "model_rewards" in rows:
+                parts["reward_model"] = float(rows["model_rewards"][i])
             self.samples.append({
                 "prompt": prompts[i], "response": texts[i], "reward": float(rows["reward"][i]), "tokens": int(rows["lengths"][i]),
-                "ended": bool(rows["ended"][i]),
-                **({r.name: float(v) for r, v in zip(self.rewards, rows["function_rewards"][i], strict=True)} if len(self.rewards) > 1 else {})})
+                "ended": bool(rows["ended"][i]), **(parts if len(parts) > 1 else {})})
 
     def score(self, model: nn.Module, rows: Micro, entropy: bool = False) -> tuple[TokenScores, Scored]:
         """Scores of the answers' tokens under a model, at the temperature that they were sampled at. Padding is not computed."""
@@ -235,10 +252,12 @@ class OnlineTrainer(BaseTrainer):
         """What is told of the answers of a micro-batch."""
         n = micro["counted"].sum()
         named: MetricPairs = {f"rewards/{reward.name}": (micro["function_rewards"][:, i].sum(), n) for i, reward in enumerate(self.rewards)}
+        if "model_rewards" in micro:
+            named["rewards/reward_model"] = (micro["model_rewards"].sum(), n)
         if self.pool is not None:
             named["rollout_lag"] = (float(self.max_lag), 1.0)
-        return {**named, "reward": (micro["reward"].sum(), n), "length": (micro["lengths"].sum(), n),
-                "ended": (micro["ended"].sum(), n), "tokens": (micro["lengths"].sum() + micro["prompt_lengths"].sum(), 1.0),
+        return {**named, "reward": (micro["reward"].sum(), n), "length": (micro.get("sampled_lengths", micro["lengths"]).sum(), n),
+                "ended": (micro["ended"].sum(), n), "tokens": (micro["lengths"].sum(), 1.0),
                 "reward_failures": (float(sum(reward.failures for reward in self.rewards)), 1.0)}
 
     def evaluation_weight(self, micro: Micro) -> Tensor:

@@ -120,17 +120,21 @@ class PPOTrainer(OnlineTrainer):
                 found["reference_log_probs"] = reference
                 found["divergence"] = kl_estimate(old, reference, self.knobs.kl_estimator)
             score = micro["reward"] - self.knobs.missing_eos_penalty * (1 - micro["ended"]) * micro["counted"]
-            if self.reward_model is not None:
-                score = score + self._model_scores(micro)[:, None]
         return {**found, "score": score}
 
-    def _model_scores(self, micro: Micro) -> Tensor:
-        """(n,) the reward model's scores at the last tokens of the answers."""
-        assert self.reward_model is not None
-        places = (micro["prompt_lengths"] + micro["lengths"] - 1)[:, 0]
-        ends = torch.arange(len(places), device=places.device) * micro["input_ids"].shape[1] + places
-        scores: Tensor = self.reward_model(input_ids=micro["input_ids"], position_ids=micro["position_ids"], ends=ends)
-        return scores * micro["counted"][:, 0]
+    @torch.no_grad()
+    def model_rewards(self, rows: Micro) -> Tensor | None:
+        """(N,) the reward model's scores at the last tokens of the answers."""
+        if self.reward_model is None:
+            return None
+        scores = []
+        for piece in self._pieces(rows):
+            places = (piece["prompt_lengths"] + piece["lengths"] - 1)[:, 0]
+            ends = torch.arange(len(places), device=places.device) * piece["input_ids"].shape[1] + places
+            with self.autocast():
+                found: Tensor = self.reward_model(input_ids=piece["input_ids"], position_ids=piece["position_ids"], ends=ends)
+            scores.append(found * piece["counted"][:, 0])
+        return torch.cat(scores)
 
     def expand(self, batch: Batch) -> Iterator[list[Micro]]:
         """Rollouts, then `epochs` × `minibatches` optimizer steps on them."""

@@ -71,7 +71,7 @@ class RewardTrainer(PreferenceTrainer):
             "accuracy": ((difference > 0).sum(), n), "margin": (difference.sum(), n),
             "rewards/chosen": (chosen.detach().sum(), n), "rewards/rejected": (rejected.detach().sum(), n),
             "brier_score": ((1 - torch.sigmoid(difference)).square().sum(), n),
-            "tokens": ((micro["segment_ids"] >= 0).sum(), 1.0), **calibration(difference)})
+            "tokens": ((micro["segment_ids"] > 0).sum(), 1.0), **calibration(difference)})
 
     def derive(self, metrics: dict[str, float]) -> dict[str, float]:
         """The expected calibration error."""

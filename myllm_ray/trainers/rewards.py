@@ -6,10 +6,10 @@ import asyncio
 import inspect
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from myllm_ray.config.errors import TrainingError
+from myllm_ray.config.errors import ConfigError, TrainingError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.trainers import RewardFunction
 
@@ -17,20 +17,27 @@ from myllm_ray.config.trainers import RewardFunction
 class FunctionReward:
     """A function `fn(prompts, completions, **columns) -> numbers`, or an `async def` of that form.
 
+    It is called with keyword arguments, only with those that it takes: `prompts`, `completions`, and the names in `columns`.
+
     Args:
         settings: the config's entry.
         function: what is called; default: the one that the entry names.
 
     Raises:
-        ConfigError: there is no such function.
+        ConfigError: there is no such function, or it does not take one of `options`.
     """
 
     def __init__(self, settings: RewardFunction, function: Callable[..., Any] | None = None):
         self.settings, self.weight, self.failures = settings, settings.weight, 0
         self.function = function or load_object(settings.function, "reward")
-        self.name = settings.name or settings.function.rpartition(":")[2].rpartition(".")[2]
+        self._accepted = _keywords(self.function)
+        unknown = [] if self._accepted is None else sorted(settings.options.keys() - self._accepted)
+        if unknown:
+            raise ConfigError(f"reward {settings.function}: the function takes no {', '.join(unknown)} (options); it takes "
+                              f"{', '.join(sorted(self._accepted or ()))}")
+        self.name = settings.logged_as
 
-    def __call__(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
+    def __call__(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
         """A finite number for each completion.
 
         Raises:
@@ -44,7 +51,7 @@ class FunctionReward:
             self.failures += len(completions)
             return [float(self.settings.on_error)] * len(completions)
 
-    def within_time(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> Any:
+    def within_time(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> Any:
         """The function's result. A thread that hangs is left behind: Python can't end it."""
         box: list[Any] = []
 
@@ -63,17 +70,22 @@ class FunctionReward:
             raise box[0]
         return box[0]
 
-    def call(self, prompts: list[str], completions: list[str], columns: dict[str, list[Any]]) -> Any:
+    def call(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> Any:
         """What the function returns.
 
         Raises:
             RewardFailure: it raised.
         """
         try:
-            result = self.function(prompts=prompts, completions=completions, **columns, **self.settings.options)
+            given = {**columns, "prompts": prompts, "completions": completions, **self.settings.options}
+            result = self.function(**self.accepted(given))
             return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
         except Exception as error:
             raise RewardFailure(f"raised {type(error).__name__}: {error}") from error
+
+    def accepted(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the keyword arguments that the function takes."""
+        return {name: value for name, value in given.items() if self._accepted is None or name in self._accepted}
 
     def checked(self, values: Any, count: int) -> list[float]:
         """The values as finite numbers, `count` of them.
@@ -94,6 +106,17 @@ class FunctionReward:
 
 class RewardFailure(Exception):
     """A reward function did not do what it is for; the message says what happened."""
+
+
+def _keywords(function: Callable[..., Any]) -> set[str] | None:
+    """Names of the keyword arguments of a function; None where it takes any, or where Python can't say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 async def _awaited(result: Any) -> Any:

@@ -100,6 +100,18 @@ def test_pair_losses(knobs: dict[str, Any], shared: bool) -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared-prompt", "two-rows"])
+def test_tokens_are_those_that_are_trained_on(shared: bool) -> None:
+    """Of the answers, not of prompts; of KTO's rows only the first answer's: the second measures the divergence."""
+    rows = made_up_rows(5)
+    micro = pairs([*rows, ([], [], [])], {"desirable": [1.0] * 6, "divergence": [0.0] * 6, "margins": [0.0] * 6})
+    both = sum(len(c) + len(r) for _, c, r in rows)
+    for loss, wanted in (("sigmoid", both), ("orpo", both), ("kto", sum(len(c) for _, c, _ in rows))):
+        trainer = DPOTrainer(tiny(6), reference=tiny(6), shared_prompt=shared, loss=loss)
+        assert int(trainer.train_step(micro).metrics["tokens"][0]) == wanted, loss
+    assert int(RewardTrainer(tiny(6, "reward_model"), shared_prompt=shared).train_step(micro).metrics["tokens"][0]) == both
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared-prompt", "two-rows"])
 def test_kto(shared: bool) -> None:
     rows, policy, reference = made_up_rows(3), tiny(3), tiny(4)
     labels = [1.0, 0.0, 1.0, 1.0, 0.0]

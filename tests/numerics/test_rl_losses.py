@@ -14,6 +14,7 @@ from torch import Tensor
 
 from myllm_ray.common.types import Batch, Micro, Position
 from myllm_ray.config.errors import TrainingError
+from myllm_ray.config.trainers import PPOKnobs
 from myllm_ray.ops.advantages import gae, kl_estimate, token_mask, whiten
 from myllm_ray.trainers.grpo import GRPOTrainer
 from myllm_ray.trainers.ppo import PPOTrainer
@@ -247,6 +248,53 @@ def test_rewards_are_weighted_and_told_apart() -> None:
     assert float(metrics["rewards/a"][0]) == pytest.approx(sum(rewards))
     assert (float(metrics["rewards/b"][0]), int(metrics["rewards/b"][1])) == (2.0, 4)
     assert [s["a"] for s in trainer.samples] == pytest.approx(rewards)
+
+
+class Scorer(torch.nn.Module):
+    """A reward model whose score of an answer is its last token."""
+
+    def forward(self, input_ids: Tensor, ends: Tensor, position_ids: Tensor) -> Tensor:
+        return input_ids.flatten()[ends].double()
+
+
+@pytest.mark.parametrize("functions", [0, 1])
+def test_the_reward_is_that_of_functions_and_reward_model_together(functions: int) -> None:
+    """In training, in the samples, and on held-out prompts; `score` is what is left of it after the penalty."""
+    questions, answers, rewards = made_up(25, 4, 1)
+    given = [Given(rewards, "f", 2.0)][:functions]
+    lasts = [float(answer[-1]) for answer in answers]
+    wanted = [2.0 * r * functions + last for r, last in zip(rewards, lasts, strict=True)]
+    penalised = [w - 0.5 * (answer[-1] != END) for w, answer in zip(wanted, answers, strict=True)]
+
+    def trainer() -> PPOTrainer:
+        return PPOTrainer(tiny(25, "actor_critic"), sampler=Scripted(answers, LONGEST), rewards=given, reward_model=Scorer(), micro_size=2,
+                          knobs=PPOKnobs(reward_model="x", epochs=1, missing_eos_penalty=0.5, kl_weight=0.0))
+
+    made = trainer()
+    micros = next(made.expand(cut(questions, 4)))
+    metrics = [made.train_step(micro).metrics for micro in micros]
+    assert sum(float(m["reward"][0]) for m in metrics) == pytest.approx(sum(wanted))
+    assert sum(float(m["rewards/reward_model"][0]) for m in metrics) == pytest.approx(sum(lasts))
+    assert sum(float(m["score"][0]) for m in metrics) == pytest.approx(sum(penalised))
+    assert [s["reward"] for s in made.samples] == pytest.approx(wanted)
+    assert ("reward_model" in made.samples[0]) == bool(functions)
+    for reward in given:
+        reward.values = list(rewards)
+    output = trainer().evaluation_step(cut(questions, 4).micros[0])
+    assert float(output.loss_sum) == pytest.approx(-sum(wanted))
+    assert float(output.metrics["reward"][0]) == pytest.approx(sum(wanted))
+
+
+def test_tokens_are_those_that_are_trained_on() -> None:
+    questions, answers, rewards = made_up(26, 4, 2)
+    made: Any = GRPOTrainer(tiny(26), sampler=Scripted(answers, LONGEST), rewards=[Given(rewards)], group_size=2, mask_truncated=True)
+    micros = next(made.expand(cut(questions, 2)))
+    metrics = [made.train_step(micro).metrics for micro in micros]
+    assert sum(int(m["tokens"][0]) for m in metrics) == sum(len(a) for a in answers if a[-1] == END)
+    assert sum(int(m["length"][0]) for m in metrics) == sum(map(len, answers)), "the length of what was sampled"
+    made = PPOTrainer(tiny(26, "actor_critic"), sampler=Scripted(answers, LONGEST), rewards=[Given(rewards)], kl_weight=0.0, minibatches=2)
+    counts = [sum(int(made.train_step(m).metrics["tokens"][0]) for m in micros) for micros in made.expand(cut(questions, 2))]
+    assert sum(counts[:2]) == sum(map(len, answers[:4]))
 
 
 def test_rows_that_fill_up_count_for_nothing() -> None:

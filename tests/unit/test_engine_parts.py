@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from myllm_ray.common.files import JSONLines, read_jsonl
-from myllm_ray.common.types import RunState
+from myllm_ray.common.types import RunState, StepOutput
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.engine.callbacks import Callback, CallbackList, EarlyStoppingCallback
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage
+from myllm_ray.engine.metrics import MetricSum
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.scheduler import SchedulerManager, multiplier
 
@@ -102,6 +103,31 @@ def test_scheduler_sets_each_group_from_its_own_base() -> None:
     assert manager.learning_rate == 1.0
     with pytest.raises(ConfigError, match="did you mean cosine"):
         SchedulerManager(config={"scheduler": {"name": "cosin"}})
+
+
+def test_values_that_are_not_finite_decide_nothing(tmp_path: Path) -> None:
+    """Neither which checkpoint is the best nor when to stop."""
+    callback, state = EarlyStoppingCallback(patience=2), RunState()
+    for value in (math.nan, math.inf, -math.inf, math.nan):
+        callback.on_evaluate(state, {"validation_loss": value})
+    assert not state.requests
+    callback.on_evaluate(state, {"validation_loss": 5.0})
+    assert callback.best == 5.0
+    manager = CheckpointManager(folder=tmp_path, keep_last=9, keep_best="validation_loss")
+    for step, value in ((1, -math.inf), (2, 3.0), (3, math.nan), (4, 2.0)):
+        manager.save(step, {"model.w": torch.ones(1)}, {"metrics": {"validation_loss": value}})
+    assert manager.best() == tmp_path / "step-00000004"
+
+
+def test_a_mean_over_nothing_is_no_metric() -> None:
+    total = MetricSum(torch.tensor(0.0, dtype=torch.float64))
+    total.add(StepOutput(torch.tensor(0.0), {"token_accuracy": (0.0, 0.0), "tokens": (torch.tensor(0), 1.0)}))
+    assert total.reduce(AcceleratorStub()) == {"tokens": 0.0}
+
+
+class AcceleratorStub:
+    def all_reduce(self, values: list[torch.Tensor | float]) -> torch.Tensor:
+        return torch.tensor([float(v) for v in values], dtype=torch.float64)
 
 
 def test_early_stopping_counts_and_survives_a_resume() -> None:

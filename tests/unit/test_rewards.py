@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from typing import Any
 
 import pytest
 import torch
 
-from myllm_ray.config.errors import TrainingError
-from myllm_ray.config.trainers import RewardFunction
+from myllm_ray.config.errors import ConfigError, TrainingError
+from myllm_ray.config.trainers import GRPOKnobs, PPOKnobs, RewardFunction
 from myllm_ray.trainers.rewards import FunctionReward
 
 
@@ -48,6 +49,24 @@ def a_word(prompts: list[str], completions: list[str]) -> list[Any]:
     return [1.0, "1"]
 
 
+def only_completions(completions: list[str]) -> list[float]:
+    return [float(len(c)) for c in completions]
+
+
+def with_ids(completions: list[str], completion_ids: list[list[int]], *, answer: list[str]) -> list[float]:
+    return [float(len(ids)) for ids in completion_ids]
+
+
+class Judge:
+    """An object that can be called."""
+
+    def __call__(self, completions: list[str], prompts: list[Any]) -> list[float]:
+        return [float(prompts[0] == "p")] * len(completions)
+
+
+judge = Judge()
+
+
 def nothing(**_: Any) -> None:
     return None
 
@@ -75,3 +94,31 @@ def test_failures(name: str, message: str) -> None:
     lenient = reward(name, timeout=0.2, on_error=-1)
     assert lenient(["p", "q"], ["a", "b"], {}) == [-1.0, -1.0]
     assert lenient.failures == 2
+
+
+def test_a_function_gets_the_arguments_that_it_takes() -> None:
+    """TRL's convention: a function names what it wants; what it does not name is not passed, so a new column breaks none."""
+    columns = {"answer": ["x", "y"], "prompt_texts": ["p", "q"], "prompt_ids": [[1], [2]], "completion_ids": [[5, 6], [7]]}
+    assert reward("only_completions")(["p", "q"], ["a", "bcd"], columns) == [1.0, 3.0]
+    assert reward("with_ids")(["p", "q"], ["a", "bcd"], columns) == [2.0, 1.0]
+    assert reward("judge")(["p", "q"], ["a", "bcd"], columns) == [1.0, 1.0]
+    assert reward("lengths")(["p", "q"], ["a", "bcd"], columns) == [1.0, 3.0]
+    with pytest.raises(ConfigError, match=r"reward test_rewards:tensors: the function takes no factor \(options\); it takes completions, prompts"):
+        reward("tensors", options={"factor": 2})
+
+
+@pytest.mark.parametrize(("path", "message"), [
+    ("rewards.py:starts", "'rewards.py:starts' is not an import path: drop .py; write module:name, here rewards:starts"),
+    ("./my/rewards.py:starts", "drop .py; write module:name, here my.rewards:starts"),
+    ("my_pkg.my_mod.fn", "write module:name, here my_pkg.my_mod:fn"), ("my_mod", "here my_mod:name")])
+def test_a_path_that_is_no_import_path(path: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        FunctionReward(RewardFunction(function=path))
+
+
+def test_rewards_that_would_hide_each_other_in_the_log() -> None:
+    with pytest.raises(ValueError, match="'fn' is the name of another reward in the log"):
+        GRPOKnobs.model_validate({"reward": ["a:fn", "b:fn"]})
+    with pytest.raises(ValueError, match="'reward_model' is the name of another reward"):
+        PPOKnobs.model_validate({"reward": ["a:reward_model"]})
+    GRPOKnobs.model_validate({"reward": ["a:fn", {"function": "b:fn", "name": "other"}]})
