@@ -25,7 +25,8 @@ from myllm_ray.data.collate import to_tensors
 from myllm_ray.data.collate_records import build_pairs
 from myllm_ray.data.packing import Segment
 from myllm_ray.data.prepare import PreparedData
-from myllm_ray.data.records import columns_of
+from myllm_ray.data.records import prompt_row
+from myllm_ray.data.store import TokenStore
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
 from myllm_ray.models.generate import HFSampler
 from myllm_ray.models.load import build_deferred, config_of
@@ -101,8 +102,15 @@ def roles_of(config: TrainerConfig, tokenizer: Any, prepared: PreparedData, serv
         "reward_model": build.reward_model, "rewards": lambda: [_reward(r, services or {}) for r in getattr(knobs, "reward", [])],
         "pool": lambda: _pool(config, services or {}), "max_lag": lambda: getattr(config, "rollout", RolloutSection()).max_lag,
         "sampler": lambda: HFSampler(tokenizer, getattr(config, "rollout", RolloutSection())),
-        "columns": lambda: partial(columns_of, prepared.train.plan.store)}
+        "columns": lambda: partial(_reward_fields, prepared.train.plan.store),
+        "validation_columns": lambda: partial(_reward_fields, prepared.validation.plan.store) if prepared.validation else None}
     return {name: value for name in cls.uses if (value := makers[name]()) is not None}
+
+
+def _reward_fields(store: TokenStore, document: int) -> dict[str, Any]:
+    """What reward functions get to know of the data row behind a prompt (`Columns` of trainers/online.py)."""
+    row = prompt_row(store, document)
+    return {**row.columns, **({"tools": row.tools} if row.tools else {}), "prompts": row.prompt, "prompt_texts": row.text}
 
 
 def _reward(settings: RewardFunction, services: Mapping[str, Any]) -> Reward:

@@ -152,3 +152,14 @@ class AskInLog(Callback):
     def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
         if state.step == self.step:
             state.request(self.what, "test")
+
+
+SEEN: list[dict[str, Any]] = []
+"""What `recorded` was called with, in this process."""
+
+
+def recorded(prompts: list[Any], completions: list[str], prompt_texts: list[str], completion_ids: list[list[int]],
+             answer: list[str]) -> list[float]:
+    """A reward function that remembers its arguments."""
+    SEEN.append({"prompts": prompts, "completions": completions, "prompt_texts": prompt_texts, "completion_ids": completion_ids, "answer": answer})
+    return [float(len(ids)) for ids in completion_ids]

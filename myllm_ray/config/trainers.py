@@ -124,7 +124,7 @@ class RolloutSection(Section):
 
 
 class RewardFunction(Section):
-    """A function of your own: fn(prompts, completions, **columns) -> a number for each completion; or an `async def`."""
+    """A function of your own: fn(prompts, completions, **fields) -> a number for each completion; or an `async def`. Arguments: docs/rollouts.md."""
 
     function: str = Field(description="import path: my_pkg.my_mod:fn")
     weight: float = 1.0

@@ -86,9 +86,11 @@ class GRPOTrainer(OnlineTrainer):
 
     def __init__(self, model: nn.Module, dataset: Any = None, *, sampler: Sampler, rewards: list[Reward],
                  knobs: GRPOKnobs | None = None, columns: Any = None, reference: nn.Module | None = None, seed: int = 0,
-                 micro_size: int | None = None, pool: RolloutPool | None = None, max_lag: int = 1, bytes_per_token: Any = None, sources: Any = (), **options: Any):
+                 micro_size: int | None = None, pool: RolloutPool | None = None, max_lag: int = 1,
+                 validation_columns: Any = None, bytes_per_token: Any = None, sources: Any = (), **options: Any):
         self.knobs = knobs or GRPOKnobs(**{"reward": [{"function": r.name} for r in rewards], **options})
         super().__init__(model, dataset, sampler=sampler, rewards=rewards, columns=columns, reference=reference, seed=seed,
+                         validation_columns=validation_columns,
                          micro_size=micro_size, pool=pool, max_lag=max_lag, epochs=self.knobs.epochs, minibatches=self.knobs.minibatches,
                          group=self.knobs.group_size, bytes_per_token=bytes_per_token, sources=sources)
 

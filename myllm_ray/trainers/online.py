@@ -36,6 +36,13 @@ Columns = Callable[[int], dict[str, Any]]
 _SHOWN = 8
 
 
+def _gathered(columns_of: Columns, documents: list[int]) -> dict[str, list[Any]]:
+    """The fields of the documents by name, one value a document; None where a document lacks one."""
+    fields = {document: columns_of(document) for document in dict.fromkeys(documents)}
+    names = list(dict.fromkeys(name for document in documents for name in fields[document]))
+    return {name: [fields[document].get(name) for document in documents] for name in names}
+
+
 def _place(batch: Batch, micro: Micro) -> str:
     """Where a micro-batch of prompts stands in the data."""
     return f"{batch.position.epoch}/{batch.position.row}/{int(micro['places'][0, 0])}"
@@ -48,6 +55,7 @@ class OnlineTrainer(BaseTrainer):
         sampler: samples the answers.
         rewards: functions that give rewards.
         columns: see `Columns`; by default none.
+        validation_columns: the same for held-out data, whose documents may be of another store; default: `columns`.
         reference: the frozen model whose distance is measured; None: it is not.
         seed: of the run.
         micro_size: answers in one forward pass; None: those to one micro-batch of prompts.
@@ -59,14 +67,16 @@ class OnlineTrainer(BaseTrainer):
     """
 
     reads: ClassVar[tuple[str, ...]] = ("prompts",)
-    uses: ClassVar[tuple[str, ...]] = ("knobs", "sampler", "rewards", "columns", "reference", "seed", "micro_size", "pool", "max_lag")
+    uses: ClassVar[tuple[str, ...]] = ("knobs", "sampler", "rewards", "columns", "reference", "seed", "micro_size", "pool", "max_lag",
+                                     "validation_columns")
 
     def __init__(self, model: nn.Module, dataset: Any = None, *, sampler: Sampler, rewards: Sequence[Reward] = (),
                  columns: Columns | None = None, reference: nn.Module | None = None, seed: int = 0, micro_size: int | None = None,
                  epochs: int = 1, minibatches: int = 1, group: int = 1, pool: RolloutPool | None = None, max_lag: int = 1,
-                 **named: Any):
+                 validation_columns: Columns | None = None, **named: Any):
         super().__init__(model, dataset, **named)
         self.sampler, self.rewards, self.columns, self.seed = sampler, list(rewards), columns or (lambda _: {}), seed
+        self.validation_columns = validation_columns or self.columns
         self.reference, self.micro_size, self.group = reference, micro_size, group
         self.epochs, self.minibatches = epochs, minibatches
         self.steps_per_batch = epochs * minibatches
@@ -167,7 +177,7 @@ class OnlineTrainer(BaseTrainer):
         self.samples = []
         return [self._answered({name: tensor.to(self.device) for name, tensor in micro.items()}, batch) for micro in batch.micros]
 
-    def _answered(self, micro: Micro, batch: Batch) -> Micro:
+    def _answered(self, micro: Micro, batch: Batch, columns_of: Columns | None = None) -> Micro:
         """Answers to one micro-batch of prompts.
 
         Rows that fill up the last batch of an epoch have no prompt. They are sampled from like the others, since all ranks must
@@ -186,7 +196,7 @@ class OnlineTrainer(BaseTrainer):
             ids = [micro["input_ids"][i // self.group][mask[i // self.group]].tolist() for i in chosen]
             answers = [samples.tokens[i, : samples.lengths[i]].tolist() for i in chosen]
             texts = [self.sampler.decode(answer) for answer in answers]
-            columns = self._columns([int(micro["documents"][i // self.group]) for i in chosen])
+            columns = _gathered(columns_of or self.columns, [int(micro["documents"][i // self.group]) for i in chosen])
             if "prompts" not in columns:  # wired by hand: there are only tokens
                 columns["prompts"] = [self.sampler.decode(prompt) for prompt in ids]
             columns.setdefault("prompt_texts", columns["prompts"])
@@ -208,11 +218,6 @@ class OnlineTrainer(BaseTrainer):
     def model_rewards(self, rows: Micro) -> Tensor | None:
         """(N,) what a reward model adds to the rewards of training rows; None: there is no reward model."""
         return None
-
-    def _columns(self, documents: list[int]) -> dict[str, list[Any]]:
-        fields = {document: self.columns(document) for document in set(documents)}
-        names = list(dict.fromkeys(name for document in documents for name in fields[document]))
-        return {name: [fields[document].get(name) for document in documents] for name in names}
 
     def _show(self, prompts: list[str], texts: list[str], rows: Micro) -> None:
         """The first answers of the first micro-batch, which rank 0 has whatever the number of ranks."""
@@ -266,6 +271,6 @@ class OnlineTrainer(BaseTrainer):
 
     def evaluation_step(self, micro: Micro) -> StepOutput:
         """The mean reward of answers to held-out prompts; as loss, its negative."""
-        rows = self._answered(micro, Batch([], Position(), Position(), 0))
+        rows = self._answered(micro, Batch([], Position(), Position(), 0), self.validation_columns)
         metrics = self.rollout_metrics(rows)
         return StepOutput(-rows["reward"].sum().double() / self.group, metrics)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import helpers
 import pytest
 from conftest import MakeConfig, comparable, ledger, read_jsonl
 from spawned import BACKENDS, run_all
@@ -59,3 +61,30 @@ def test_a_resumed_run_is_the_undisturbed_one(make_config: MakeConfig, kind: str
     assert ledger(parts) == ledger(whole)
     if kind != "dpo":
         assert read_jsonl(parts / "samples.jsonl") == read_jsonl(whole / "samples.jsonl")
+
+
+def test_reward_functions_get_the_messages_and_the_text_that_the_model_read(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Of chats and of texts; on held-out prompts from a file of their own those of that file."""
+    for name, form in (("train", "chat"), ("held_out", "text")):
+        prompts = [f"Say {name} {i}:" for i in range(8)]
+        rows = [{"prompt": [{"role": "user", "content": p}] if form == "chat" else p, "answer": p[4:-1]} for p in prompts]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    config = config_of(make_config, "grpo", "grpo={reward: 'helpers:recorded', group_size: 2}", "run.max_steps=1", "data.sequence_length=96",
+                       f"data.train={{path: {tmp_path}/train.json, format: prompt}}", "evaluation.at_end=true",
+                       f"data.validation={{path: {tmp_path}/held_out.json, format: prompt}}", "rollout.stop=[':']")
+    helpers.SEEN.clear()
+    folder, = run_all(1, [config])
+    trained = [call for call in helpers.SEEN if "train" in call["answer"][0]]
+    held_out = [call for call in helpers.SEEN if "held_out" in call["answer"][0]]
+    assert len(trained) + len(held_out) == len(helpers.SEEN) == 8, "one call for each micro-batch of prompts"
+    for call in trained:
+        for prompt, text, answer in zip(call["prompts"], call["prompt_texts"], call["answer"], strict=True):
+            assert prompt == [{"role": "user", "content": f"Say {answer}:"}]
+            assert text == f"<|im_start|>user\nSay {answer}:<|im_end|>\n<|im_start|>assistant\n"
+    for call in held_out:
+        assert call["prompts"] == call["prompt_texts"] == [f"Say {answer}:" for answer in call["answer"]]
+    row = comparable(folder)[-1]
+    for name, calls in (("reward", trained), ("validation_reward", held_out)):
+        lengths = [len(ids) for call in calls for ids in call["completion_ids"]]
+        assert row[name] == pytest.approx(sum(lengths) / len(lengths))
+    assert read_jsonl(folder / "samples.jsonl")[0]["prompt"] == trained[0]["prompt_texts"][0]
