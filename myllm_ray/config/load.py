@@ -14,10 +14,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.other_names import near_key, right_key
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.trainers import config_class
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst")
+_SHORTHAND = {
+    "model": "name", "tokenizer": "name", "optimizer": "name", "scheduler": "name", "accelerator": "name", "run": "name",
+    "scaling": "workers", "data": "train.path", "data.train": "path", "data.validation": "path", "batch": "global_size",
+    "model.lora": "rank"}
+"""{section: the key that was meant where the section is given as one value}."""
+_MOST_UNKNOWN = 4
+"""Unknown keys named in one message."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainerConfig:
@@ -41,8 +50,15 @@ def read_file(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        inside = f"; its config is {path / 'config.yaml'}" if (path / "config.yaml").is_file() else ""
+        raise ConfigError(f"{path} is a folder, not a config file{inside}") from None
     except (OSError, UnicodeDecodeError) as error:
+        if path.suffix in _DATA_SUFFIXES:
+            raise _is_data(path) from None
         raise ConfigError(f"{path}: can't be read: {error}") from None
+    if path.suffix in _DATA_SUFFIXES or _is_json_lines(text):
+        raise _is_data(path)
     try:
         raw = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except json.JSONDecodeError as error:
@@ -52,9 +68,25 @@ def read_file(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "can't be parsed"
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
+    if isinstance(raw, list) and raw and all(isinstance(row, dict) for row in raw):
+        raise _is_data(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds {type(raw).__name__}")
     return include(dict(substitute(raw, str(path))), path, (*_chain, resolved))
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether the first two lines are a JSON object each."""
+    lines = [line for line in text[:100_000].splitlines()[:20] if line.strip()][:2]
+    try:
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
+    except ValueError:
+        return False
+
+
+def _is_data(path: Path) -> ConfigError:
+    return ConfigError(f"{path} is data, not a config: a config names it under data.train.path (start from a file in configs/, "
+                       f"and give data.train.path={path})")
 
 
 def include(raw: dict[str, Any], path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -145,23 +177,42 @@ def validate(raw: Mapping[str, Any], where: str = "config") -> TrainerConfig:
 def explain(error: ValidationError, cls: type[BaseModel], raw: Any) -> str:
     """One line for the most telling of pydantic's complaints: unknown keys first, for they explain missing ones."""
     details = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    unknown = [d for d in details if d["type"] == "extra_forbidden"][:_MOST_UNKNOWN]
+    more = f" (and {rest} more)" if (rest := len(details) - max(1, len(unknown))) else ""
+    if unknown:
+        return "; ".join(_unknown_key(_location(detail), cls) for detail in unknown) + more
     first = details[0]
-    *above, last = first["loc"] or ("",)
-    keep_last = first["type"] == "extra_forbidden" or not _is_union_tag(last)  # an unknown key may be called anything
-    location = [*(part for part in above if not _is_union_tag(part)), *([last] if keep_last else [])]
+    location = _location(first)
     key = ".".join(str(part) for part in location)
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(cls, location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
-        return f"unknown key {key}: {hint}{more}"
     if first["type"] == "missing":
         return f"{key} is missing{more}"
     if first["type"] == "value_error":
         return f"{key + ': ' if key else ''}{first['ctx']['error']}{more}"
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type") and key in _SHORTHAND:
+        return f"{key} is a section of keys, not one value: write {key}.{_SHORTHAND[key]}={first['input']}"
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}: {message} (got {first['input']!r}){more}"
+
+
+def _location(detail: Any) -> list[int | str]:
+    """Where a complaint of pydantic's is, as parts of a dotted key."""
+    *above, last = detail["loc"] or ("",)
+    keep_last = detail["type"] == "extra_forbidden" or not _is_union_tag(last)  # an unknown key may be called anything
+    return [*(part for part in above if not _is_union_tag(part)), *([last] if keep_last else [])]
+
+
+def _unknown_key(location: list[int | str], cls: type[BaseModel]) -> str:
+    """An unknown key, and the one that was meant: at the right place, of another tool, or almost spelt like it."""
+    key = ".".join(str(part) for part in location)
+    meant = right_key(cls, location)
+    if meant is not None:
+        return f"unknown key {key}: use {meant}"
+    known = _known_keys(cls, location[:-1])
+    close = difflib.get_close_matches(str(location[-1]), known, 1)
+    if close:
+        return f"unknown key {key}: did you mean {close[0]}?"
+    meant = near_key(cls, str(location[-1]))
+    return f"unknown key {key}: " + (f"did you mean {meant}?" if meant else f"known here: {', '.join(sorted(known))}")
 
 
 def _is_union_tag(part: int | str) -> bool:

@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.other_names import NAMES
 
 SHORT_NAMES: dict[str, dict[str, str]] = {
     "trainers": {
@@ -68,7 +69,7 @@ def import_path(kind: str, name: str, key: str) -> str:
     table = names(kind)
     if name in table:
         return table[name]
-    close = difflib.get_close_matches(name, table, 1)
+    close = [meant] if (meant := NAMES.get(kind, {}).get(name.lower())) else difflib.get_close_matches(name, table, 1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(f"{key}: there is no {name!r}; {hint}choose from {', '.join(sorted(table))}, "
                       "or give an import path such as my_pkg.my_mod:my_name")
@@ -81,7 +82,7 @@ def load_object(path: str, key: str) -> Any:
         ConfigError: the module or the name in it can't be found.
     """
     module_name, _, attribute = path.partition(":")
-    if module_name.endswith(".py") or not attribute:
+    if module_name.endswith(".py") or "/" in module_name or not attribute:
         module = module_name.removesuffix(".py").strip("./").replace("/", ".")
         meant = f"{module}:{attribute}" if attribute else ":".join(module.rsplit(".", 1)) if "." in module else f"{module}:name"
         raise ConfigError(f"{key}: {path!r} is not an import path" + (": drop .py" if module_name.endswith(".py") else "")
