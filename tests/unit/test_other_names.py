@@ -73,7 +73,7 @@ def test_several_wrong_keys_are_named_at_once() -> None:
 
 
 def test_an_import_path_has_no_slash() -> None:
-    with pytest.raises(ConfigError, match="write module:name, here lib.rewards:starts"):
+    with pytest.raises(ConfigError, match=r"write module:name, here lib\.rewards:starts"):
         load_object("lib/rewards:starts", "reward")
 
 
