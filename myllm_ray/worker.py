@@ -26,6 +26,7 @@ from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.data.stream import LocalStream
+from myllm_ray.data.targets import check_targets, target_warnings
 from myllm_ray.data.tokenizer import bytes_per_token, open_tokenizer
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
@@ -38,6 +39,7 @@ from myllm_ray.engine.watch import Watch
 from myllm_ray.models.load import build_deferred, build_model, build_skeleton
 from myllm_ray.roles import check_roles, kind_of_model, knobs_of, model_section, roles_of
 from myllm_ray.trainers.base import BaseTrainer
+from myllm_ray.trainers.causal_lm import CausalLMTrainer
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ def run_local(config: TrainerConfig, callbacks: Sequence[Callback] | None = None
     torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
     prepared = prepare(config)
     check_model(config, prepared)
+    warn_of_data(prepared)
     claim(config, prepared.identity)
     folder = folder_of(config)
     try:
@@ -103,9 +106,19 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
     """Build model and optimizer without memory, so that a mistake in them is told before anything is written."""
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     check_roles(config, prepared.train.plan.store.kind)
+    if issubclass(resolve("trainers", config.trainer, "trainer"), CausalLMTrainer):  # others may train on what carries no label
+        check_targets(prepared.train, "data.train", config.run.max_steps or 2**40)
+        if prepared.validation is not None:
+            check_targets(prepared.validation, "data.validation", config.evaluation.max_batches or 2**40, each=False)
     skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
     if skeleton is not None:
         OptimizerManager(skeleton, config).build(skeleton)
+
+
+def warn_of_data(prepared: PreparedData) -> None:
+    """Log what a user should know about the data before a run starts."""
+    for line in target_warnings(prepared.train):
+        log.warning("%s", line)
 
 
 def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStream | None = None,

@@ -15,6 +15,7 @@ from myllm_ray.data.packing import Row
 from myllm_ray.data.prepare import PreparedData
 from myllm_ray.data.records import LABELLED, PAIRS, PROMPTS, TOKENS, split
 from myllm_ray.data.stream import StreamSpec
+from myllm_ray.data.targets import count_targets, target_warnings
 from myllm_ray.data.tokenize import decode
 from myllm_ray.data.tokenizer import TURN_END
 
@@ -54,16 +55,18 @@ def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
     rows = spec.plan.rows_in_epoch(0)
     if store.kind == TOKENS:
         lengths = np.concatenate([store.lengths(np.arange(a, min(a + 65536, len(store)))) for a in range(0, len(store), 65536)])
-        placed, longer = sum(segment.length for row in spec.plan.iterate(0) for segment in row), int((lengths > size).sum())
+        placed, longer = int(spec.plan.segments(0)[0][:, 2].sum()), int((lengths > size).sum())
     else:
         lengths = np.asarray([sum(len(ids) for ids, _ in parts_of(store, document)) for document in range(len(store))])
         placed, longer = int(lengths.sum()), sum(int(s["cut"]) for s in store.meta["sources"])
     trained, total, ended = _sampled(store, tokenizer)
+    if store.kind == TOKENS:  # of all rows, behind what is cut off
+        trained, total = count_targets(spec.plan).kept, placed
     return DataReport(
         sources=sources, histogram=list(_histogram(lengths)), longer_than_row=longer, rows=rows,
         steps_per_epoch=spec.steps_in_epoch(0), efficiency=placed / (rows * size), trained_share=trained / max(1, total),
         validation_rows=prepared.validation.plan.rows_in_epoch(0) if prepared.validation else 0,
-        warnings=list(_warnings(tokenizer, ended, min(len(store), _SAMPLE))) if store.kind != PROMPTS else [])
+        warnings=[*target_warnings(spec), *_warnings(tokenizer, ended, min(len(store), _SAMPLE))] if store.kind != PROMPTS else [])
 
 
 def parts_of(store: Any, document: int, start: int = 0, length: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -53,6 +53,14 @@ class RowPlan:
     def rows_in_epoch(self, epoch: int) -> int:
         return len(self._open(epoch)[1]) - 1
 
+    def folder(self, epoch: int) -> Path:
+        """Where the plan of an epoch is kept."""
+        return self.store.folder / "plans" / f"{self.key}-{epoch}"
+
+    def segments(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """All segments of an epoch, (n, 3) int64, and the first one of each row, (rows + 1,); memory-mapped."""
+        return self._open(epoch)
+
     def rows(self, epoch: int, start: int, stop: int) -> list[Row]:
         """Rows [start, stop) of an epoch; rows beyond its end are empty (they fill the last global batch)."""
         segments, firsts = self._open(epoch)
@@ -84,7 +92,7 @@ class RowPlan:
 
     def _open_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(segments (n, 3) int64, first segment of each row (rows + 1,) int64), memory-mapped."""
-        folder = self.store.folder / "plans" / f"{self.key}-{epoch}"
+        folder = self.folder(epoch)
         if not folder.exists():
             self._write(folder, epoch)
         firsts = np.load(folder / "firsts.npy", mmap_mode="r")

@@ -1,7 +1,7 @@
 """The store of prepared data: every document of every source as tokens, on disk, readable by number.
 
 A folder `<cache>/<key>` holds, per source, `tokens-<i>.bin` (int32, see `tokenize.encode`) and `offsets-<i>.npy` (int64,
-where each document begins; one more at the end), and one `meta.json` that is written last. Documents are read by
+where each document begins; one more at the end), `targets-<i>.npy` (int64, see `TokenStore.targets`), and one `meta.json` that is written last. Documents are read by
 `pread`, so memory does not grow with the data; lengths alone decide how rows are packed, so any row of any epoch is found
 without touching the tokens before it.
 """
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ import pyarrow as pa
 from myllm_ray.common.files import write_json
 from myllm_ray.config.errors import DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the cache's key: change it when the same rows give other documents."""
+_NAMED = 5
+"""Documents that a message names."""
 
 
 class TokenStore:
@@ -35,6 +37,7 @@ class TokenStore:
         self.meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         self.sources: list[str] = [s["name"] for s in self.meta["sources"]]
         self._offsets = [np.load(self.folder / f"offsets-{i}.npy", mmap_mode="r") for i in range(len(self.sources))]
+        self._targets = [np.load(self.folder / f"targets-{i}.npy", mmap_mode="r") for i in range(len(self.sources))]
         self._first = np.cumsum([0, *(len(o) - 1 for o in self._offsets)])
         self._files: dict[int, int] = {}
 
@@ -64,14 +67,19 @@ class TokenStore:
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
         """(n,) document numbers -> (n,) lengths in tokens."""
-        lengths = np.empty(len(documents), np.int64)
+        return self._looked_up(documents, lambda source, local: self._offsets[source][local + 1] - self._offsets[source][local])
+
+    def targets(self, documents: np.ndarray) -> np.ndarray:
+        """(n,) document numbers -> (n,) tokens that are trained on, the first token, which nothing predicts, left out. Documents of tokens only."""
+        return self._looked_up(documents, lambda source, local: self._targets[source][local])
+
+    def _looked_up(self, documents: np.ndarray, values: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+        found = np.empty(len(documents), np.int64)
         sources = self.source_of(documents)
         for source in np.unique(sources):
             where = sources == source
-            local = documents[where] - self._first[source]
-            offsets = self._offsets[source]
-            lengths[where] = offsets[local + 1] - offsets[local]
-        return lengths
+            found[where] = values(source, documents[where] - self._first[source])
+        return found
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
         """Encoded tokens [start, start + length) of a document: (length,) int32."""
@@ -93,6 +101,13 @@ class TokenStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore, (str(self.folder),)  # a Ray task opens its own file descriptors
+
+
+def describe_documents(store: TokenStore, documents: Sequence[int]) -> str:
+    """`documents 3, 4 and 2 more of rows`: the numbers that `myllm-ray data` shows, with the names of their sources."""
+    names = list(dict.fromkeys(store.sources[s] for s in store.source_of(np.asarray(documents)).tolist()))
+    more = f" and {len(documents) - _NAMED} more" if len(documents) > _NAMED else ""
+    return f"document{'s' if len(documents) > 1 else ''} {', '.join(map(str, documents[:_NAMED]))}{more} of {', '.join(names)}"
 
 
 def write_store(folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch], int | None]], extra: dict[str, Any]) -> None:
@@ -132,6 +147,7 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
                   digest: Any) -> dict[str, Any]:
     skipped, cut, reason, kind = 0, 0, "", ""
     lengths: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     count = 0
     with open(folder / f"tokens-{index}.bin", "wb") as file:
         for batch in batches:
@@ -150,6 +166,7 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
             file.write(values.tobytes())
             digest.update(values.tobytes())
             lengths.append(column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64))
+            targets.append(_targets(values, lengths[-1]))
             count += len(column)
             if limit is not None and count >= limit:
                 break
@@ -158,6 +175,18 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
         raise DataError(f"data source {name!r} is empty: {why}")
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     np.save(folder / f"offsets-{index}.npy", offsets)
+    np.save(folder / f"targets-{index}.npy", np.concatenate(targets))
     digest.update(offsets.tobytes())
     return {"name": name, "documents": count, "tokens": int(offsets[-1]), "skipped": skipped, "first_skipped": reason,
             "cut": cut, "kind": kind or "tokens"}
+
+
+def _targets(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Encoded tokens end to end and the (n,) lengths of documents -> (n,) tokens trained on behind the first of each document."""
+    ends = np.cumsum(lengths)
+    trained = np.concatenate([[0], np.cumsum(values >= 0)])
+    starts = ends - lengths
+    first = np.zeros(len(lengths), np.int64)
+    first[lengths > 0] = values[starts[lengths > 0]] >= 0
+    targets: np.ndarray = trained[ends] - trained[starts] - first
+    return targets

@@ -16,6 +16,7 @@ from myllm_ray.data.collate import build_micro, to_tensors, wrap64
 from myllm_ray.data.collate_records import build_pairs, build_prompts
 from myllm_ray.data.plan import RowPlan
 from myllm_ray.data.records import LABELLED, PAIRS, PROMPTS
+from myllm_ray.data.store import describe_documents
 
 
 @dataclass
@@ -48,6 +49,11 @@ class StreamSpec:
             batch = plan.rows(epoch, row - place, row - place + self.global_size) if store.kind == LABELLED else None
             return build_pairs(store, rows, self.pad_id, place, batch)
         return build_micro(store, rows, self.pad_id, place)
+
+    def describe(self, position: Position) -> str:
+        """The documents of the global batch that begins at `position`, for messages."""
+        rows = self.plan.rows(position.epoch, position.row, position.row + self.global_size)
+        return describe_documents(self.plan.store, sorted({segment.document for row in rows for segment in row}))
 
     def after(self, position: Position) -> Position:
         """The position behind the step that begins at `position`."""
@@ -85,7 +91,7 @@ class LocalStream:
         self.spec = spec
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size
-        self.sources = spec.plan.store.sources
+        self.sources, self.describe = spec.plan.store.sources, spec.describe
 
     def steps_in_epoch(self, epoch: int) -> int:
         return self.spec.steps_in_epoch(epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable
@@ -29,6 +30,8 @@ from myllm_ray.engine.settings import EngineSettings
 from myllm_ray.engine.stability import Stability
 from myllm_ray.engine.stream import InMemoryStream
 from myllm_ray.trainers.base import BaseTrainer
+
+log = logging.getLogger(__name__)
 
 
 class TrainerEngine:
@@ -68,6 +71,7 @@ class TrainerEngine:
         self._skipped_steps = 0
         self._heard: set[str] = set()
         """Requests that all ranks know of: what only one of them has asked for is not followed yet."""
+        self._warned_of_empty_batch = False
         self._bad: str | None = None
         """What was wrong with the last step, so that it was left out."""
 
@@ -176,6 +180,7 @@ class TrainerEngine:
     def training_step(self, micros: list[Micro]) -> tuple[StepResult, MetricSum]:
         """One optimizer step: the loss is summed over micro-batches and ranks and divided once, by the global weight."""
         weight = self.accelerator.all_reduce([sum(self.trainer.batch_weight(m) for m in micros)])[0]
+        self._check_weight(float(weight))
         sums = MetricSum(weight)
         step, self._bad = self.state.step + 1, None
         for i, micro in enumerate(micros):
@@ -193,6 +198,24 @@ class TrainerEngine:
         result = self.accelerator.optimizer_step(self.settings.gradient_clip)
         return result, sums
 
+    def _check_weight(self, weight: float) -> None:
+        """A batch without a target: an error, unless the trainer says why it may come.
+
+        Raises:
+            TrainingError: names the documents of the batch.
+        """
+        if weight:
+            return
+        position, allowed, describe = self.state.position, self.trainer.empty_batch_reason, getattr(self.stream, "describe", lambda _: "the batch")
+        where = f"step {self.state.step + 1} (epoch {position.epoch}, rows from {position.row} on)"
+        if allowed is None:
+            raise TrainingError(f"{where} has nothing to train on: no token of {describe(position)} is trained on; see it with "
+                                f"`myllm-ray data CONFIG --step {self.state.step + 1}`. data.sequence_length cuts documents off, data.*.format "
+                                "says what is trained on")
+        if self.state.is_main and not self._warned_of_empty_batch:
+            log.warning("%s has nothing to train on: %s. Its gradient is zero. Further steps of this kind are not reported", where, allowed)
+        self._warned_of_empty_batch = True
+
     def _judge(self, loss: float, grad_norm: float) -> bool:
         """The accelerator's question, before it changes a weight: whether to leave the step out."""
         self._bad = self.stability.judge(loss, grad_norm)
@@ -206,7 +229,10 @@ class TrainerEngine:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Metrics on the held-out data, each named `validation_…`, averaged over all of it as one batch."""
+        """Metrics on the held-out data, each named `validation_…`, averaged over all of it as one batch.
+
+        Nothing where the data has no target: a mean over nothing is no metric.
+        """
         assert self.validation is not None
         model = self.trainer.model
         model.eval()
@@ -222,6 +248,10 @@ class TrainerEngine:
         model.train()
         total.weight = self.accelerator.all_reduce([total.weight])[0]
         values = total.reduce(self.accelerator)
+        if "loss" not in values:
+            if self.state.is_main:
+                log.warning("step %d: the held-out data has nothing to evaluate: no validation metrics", self.state.step)
+            return {}
         metrics = {**values, **self.trainer.derive(values)}
         metrics = {f"validation_{name}": value for name, value in metrics.items() if name != "tokens" and name[0] != "_"}
         self.callbacks.emit("on_evaluate", self.state, metrics)

@@ -86,12 +86,13 @@ def make_ready(config: TrainerConfig, map_units: Any = map) -> tuple[TrainerConf
     from myllm_ray.data.prepare import prepare
     from myllm_ray.engine.run_folder import claim
     from myllm_ray.orchestration.failures import clearly
-    from myllm_ray.worker import absolute, check_model, check_names
+    from myllm_ray.worker import absolute, check_model, check_names, warn_of_data
 
     config = absolute(config)
     check_names(config)
     prepared: PreparedData = clearly(lambda: prepare(config, map_units))
     check_model(config, prepared)
+    warn_of_data(prepared)
     claim(config, prepared.identity)
     return config, prepared
 

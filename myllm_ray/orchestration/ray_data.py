@@ -105,7 +105,7 @@ class RayStream:
 
     def __init__(self, spec: StreamSpec, shard: Any):
         self.spec, self._shard = spec, shard
-        self.sources = spec.plan.store.sources
+        self.sources, self.describe = spec.plan.store.sources, spec.describe
 
     def steps_in_epoch(self, epoch: int) -> int:
         return self.spec.steps_in_epoch(epoch)

@@ -29,6 +29,8 @@ class BaseTrainer(ABC):
     """Kind of model it trains: causal_lm, reward_model, or actor_critic."""
     uses: ClassVar[tuple[str, ...]] = ()
     """What else it is given by name, as keyword arguments: knobs, reference, reward_model, sampler, rewards."""
+    empty_batch_reason: str | None = None
+    """Why a global batch may have the weight 0, which is an error otherwise; its gradient is zero."""
     steps_per_batch = 1
     """Optimizer steps that `expand` makes of a global batch."""
 
