@@ -226,10 +226,10 @@ class Accelerator(ABC):
         return nullcontext()
 
     def all_reduce(self, values: Iterable[float | Tensor]) -> Tensor:
-        """Sums over ranks of some numbers: (n,) float64 on the CPU."""
-        items = [v.detach().to("cpu", torch.float64) if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+        """Sums over ranks of some numbers, or tensors, which are flattened: (n,) float64 on the CPU."""
+        items = [v.detach().to("cpu", torch.float64).flatten() if isinstance(v, Tensor) else torch.tensor([v], dtype=torch.float64)
                  for v in values]
-        return distributed.all_reduce_(torch.stack(items).to(self.device)).cpu()
+        return distributed.all_reduce_(torch.cat(items).to(self.device)).cpu()
 
     def all_reduce_ints(self, values: Iterable[int]) -> list[int]:
         """Sums over ranks modulo 2**64, as signed 64-bit integers."""

@@ -60,6 +60,15 @@ class StepOutput:
     metrics: MetricPairs = field(default_factory=dict)
 
 
+class RouterLosses(NamedTuple):
+    """What the routers of a mixture-of-experts model say of a micro-batch (ops/load_balancing.py)."""
+
+    loss_sum: Tensor
+    """Scalar with gradient: the sequences' balancing losses, each times its weight, added up; the mean over layers."""
+    loads: Tensor
+    """(layers, experts) tokens that each expert got."""
+
+
 class TokenLosses(NamedTuple):
     """Losses at the T target positions of a micro-batch, in row-major order."""
 
@@ -69,6 +78,8 @@ class TokenLosses(NamedTuple):
     """(T,) fp32, detached."""
     correct: Tensor
     """(T,) bool: the target was the most likely token."""
+    router: RouterLosses | None = None
+    """Where the model was given `sequences` and has routers."""
 
 
 class TokenScores(NamedTuple):
@@ -80,6 +91,8 @@ class TokenScores(NamedTuple):
     """(T,) entropy of the distribution each was drawn from, with gradient; zeros where it was not asked for."""
     values: Tensor | None = None
     """(T,) what a critic expects from before each token on, with gradient."""
+    router: RouterLosses | None = None
+    """Where the model was given `sequences` and has routers."""
 
 
 class Samples(NamedTuple):

@@ -41,6 +41,8 @@ class ModelSection(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
     attention: Literal["sdpa", "eager"] = "sdpa"
     lora: LoraSection | None = None
+    router_loss_weight: float | None = Field(None, ge=0, description="mixture of experts: weight of the loss that balances the experts' "
+                                             "load; default: the model's own (router_aux_loss_coef); 0: none")
     trust_remote_code: bool = Field(False, description="run Python code that the hub folder brings along")
 
     @model_validator(mode="after")

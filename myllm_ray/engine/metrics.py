@@ -38,15 +38,21 @@ class MetricSum:
         return float(accelerator.all_reduce([self._loss])[0]) / max(float(self.weight), 1e-9)
 
     def reduce(self, accelerator: Reducer) -> dict[str, float]:
-        """`loss` and all metrics, over all ranks. What has the weight 0 is left out, `loss` too; `tokens` is a plain sum."""
+        """`loss` and all metrics, over all ranks. What has the weight 0 is left out, `loss` too; `tokens` is a plain sum.
+
+        A sum may be a tensor of any shape: its entries are then `<name>/0`, `<name>/1`, ...
+        """
         names = sorted(self._sums)
-        flat = [self._loss, *(self._sums[n] for n in names), *(self._weights[n] for n in names)]
-        reduced = accelerator.all_reduce(flat).tolist()
-        loss, sums, weights = reduced[0], reduced[1 : 1 + len(names)], reduced[1 + len(names) :]
-        values = {"loss": loss / float(self.weight)} if self.weight else {}
-        for name, total, weight in zip(names, sums, weights, strict=True):
-            if name == "tokens":
-                values[name] = total
-            elif weight:
-                values[name] = total / weight
+        sizes = [s.numel() if isinstance(s := self._sums[name], Tensor) else 1 for name in names]
+        reduced = accelerator.all_reduce([self._loss, *(self._sums[n] for n in names), *(self._weights[n] for n in names)]).tolist()
+        values = {"loss": reduced[0] / float(self.weight)} if self.weight else {}
+        first = 1
+        for name, size, weight in zip(names, sizes, reduced[1 + sum(sizes) :], strict=True):
+            totals, first = reduced[first : first + size], first + size
+            several = isinstance(sums := self._sums[name], Tensor) and sums.dim() > 0
+            for number, total in enumerate(totals):
+                if name == "tokens":
+                    values[name] = total
+                elif weight:
+                    values[f"{name}/{number}" if several else name] = total / weight
         return values

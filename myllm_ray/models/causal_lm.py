@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from myllm_ray.common.types import TokenLosses, TokenScores, shifted_targets
+from myllm_ray.common.types import RouterLosses, TokenLosses, TokenScores, shifted_targets
+from myllm_ray.models.routers import Routers
 from myllm_ray.ops.cross_entropy import cross_entropy_from_logits, linear_cross_entropy
 from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
 
@@ -29,10 +31,14 @@ class CausalLM(nn.Module):
         changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES)
         self.fused = isinstance(head, nn.Linear) and head.bias is None and not changed
         """Whether the logits are exactly `hidden @ head.T`, so that the fused head may stand in for the model's own."""
+        self.routers = Routers([model.base_model])
+        self.router_loss_weight = 0.0
+        """What trainers multiply the loss of the routers by; see `models/routers.py`."""
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
                 predictors: Tensor | None = None, targets: Tensor | None = None, attention_mask: Tensor | None = None,
-                temperature: float = 1.0, entropy: bool = False, cache: Any = None) -> TokenLosses | TokenScores | Tensor:
+                temperature: float = 1.0, entropy: bool = False, cache: Any = None, sequences: Tensor | None = None,
+                sequence_weights: Tensor | None = None) -> TokenLosses | TokenScores | Tensor:
         """Losses at the positions with a label; where `targets` are given instead, their scores; with a cache, the next logits.
 
         Documents of a packed row are told apart by `position_ids` that restart. transformers does so only without an
@@ -46,15 +52,31 @@ class CausalLM(nn.Module):
             temperature, entropy: see `linear_log_probs`.
             cache: keys and values of what precedes `input_ids`, of transformers; then the result is (B, V), behind the last token,
                 and `attention_mask` (B, all tokens so far) says which are padding.
+            sequences: (B, S) number of the sequence that each token belongs to, -1 for padding. With it, and with `sequence_weights`
+                (N,), the result has the loss of the model's routers, if it has any.
         """
         if cache is not None:
             return self.next_logits({"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask,
                                      "past_key_values": cache, "use_cache": True})
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, "attention_mask": attention_mask}
+        if getattr(self.config, "output_router_logits", False):  # transformers' own loss is neither wanted nor made for 4D masks
+            inputs["output_router_logits"] = False
         if targets is not None:
             assert predictors is not None
-            return self.score(inputs, predictors, targets, temperature, entropy)
+            if sequences is None or not self.routers:
+                return self.score(inputs, predictors, targets, temperature, entropy)
+            with self.routers.recording():
+                scores = self.score(inputs, predictors, targets, temperature, entropy)
+            return scores._replace(router=router_losses(self, sequences, sequence_weights))
         assert labels is not None, "forward needs labels or targets"
+        if sequences is None or not self.routers:
+            return self.token_losses(inputs, labels)
+        with self.routers.recording():
+            losses = self.token_losses(inputs, labels)
+        return losses._replace(router=router_losses(self, sequences, sequence_weights))
+
+    def token_losses(self, inputs: dict[str, Any], labels: Tensor) -> TokenLosses:
+        """Losses at the positions with a label."""
         shifted = shifted_targets(labels)
         if not self.fused:
             return cross_entropy_from_logits(self.model(**inputs).logits, shifted)
@@ -92,3 +114,12 @@ class CausalLM(nn.Module):
             self.model.base_model.compile(*args, **kwargs)
         else:
             super().compile(*args, **kwargs)
+
+
+def router_losses(module: Any, sequences: Tensor, weights: Tensor | None) -> RouterLosses:
+    """What the routers of a wrapper recorded; without a graph where their loss is switched off."""
+    assert weights is not None, "sequences need sequence_weights"
+    losses: RouterLosses
+    with torch.set_grad_enabled(torch.is_grad_enabled() and module.router_loss_weight > 0):
+        losses = module.routers.losses(sequences, weights)
+    return losses

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from myllm_ray.common.types import TokenScores
-from myllm_ray.models.causal_lm import CausalLM
+from myllm_ray.common.types import RouterLosses, TokenScores
+from myllm_ray.models.causal_lm import CausalLM, router_losses
+from myllm_ray.models.routers import Routers
 from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
 
 
@@ -24,13 +26,22 @@ class RewardModel(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
+        self.routers = Routers([model.base_model])
+        self.router_loss_weight = 0.0
 
-    def forward(self, input_ids: Tensor, ends: Tensor, position_ids: Tensor | None = None,
-                attention_mask: Tensor | None = None) -> Tensor:
-        """Scores (N,), in fp32 at least, at the places `ends` (N,) of the flattened (B · S) input: the last tokens of answers."""
-        hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask,
-                                       use_cache=False).last_hidden_state
-        return _flat(self.model.score(hidden.flatten(0, 1)[ends]))
+    def forward(self, input_ids: Tensor, ends: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                sequences: Tensor | None = None, sequence_weights: Tensor | None = None) -> Tensor | tuple[Tensor, RouterLosses]:
+        """Scores (N,), in fp32 at least, at the places `ends` (N,) of the flattened (B · S) input: the last tokens of answers.
+
+        With `sequences` and `sequence_weights` (see `CausalLM.forward`), and a model with routers: the scores and the routers' loss.
+        """
+        with self.routers.recording() if sequences is not None else nullcontext():
+            hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask,
+                                           use_cache=False).last_hidden_state
+        scores = _flat(self.model.score(hidden.flatten(0, 1)[ends]))
+        if sequences is None or not self.routers:
+            return scores
+        return scores, router_losses(self, sequences, sequence_weights)
 
 
 class ActorCritic(CausalLM):
@@ -44,6 +55,8 @@ class ActorCritic(CausalLM):
     def __init__(self, model: Any, critic: Any = None):
         super().__init__(model)
         self.critic = critic
+        if critic is not None:
+            self.routers = Routers([model.base_model, critic])
         # No bias: the whole head starts at zero, and a bias would be one more parameter without weight decay to explain.
         self.value = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False)
         nn.init.zeros_(self.value.weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.deferred import folder_source, record_initialization
 from myllm_ray.models.heads import ActorCritic, RewardModel
 from myllm_ray.models.lora import adapter_source, add_adapters
+from myllm_ray.models.routers import router_loss_weight
 
 WRAPPERS: dict[str, Any] = {"causal_lm": CausalLM, "reward_model": RewardModel, "actor_critic": ActorCritic, "actor_own_critic": ActorCritic}
 """Kinds of models: what stands around the one of transformers."""
@@ -50,9 +52,11 @@ def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, 
             seed_all("weights", seed)
             model = load_object(section.factory, "model.factory")(**section.options)
         if not isinstance(model, PreTrainedModel):
+            if section.router_loss_weight:
+                raise ConfigError(f"model.router_loss_weight is for models of transformers; {section.factory} gives a {type(model).__name__}")
             return cast(nn.Module, model.train())
         _check_fit(model, tokenizer, sequence_length)
-        return _wrapped(model, kind, copy.deepcopy(model.base_model) if kind == "actor_own_critic" else None).train()
+        return _wrapped(section, model, kind, copy.deepcopy(model.base_model) if kind == "actor_own_critic" else None).train()
     skeleton = _skeleton(section, tokenizer, sequence_length, kind)
     source = _source(section, skeleton, seed)
     if source is not None:
@@ -61,7 +65,7 @@ def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, 
             source = adapter_source(source, seed, skeleton)
         with torch.device("meta"):
             critic = copy.deepcopy(skeleton.base_model) if kind == "actor_own_critic" else None
-            model = _wrapped(skeleton, kind, critic)
+            model = _wrapped(section, skeleton, kind, critic)
         return attach_source(model.train(), _renamed(source, skeleton))
     with torch.random.fork_rng(devices=[]):
         seed_all("weights", seed)
@@ -69,11 +73,12 @@ def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, 
                  else _from_name(section, kind))
     if section.lora is not None:
         add_adapters(whole, section.lora)
-    return _wrapped(whole, kind, copy.deepcopy(whole.base_model) if kind == "actor_own_critic" else None).train()
+    return _wrapped(section, whole, kind, copy.deepcopy(whole.base_model) if kind == "actor_own_critic" else None).train()
 
 
-def _wrapped(model: PreTrainedModel, kind: str, critic: nn.Module | None) -> nn.Module:
+def _wrapped(section: ModelSection, model: PreTrainedModel, kind: str, critic: nn.Module | None) -> nn.Module:
     wrapped: nn.Module = ActorCritic(model, critic) if critic is not None else WRAPPERS[kind](model)
+    wrapped.router_loss_weight = router_loss_weight(wrapped.routers, model.config, section.router_loss_weight)  # type: ignore[arg-type, assignment]
     return wrapped
 
 
@@ -102,7 +107,7 @@ def build_skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, 
         skeleton = _skeleton(section, tokenizer, sequence_length, kind)
         if section.lora is not None:
             add_adapters(skeleton, section.lora)
-        return _wrapped(skeleton, kind, None)
+        return _wrapped(section, skeleton, kind, None)
 
 
 def _auto(kind: str) -> Any:
@@ -169,7 +174,7 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, ki
         raise ConfigError(f"model.config.model_type: transformers knows no {model_type!r}; llama, qwen3, gemma3_text, "
                           "gpt2 and many more are there") from None
     for key in given:
-        if not hasattr(default, key):
+        if not hasattr(default, key) and not _reads(default, key):
             close = difflib.get_close_matches(key, [k for k in vars(default) if not k.startswith("_")], 1)
             hint = f"did you mean {close[0]}?" if close else f"{type(default).__name__} has no such setting"
             raise ConfigError(f"unknown key model.config.{key}: {hint}")
@@ -187,6 +192,13 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, ki
         return model
     except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(f"model.config: transformers can't build this {model_type}: {_one_line(error)}") from None
+
+
+def _reads(config: Any, key: str) -> bool:
+    """Whether the code of a model looks for a setting that its config class does not declare (`head_dim` of Qwen3-MoE)."""
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    module = inspect.getmodule(model_class) if model_class is not None else None
+    return module is not None and f'"{key}"' in inspect.getsource(module)
 
 
 def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:

@@ -61,8 +61,8 @@ def to_grid(values: Tensor, scored: Scored, lengths: Tensor) -> Tensor:
 
 
 def packed(micro: Micro) -> tuple[Micro, Tensor]:
-    """Training rows without their padding, several to a row: `input_ids`, `position_ids` (R, W) that restart at each; and (N,) where
-    each begins in the flattened result.
+    """Training rows without their padding, several to a row: `input_ids`, `position_ids` (R, W) that restart at each,
+    `sequences` (R, W), the row of each token or -1; and (N,) where each begins in the flattened result.
 
     First fit by falling length, into rows twice as long as the longest. Models keep the rows apart by their positions, as they do
     packed documents.
@@ -80,8 +80,10 @@ def packed(micro: Micro) -> tuple[Micro, Tensor]:
     ids = micro["input_ids"].new_zeros(len(rooms) * width)
     # Padding counts on from 0 too, like a document of its own.
     positions = torch.cat([torch.arange(-(width - room), room, device=ids.device) for room in rooms])
+    sequences = torch.full_like(ids, -1)
     for row, size in enumerate(sizes):
+        sequences[homes[row] : homes[row] + size] = row
         ids[homes[row] : homes[row] + size] = micro["input_ids"][row, :size]
         positions[homes[row] : homes[row] + size] = micro["position_ids"][row, :size]
     starts = torch.tensor([homes[row] for row in range(len(sizes))], device=ids.device)
-    return {"input_ids": ids.view(-1, width), "position_ids": positions.view(-1, width)}, starts
+    return {"input_ids": ids.view(-1, width), "position_ids": positions.view(-1, width), "sequences": sequences.view(-1, width)}, starts

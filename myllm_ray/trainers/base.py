@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.types import Batch, Micro, StepOutput
+from myllm_ray.trainers.routing import expert_metrics
 
 
 class BaseTrainer(ABC):
@@ -92,8 +93,11 @@ class BaseTrainer(ABC):
         return self.train_step(micro)
 
     def derive(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Metrics that follow from the averaged ones, logged in addition; those whose names begin with `_` only serve here."""
-        return {}
+        """Metrics that follow from the averaged ones, logged in addition; those whose names begin with `_` only serve here.
+
+        Here: the load of the experts, for models that have any (`trainers/routing.py`).
+        """
+        return expert_metrics(self.model, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-like state of the algorithm itself (a controller's coefficient), saved in every checkpoint."""

@@ -18,18 +18,22 @@ from myllm_ray.common.modules import forward_names
 from myllm_ray.common.types import IGNORE, MetricPairs, Micro, StepOutput, TokenLosses, shifted_targets
 from myllm_ray.ops.cross_entropy import cross_entropy_from_logits
 from myllm_ray.trainers.base import BaseTrainer
+from myllm_ray.trainers.routing import real_tokens, routing_inputs, rows_as_sequences, with_router_loss
 
 
-def token_losses(model: nn.Module, micro: Micro) -> TokenLosses:
+def token_losses(model: nn.Module, micro: Micro, routing: dict[str, Tensor] | None = None) -> TokenLosses:
     """Losses at the target positions, from a model that computes them itself or from any model that gives logits.
 
     A plain model is called with those of `input_ids`, `position_ids` and `use_cache=False` that its `forward` takes, and
     returns logits (B, S, V), bare or as `.logits`.
+
+    Args:
+        routing: see `trainers/routing.py`.
     """
     inner = getattr(model, "module", model)
     inputs: dict[str, Any] = {k: micro[k] for k in ("input_ids", "position_ids") if k in micro}
     if getattr(inner, "computes_token_losses", False):
-        result: TokenLosses = model(labels=micro["labels"], **inputs)
+        result: TokenLosses = model(labels=micro["labels"], **inputs, **(routing or {}))
         return result
     inputs["use_cache"] = False
     accepted = forward_names(inner)
@@ -70,13 +74,17 @@ class CausalLMTrainer(BaseTrainer):
 
     def train_step(self, micro: Micro) -> StepOutput:
         """Sum of -log p over the target tokens of the micro-batch."""
-        losses = token_losses(self.model, micro)
         targets = shifted_targets(micro["labels"])
         kept = targets != IGNORE
+        weights = kept.sum(1)
+        losses = token_losses(self.model, micro, routing_inputs(self.model, rows_as_sequences(real_tokens(micro)), weights))
         sources = micro["source_ids"][kept] if "source_ids" in micro else None
         metrics = token_metrics(losses, targets[kept], sources, self.sources, self.bytes_per_token)
-        return StepOutput(losses.nll_sum, metrics)
+        if losses.router is not None:
+            metrics["lm_loss"] = (losses.nll_sum.detach(), weights.sum())
+        return with_router_loss(self.model, StepOutput(losses.nll_sum, metrics), losses.router, weights)
 
     def derive(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Perplexity = exp(loss)."""
-        return {"perplexity": math.exp(min(metrics["loss"], 700.0))} if "loss" in metrics else {}
+        """Perplexity = exp(mean negative log-likelihood)."""
+        nll = metrics.get("lm_loss", metrics.get("loss"))
+        return {**({} if nll is None else {"perplexity": math.exp(min(nll, 700.0))}), **super().derive(metrics)}

@@ -37,7 +37,8 @@ from myllm_ray.common.modules import adapters_off
 from myllm_ray.common.types import Batch, MetricPairs, Micro, StepOutput
 from myllm_ray.config.errors import ConfigError, TrainingError
 from myllm_ray.config.trainers import DPOKnobs
-from myllm_ray.trainers.preference import PreferenceTrainer, answer_log_probs, filled
+from myllm_ray.trainers.preference import AnswerScores, PreferenceTrainer, answer_log_probs, filled
+from myllm_ray.trainers.routing import with_router_loss
 
 
 def pair_losses(policy: Tensor, reference: Tensor, knobs: DPOKnobs) -> Tensor:
@@ -127,11 +128,12 @@ class DPOTrainer(PreferenceTrainer):
         divergence = max(0.0, float(total[0] / total[1]))
         yield [{**micro, "divergence": torch.full((len(micro["segment_ids"]), 1), divergence)} for micro in batch.micros]
 
-    def log_probs(self, micro: Micro) -> tuple[Tensor, Tensor]:
-        """(rows, 2) log-probabilities of the answers under the policy, as `per_token` says; (rows, 2) lengths."""
+    def log_probs(self, micro: Micro, routed: bool = False) -> AnswerScores:
+        """Of the answers under the policy, as `per_token` says; `routed`: with the loss of the routers, if there are any."""
         inputs, per_row = self.inputs(micro)
-        total, lengths = answer_log_probs(self.model, inputs, per_row, len(micro["segment_ids"]))
-        return self._normalized(total, lengths), lengths
+        routing = self.routing(micro, inputs, per_row, first_only=self.knobs.loss == "kto") if routed else None
+        scores = answer_log_probs(self.model, inputs, per_row, len(micro["segment_ids"]), routing)
+        return scores._replace(log_probs=self._normalized(scores.log_probs, scores.lengths))
 
     def _normalized(self, total: Tensor, lengths: Tensor) -> Tensor:
         return total / lengths.clamp(min=1) if self.knobs.per_token else total
@@ -148,14 +150,15 @@ class DPOTrainer(PreferenceTrainer):
         inputs, per_row = self.inputs(micro)
         if self.adapter_off:
             with adapters_off(self.model):
-                return self._normalized(*answer_log_probs(self.model, inputs, per_row, rows))
+                return self._normalized(*answer_log_probs(self.model, inputs, per_row, rows)[:2])
         assert self.reference is not None
-        return self._normalized(*answer_log_probs(self.reference, inputs, per_row, rows))
+        return self._normalized(*answer_log_probs(self.reference, inputs, per_row, rows)[:2])
 
     def train_step(self, micro: Micro) -> StepOutput:
         """Sum of the pairs' losses (KTO: of the answers')."""
         kept = filled(micro)
-        policy, lengths = (t[kept] for t in self.log_probs(micro))
+        scores = self.log_probs(micro, routed=True)
+        policy, lengths = scores.log_probs[kept], scores.lengths[kept]
         reference = self.reference_log_probs(micro)[kept].to(policy.dtype)
         if self.knobs.loss == "kto":
             ratios, desirable = policy[:, 0] - reference[:, 0], micro["desirable"][kept, 0]
@@ -165,7 +168,8 @@ class DPOTrainer(PreferenceTrainer):
             losses = pair_losses(policy, reference, self.knobs)
             metrics = self._pair_metrics(policy.detach(), reference, lengths)
         trained = lengths[:, :1] if self.knobs.loss == "kto" else lengths  # KTO's second answer only measures the divergence
-        return StepOutput(losses.sum(), {**metrics, "tokens": (trained.sum(), 1.0)})
+        output = StepOutput(losses.sum(), {**metrics, "tokens": (trained.sum(), 1.0)})
+        return with_router_loss(self.model, output, scores.router, kept.float())
 
     def _pair_metrics(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> MetricPairs:
         rewards, n = self.knobs.beta * (policy - reference), len(policy)
@@ -183,9 +187,10 @@ class DPOTrainer(PreferenceTrainer):
 
     def derive(self, metrics: dict[str, float]) -> dict[str, float]:
         """KTO: the margin between the means of desirable and undesirable answers."""
+        found = super().derive(metrics)
         if self.knobs.loss == "kto" and {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
-            return {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
-        return {}
+            found["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        return found
 
     @torch.no_grad()
     def check(self, batch: Batch) -> None:
@@ -194,7 +199,7 @@ class DPOTrainer(PreferenceTrainer):
             return
         micro = {name: tensor.to(self.device) for name, tensor in batch.micros[0].items()}
         with self.autocast():
-            policy, lengths = self.log_probs(micro)
+            policy, lengths, _ = self.log_probs(micro)
             difference = (policy - self.reference_log_probs(micro)).abs() / (1.0 if self.knobs.per_token else lengths.clamp(min=1))
         worst = float(difference.max())
         if worst > _SAME:

@@ -37,6 +37,7 @@ from myllm_ray.ops.advantages import kl_estimate
 from myllm_ray.ops.pairs import sum_by
 from myllm_ray.ops.rollouts import Scored, to_grid
 from myllm_ray.trainers.online import OnlineTrainer
+from myllm_ray.trainers.routing import with_router_loss
 
 _EPSILON = 1e-4
 
@@ -139,13 +140,18 @@ class GRPOTrainer(OnlineTrainer):
 
     def batch_weight(self, micro: Micro) -> Tensor:
         """Answers; their tokens (dapo); or answers times the longest length (dr_grpo)."""
+        return self._answer_weights(micro).sum()
+
+    def _answer_weights(self, micro: Micro) -> Tensor:
+        """(N,) what each answer adds to `batch_weight`."""
         if self.knobs.loss == "dapo":
-            return micro["lengths"].sum()
-        return micro["counted"].sum() * (self.sampler.max_new_tokens if self.knobs.loss == "dr_grpo" else 1)
+            return micro["lengths"][:, 0]
+        return micro["counted"][:, 0] * (self.sampler.max_new_tokens if self.knobs.loss == "dr_grpo" else 1)
 
     def train_step(self, micro: Micro) -> StepOutput:
         """Sum of the tokens' losses, weighted as `loss` says."""
-        scores, scored = self.score(self.model, micro, entropy=True)
+        weights = self._answer_weights(micro)
+        scores, scored = self.score(self.model, micro, entropy=True, weights=weights)
         lengths, at = micro["lengths"][:, 0], (scored.rows, scored.steps)
         log_probs = scores.log_probs
         old = micro["old_log_probs"][at] if "old_log_probs" in micro else log_probs.detach()
@@ -162,7 +168,7 @@ class GRPOTrainer(OnlineTrainer):
             losses = losses + self.knobs.kl_weight * divergence
             metrics["kl"] = (divergence.detach().sum(), tokens)
         losses = losses - self.knobs.entropy_weight * scores.entropies
-        return StepOutput(self._weighted(losses, scored, lengths), metrics)
+        return with_router_loss(self.model, StepOutput(self._weighted(losses, scored, lengths), metrics), scores.router, weights)
 
     def _weighted(self, losses: Tensor, scored: Scored, lengths: Tensor) -> Tensor:
         return (losses / lengths[scored.rows]).sum() if self.knobs.loss == "grpo" else losses.sum()

@@ -29,6 +29,7 @@ from myllm_ray.ops.rollouts import Scored, answer_tokens, packed, training_rows
 from myllm_ray.trainers import self_checks
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.preference import filled, score_tokens
+from myllm_ray.trainers.routing import routing_inputs
 
 Columns = Callable[[int], dict[str, Any]]
 """Fields of the data row that a prompt came from, by the number of its document; `prompts` and `prompt_texts` may be among them
@@ -229,14 +230,20 @@ class OnlineTrainer(BaseTrainer):
                 "prompt": prompts[i], "response": texts[i], "reward": float(rows["reward"][i]), "tokens": int(rows["lengths"][i]),
                 "ended": bool(rows["ended"][i]), **(parts if len(parts) > 1 else {})})
 
-    def score(self, model: nn.Module, rows: Micro, entropy: bool = False) -> tuple[TokenScores, Scored]:
-        """Scores of the answers' tokens under a model, at the temperature that they were sampled at. Padding is not computed."""
+    def score(self, model: nn.Module, rows: Micro, entropy: bool = False, weights: Tensor | None = None) -> tuple[TokenScores, Scored]:
+        """Scores of the answers' tokens under a model, at the temperature that they were sampled at. Padding is not computed.
+
+        Args:
+            weights: (N,) what each answer adds to `batch_weight`: also gives the loss of the routers, of a model that has any.
+        """
         scored, inputs = answer_tokens(rows), rows
-        predictors = scored.predictors
+        predictors, routing = scored.predictors, None
         if getattr(getattr(model, "module", model), "computes_token_losses", False):  # other models may not keep packed rows apart
             inputs, starts = packed(rows)
             predictors = starts[scored.rows] + rows["prompt_lengths"][scored.rows, 0] + scored.steps - 1
-        return score_tokens(model, inputs, predictors, scored.targets, self.sampler.temperature, entropy), scored
+            if weights is not None:
+                routing = routing_inputs(model, inputs["sequences"], weights)
+        return score_tokens(model, inputs, predictors, scored.targets, self.sampler.temperature, entropy, routing), scored
 
     def minibatches_of(self, micros: list[Micro]) -> Iterator[list[Micro]]:
         """`epochs` times: the micro-batches in `minibatches` equal parts, those too large for a forward pass cut up."""

@@ -30,6 +30,7 @@ from myllm_ray.config.trainers import PPOKnobs
 from myllm_ray.ops.advantages import gae, kl_estimate, token_mask, whiten
 from myllm_ray.ops.rollouts import to_grid
 from myllm_ray.trainers.online import OnlineTrainer
+from myllm_ray.trainers.routing import with_router_loss
 
 
 def policy_losses(log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +162,8 @@ class PPOTrainer(OnlineTrainer):
     def train_step(self, micro: Micro) -> StepOutput:
         """Sum of the tokens' losses: policy, critic, entropy, and the divergence where it belongs to the loss."""
         knobs = self.knobs
-        scores, scored = self.score(self.model, micro, entropy=True)
+        weights = micro["lengths"][:, 0]
+        scores, scored = self.score(self.model, micro, entropy=True, weights=weights)
         at = (scored.rows, scored.steps)
         log_probs, values = scores.log_probs, scores.values
         assert values is not None
@@ -182,15 +184,16 @@ class PPOTrainer(OnlineTrainer):
             "_returns": (returns.sum(), tokens), "_returns_squared": (returns.square().sum(), tokens),
             "_residual": ((returns - old_values).sum(), tokens), "_residual_squared": ((returns - old_values).square().sum(), tokens),
             **self.rollout_metrics(micro)}
-        return StepOutput(loss, metrics)
+        return with_router_loss(self.model, StepOutput(loss, metrics), scores.router, weights)
 
     def derive(self, metrics: dict[str, float]) -> dict[str, float]:
         """How much of the returns' variance the critic knew: 1 - Var(G - V) / Var(G)."""
+        experts = super().derive(metrics)
         if "_returns" not in metrics:
-            return {}
+            return experts
         spread = metrics["_returns_squared"] - metrics["_returns"] ** 2
         unexplained = metrics["_residual_squared"] - metrics["_residual"] ** 2
-        return {"explained_variance": 1 - unexplained / spread} if spread > 1e-12 else {}
+        return {**({"explained_variance": 1 - unexplained / spread} if spread > 1e-12 else {}), **experts}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "kl_weight": self.kl_weight}

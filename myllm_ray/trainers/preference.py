@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.modules import forward_names
-from myllm_ray.common.types import Micro, TokenScores
+from myllm_ray.common.types import Micro, RouterLosses, TokenScores
 from myllm_ray.ops.log_probs import log_probs_from_logits
 from myllm_ray.ops.pairs import Answers, answers, one_answer_per_row, shared_prompt_mask, sum_by
 from myllm_ray.trainers.base import BaseTrainer
+from myllm_ray.trainers.routing import routing_inputs
 
 
 def score_tokens(model: nn.Module, inputs: Micro, predictors: Tensor, targets: Tensor, temperature: float = 1.0,
-                 entropy: bool = False) -> TokenScores:
+                 entropy: bool = False, routing: dict[str, Tensor] | None = None) -> TokenScores:
     """Scores of the targets, from a model that computes them itself or from any model that gives logits (B, S, V).
 
     Args:
         inputs: `input_ids`, `position_ids` (B, S), and `attention_mask` where it is not causal.
         predictors, targets: (T,), see `CausalLM.forward`.
+        routing: see `trainers/routing.py`.
     """
     inner = getattr(model, "module", model)
     inputs = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
     if getattr(inner, "computes_token_losses", False):
-        scores: TokenScores = model(predictors=predictors, targets=targets, temperature=temperature, entropy=entropy, **inputs)
+        scores: TokenScores = model(predictors=predictors, targets=targets, temperature=temperature, entropy=entropy, **inputs,
+                                    **(routing or {}))
         return scores
     accepted = forward_names(inner)
     given: dict[str, Any] = {**inputs, "use_cache": False}
     output = model(**{k: v for k, v in given.items() if accepted is None or k in accepted})
     logits = getattr(output, "logits", output).flatten(0, 1)[predictors]
     return log_probs_from_logits(logits, targets, temperature, entropy)
+
+
+class AnswerScores(NamedTuple):
+    """Log-probability (rows, 2) of each answer, summed over its tokens, and its number of tokens (rows, 2)."""
+
+    log_probs: Tensor
+    lengths: Tensor
+    router: RouterLosses | None = None
 
 
 class PreferenceTrainer(BaseTrainer):
@@ -54,6 +65,24 @@ class PreferenceTrainer(BaseTrainer):
         inputs = {name: micro[name] for name in ("input_ids", "position_ids", "segment_ids")}
         return {**inputs, "attention_mask": shared_prompt_mask(micro["segment_ids"])}, 2
 
+    def routing(self, micro: Micro, inputs: Micro, per_row: int, first_only: bool = False) -> dict[str, Tensor]:
+        """What makes the model return its routers' loss: a pair is one sequence, its prompt counted once.
+
+        Args:
+            inputs, per_row: see `inputs`.
+            first_only: the second answer of a row is not trained on (KTO).
+        """
+        segments = inputs["segment_ids"]
+        numbers = torch.arange(len(segments), device=segments.device)[:, None]
+        counted = segments >= 0
+        if per_row == 1:  # the row of a second answer has the prompt once more
+            second = numbers % 2 == 1
+            counted &= ~second | ((segments > 0) & (not first_only))
+            numbers = numbers // 2
+        elif first_only:
+            counted &= segments < 2
+        return routing_inputs(self.model, torch.where(counted, numbers, -1), filled(micro).float())
+
     def batch_weight(self, micro: Micro) -> Tensor:
         """Pairs. Rows that only fill up the last batch of an epoch have no prompt."""
         return filled(micro).sum()
@@ -64,10 +93,10 @@ def filled(micro: Micro) -> Tensor:
     return (micro["segment_ids"] >= 0).any(1)
 
 
-def answer_log_probs(model: nn.Module, inputs: Micro, per_row: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Log-probability (rows, 2) of each answer, summed over its tokens, and its number of tokens (rows, 2)."""
+def answer_log_probs(model: nn.Module, inputs: Micro, per_row: int, rows: int, routing: dict[str, Tensor] | None = None) -> AnswerScores:
+    """What a model says of the answers of rows; `routing`: see `trainers/routing.py`."""
     found: Answers = answers(inputs["input_ids"], inputs["segment_ids"], per_row)
-    scores = score_tokens(model, inputs, found.predictors, found.targets)
+    scores = score_tokens(model, inputs, found.predictors, found.targets, routing=routing)
     total = sum_by(scores.log_probs, found.answer, 2 * rows).view(rows, 2)
     lengths = sum_by(torch.ones_like(scores.log_probs), found.answer, 2 * rows).view(rows, 2)
-    return total, lengths
+    return AnswerScores(total, lengths, scores.router)

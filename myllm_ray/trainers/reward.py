@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from myllm_ray.common.types import MetricPairs, Micro, StepOutput
+from myllm_ray.common.types import MetricPairs, Micro, RouterLosses, StepOutput
 from myllm_ray.config.trainers import RewardKnobs
 from myllm_ray.ops.pairs import last_tokens
 from myllm_ray.trainers.preference import PreferenceTrainer, filled
+from myllm_ray.trainers.routing import with_router_loss
 
 _BINS = 10
 """Bins of confidence for the calibration error."""
@@ -51,28 +52,32 @@ class RewardTrainer(PreferenceTrainer):
         super().__init__(model, dataset, shared_prompt=shared_prompt, bytes_per_token=bytes_per_token, sources=sources)
         self.knobs = knobs or RewardKnobs(**options)
 
-    def rewards(self, micro: Micro) -> Tensor:
-        """(rows, 2): rewards of the first and the second answer of each row; 0 in rows without."""
+    def rewards(self, micro: Micro) -> tuple[Tensor, RouterLosses | None]:
+        """(rows, 2): rewards of the first and the second answer of each row; 0 in rows without. And the loss of the routers, if any."""
         inputs, per_row = self.inputs(micro)
         ends, numbers = last_tokens(inputs["segment_ids"], per_row)
         given = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
-        scores: Tensor = self.model(ends=ends, **given)
+        found = self.model(ends=ends, **given, **self.routing(micro, inputs, per_row))
+        scores, router = found if isinstance(found, tuple) else (found, None)
         rows = len(micro["segment_ids"])
-        return torch.zeros(2 * rows, dtype=scores.dtype, device=scores.device).index_put((numbers,), scores).view(rows, 2)
+        return torch.zeros(2 * rows, dtype=scores.dtype, device=scores.device).index_put((numbers,), scores).view(rows, 2), router
 
     def train_step(self, micro: Micro) -> StepOutput:
         """Sum of the pairs' losses."""
         kept = filled(micro)
-        chosen, rejected = self.rewards(micro)[kept].unbind(1)
+        rewards, router = self.rewards(micro)
+        chosen, rejected = rewards[kept].unbind(1)
         losses = bradley_terry_loss(chosen, rejected, micro["margins"][kept, 0].to(chosen.dtype), self.knobs.centering)
         difference = (chosen - rejected).detach()
         n = len(losses)
-        return StepOutput(losses.sum(), {
+        output = StepOutput(losses.sum(), {
             "accuracy": ((difference > 0).sum(), n), "margin": (difference.sum(), n),
             "rewards/chosen": (chosen.detach().sum(), n), "rewards/rejected": (rejected.detach().sum(), n),
             "brier_score": ((1 - torch.sigmoid(difference)).square().sum(), n),
             "tokens": ((micro["segment_ids"] > 0).sum(), 1.0), **calibration(difference)})
+        return with_router_loss(self.model, output, router, kept.float())
 
     def derive(self, metrics: dict[str, float]) -> dict[str, float]:
         """The expected calibration error."""
-        return {"calibration_error": sum(abs(v) for name, v in metrics.items() if name.startswith("_calibration/"))}
+        error = sum(abs(v) for name, v in metrics.items() if name.startswith("_calibration/"))
+        return {"calibration_error": error, **super().derive(metrics)}
