@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -37,6 +38,7 @@ from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.preference import answer_log_probs
 from myllm_ray.trainers.rewards import FunctionReward
 
+log = logging.getLogger(__name__)
 _BLOCK = 8
 """Documents whose reference log-probabilities are computed together."""
 
@@ -85,6 +87,21 @@ def check_roles(config: TrainerConfig, kind: str) -> None:
             config_of(section)
         except ConfigError as error:
             raise ConfigError(str(error).replace("model.name:", "reward_model:", 1)) from None
+
+
+def check_routers(config: TrainerConfig, model: nn.Module) -> None:
+    """Find routers of experts that nothing would balance.
+
+    Raises:
+        ConfigError: the model has a loss for its routers, and the trainer does not train it.
+    """
+    weight = float(getattr(model, "router_loss_weight", 0.0))
+    if weight and not resolve("trainers", config.trainer, "trainer").trains_routers:
+        raise ConfigError(f"model.router_loss_weight={weight:g}: trainer {config.trainer} does not train the loss of the routers "
+                          "(trains_routers, docs/training.md); set it to 0")
+    if getattr(model, "routers", None) and config.model.router_loss_weight is None and not weight:
+        log.warning("this mixture-of-experts model has no coefficient for a loss that balances its experts, so nothing does: "
+                    "set model.router_loss_weight (0 if that is what you want)")
 
 
 def roles_of(config: TrainerConfig, tokenizer: Any, prepared: PreparedData, services: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.engine.watch import Watch
 from myllm_ray.models.load import build_deferred, build_model, build_skeleton
-from myllm_ray.roles import check_roles, kind_of_model, knobs_of, model_section, roles_of
+from myllm_ray.roles import check_roles, check_routers, kind_of_model, knobs_of, model_section, roles_of
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.causal_lm import CausalLMTrainer
 
@@ -112,6 +112,7 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
             check_targets(prepared.validation, "data.validation", config.evaluation.max_batches or 2**40, each=False)
     skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
     if skeleton is not None:
+        check_routers(config, skeleton)
         OptimizerManager(skeleton, config).build(skeleton)
 
 

@@ -32,6 +32,8 @@ class BaseTrainer(ABC):
     """What else it is given by name, as keyword arguments: knobs, reference, reward_model, sampler, rewards."""
     empty_batch_reason: str | None = None
     """Why a global batch may have the weight 0, which is an error otherwise; its gradient is zero."""
+    trains_routers: ClassVar[bool] = False
+    """Whether the loss has the term that balances the experts of a mixture-of-experts model (`trainers/routing.py`)."""
     steps_per_batch = 1
     """Optimizer steps that `expand` makes of a global batch."""
 

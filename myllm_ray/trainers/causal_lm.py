@@ -68,6 +68,8 @@ def token_metrics(losses: TokenLosses, targets: Tensor, sources: Tensor | None, 
 class CausalLMTrainer(BaseTrainer):
     """Next-token cross entropy on the tokens that carry a label."""
 
+    trains_routers = True
+
     def batch_weight(self, micro: Micro) -> Tensor:
         """Target tokens."""
         return (micro["labels"][:, 1:] != IGNORE).sum()

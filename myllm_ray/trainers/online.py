@@ -68,6 +68,7 @@ class OnlineTrainer(BaseTrainer):
     """
 
     reads: ClassVar[tuple[str, ...]] = ("prompts",)
+    trains_routers = True
     uses: ClassVar[tuple[str, ...]] = ("knobs", "sampler", "rewards", "columns", "reference", "seed", "micro_size", "pool", "max_lag",
                                      "validation_columns")
 

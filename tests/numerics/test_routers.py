@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeConfig
+from test_invariance import Recording, unequal_batch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from myllm_ray.common.types import IGNORE, Position
+from myllm_ray.common.types import IGNORE, Position, StepOutput
 from myllm_ray.config import ConfigError
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.data.prepare import prepare
@@ -21,8 +22,9 @@ from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.models.load import build_model
 from myllm_ray.models.routers import Routers, own_router_loss_weight
 from myllm_ray.ops.load_balancing import load_balancing_loss, router_probabilities
+from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.sft import SFTTrainer
-from test_invariance import Recording, unequal_batch
+from myllm_ray.worker import check_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
 MOE: dict[str, dict[str, Any]] = {
@@ -96,7 +98,7 @@ def test_weight_is_the_models_own_or_given_and_refused_without_routers() -> None
     assert model_of("mixtral").router_loss_weight == pytest.approx(0.001)
     assert model_of("mixtral", 0.25).router_loss_weight == 0.25
     assert model_of("mixtral", 0.0).router_loss_weight == 0
-    with pytest.raises(ConfigError, match="model.router_loss_weight=0.1: llama has no routers"):
+    with pytest.raises(ConfigError, match=r"model\.router_loss_weight=0\.1: llama has no routers"):
         build_model(ModelSection(config={"model_type": "llama", **SIZES}, router_loss_weight=0.1), byte_tokenizer(), 160, 0)
 
 
@@ -173,5 +175,30 @@ def test_evaluation_leaves_the_loss_of_the_routers_out(make_config: MakeConfig) 
 def test_copies_of_a_model_keep_what_they_record_apart() -> None:
     model = model_of("mixtral").model.base_model
     routers = Routers([model, copy.deepcopy(model)])
-    assert len(routers) == 4 and routers.layers == [0, 1]
+    assert len(routers) == 4
+    assert routers.layers == [0, 1]
     assert len({id(module) for _, module, _, _ in routers.routers}) == 4
+
+
+class Unaware(BaseTrainer):
+    """A trainer of the user's own that knows nothing of routers."""
+
+    def batch_weight(self, micro: Any) -> torch.Tensor:
+        return torch.ones(())
+
+    def train_step(self, micro: Any) -> StepOutput:
+        return StepOutput(torch.zeros(()))
+
+
+def test_a_trainer_that_would_leave_the_loss_out_is_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr("myllm_ray.roles.log.warning", warned.append)
+    config = make_config("trainer=test_routers:Unaware", model={"config": MOE["mixtral"]})
+    with pytest.raises(ConfigError, match=r"router_loss_weight=0.001: trainer test_routers:Unaware does not train"):
+        check_model(config, prepare(config))
+    config = make_config("trainer=test_routers:Unaware", "model.router_loss_weight=0", model={"config": MOE["mixtral"]})
+    check_model(config, prepare(config))
+    assert not warned
+    config = make_config(model={"config": MOE["deepseek_v3"]})
+    check_model(config, prepare(config))
+    assert "nothing does" in warned[0]
