@@ -175,7 +175,8 @@ class _Build:
         name = self.knobs.reward_model if self.knobs else None
         if not name:
             return None
-        section, checkpoint = _reward_section(name)
+        # On rank 0 for all: a run that is still training may have another newest checkpoint a moment later.
+        section, checkpoint = distributed.from_main(_reward_section(name) if distributed.is_main() else None)
         model = build_deferred(section, self.tokenizer, self.config.data.sequence_length, self.config.run.seed, "reward_model")
         if checkpoint is not None:
             from myllm_ray.common.materialize import materialize

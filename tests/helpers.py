@@ -163,3 +163,22 @@ def recorded(prompts: list[Any], completions: list[str], prompt_texts: list[str]
     """A reward function that remembers its arguments."""
     SEEN.append({"prompts": prompts, "completions": completions, "prompt_texts": prompt_texts, "completion_ids": completion_ids, "answer": answer})
     return [float(len(ids)) for ids in completion_ids]
+
+
+class AskDifferently(Callback):
+    """Each rank asks for another thing after the same step: the first for the first of `what`, the others for the last."""
+
+    def __init__(self, step: int, what: list[str]):
+        self.step, self.what = step, what
+
+    def on_step_end(self, state: RunState) -> None:
+        if state.step == self.step:
+            state.request(self.what[0 if state.is_main else -1], f"test {rank()}")
+
+
+class RankMetrics(SFTTrainer):
+    """Returns a metric on rank 1 only."""
+
+    def train_step(self, micro: Micro) -> StepOutput:
+        output = super().train_step(micro)
+        return output if rank() == 0 else StepOutput(output.loss_sum, {**output.metrics, "extra": (1.0, 1.0)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,26 @@ def leave() -> None:
     os._exit(0)
 
 
+def _as_rank(_: int, rank: int, target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    target(rank, *arguments)
+
+
+def spawn(target: Callable[..., None], arguments: tuple[Any, ...], world: int) -> None:
+    """`target(rank, *arguments)` in `world` processes, each with a PYTHONHASHSEED of its own: sets iterate differently on each rank."""
+    contexts, before = [], os.environ.get("PYTHONHASHSEED")
+    try:
+        for rank in range(world):
+            os.environ["PYTHONHASHSEED"] = str(2 * rank + 1)
+            contexts.append(mp.spawn(_as_rank, (rank, target, arguments), nprocs=1, join=False))
+    finally:
+        os.environ.pop("PYTHONHASHSEED")
+        if before is not None:
+            os.environ["PYTHONHASHSEED"] = before
+    together = mp.ProcessContext([c.processes[0] for c in contexts], [c.error_files[0] for c in contexts])
+    while not together.join():
+        pass
+
+
 def run_all(world: int, configs: list[TrainerConfig]) -> list[Path]:
     """Run the configs in `world` processes (1: in this one, without a group); returns the folders."""
     configs = [absolute(c) for c in configs]
@@ -54,6 +75,6 @@ def run_all(world: int, configs: list[TrainerConfig]) -> list[Path]:
                 pass
     if world > 1:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_process, (world, f"{folder}/store", jobs), nprocs=world)
+            spawn(_process, (world, f"{folder}/store", jobs), world)
     return [Path(c.run.storage) / c.run.name for c in configs]
 

@@ -154,6 +154,6 @@ def _environment_kept(**variables: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in set(os.environ) - set(before):
+        for name in sorted(set(os.environ) - set(before)):
             del os.environ[name]
         os.environ.update(before)

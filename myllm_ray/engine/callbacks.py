@@ -79,6 +79,11 @@ class CallbackList:
     """Hands events to callbacks, in their order."""
 
     def __init__(self, callbacks: Iterable[Callback], is_main: bool = True):
+        callbacks = list(callbacks)
+        for callback in callbacks:
+            if callback.main_only and type(callback).decides is not Callback.decides:
+                raise ConfigError(f"callbacks: {type(callback).__name__} overrides `decides`, to which every rank must give the same "
+                                  "answer, and is main_only: remove main_only")
         self.callbacks = [c for c in callbacks if is_main or not c.main_only]
 
     def emit(self, event: str, state: RunState, *payload: Any) -> None:

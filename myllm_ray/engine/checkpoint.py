@@ -261,7 +261,7 @@ def find_damage(folder: Path) -> str | None:
                 return f"{folder}: file {name} is missing"
             if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
                 return f"{folder}: file {name} is damaged (its checksum differs)"
-        for path in folder.glob("*.safetensors"):  # the reader looks at all of them
+        for path in sorted(folder.glob("*.safetensors")):  # the reader looks at all of them
             if path.name not in manifest["files"]:
                 return f"{folder}: file {path.name} does not belong to it"
             with safe_open(path, "pt"):

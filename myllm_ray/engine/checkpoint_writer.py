@@ -204,8 +204,7 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
 def _publish(beside: Path, final: Path, manifest: dict[str, Any]) -> None:
     manifest = json.loads(json.dumps(manifest))  # as it will be read
     write_json(beside / "manifest.json", {**manifest, "checksum": manifest_checksum(manifest)})
-    if final.exists():
-        shutil.rmtree(final)
+    shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
 
 

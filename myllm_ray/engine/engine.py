@@ -32,6 +32,8 @@ from myllm_ray.engine.stream import InMemoryStream
 from myllm_ray.trainers.base import BaseTrainer
 
 log = logging.getLogger(__name__)
+_ENDINGS = ("leave", "abandon")
+"""Requests that end a run before its last step, in order of priority: where both are made, the run saves and loses no work."""
 
 
 class TrainerEngine:
@@ -88,6 +90,7 @@ class TrainerEngine:
             raise ConfigError(f"run.max_steps={self.state.total_steps} is not a multiple of the {self.trainer.steps_per_batch} optimizer "
                               "steps that are made of each batch (epochs × minibatches)")
         self.callbacks = CallbackList(self._callbacks, self.state.is_main)
+        self.stability.load_interventions()
         self.schedulers.total_steps = self.state.total_steps
         self.trainer.model = self.accelerator.prepare(self.trainer.model, self.optimizers.build, self.schedulers.build)
         for name, model in self.trainer.frozen_models.items():
@@ -158,7 +161,7 @@ class TrainerEngine:
             self.state.step += 1
             self._skipped_steps += result.skipped
             self.callbacks.emit("on_step_end", self.state)
-            fingerprint = self._agree(batch.fingerprint)
+            fingerprint = self._agree(batch.fingerprint, sums)
             self._tell_checkpoints()
             self.ledger.write(self.state.step, batch.position, self._rows(batch), fingerprint, left_out)
             self._report(result, sums, time.perf_counter() - started, batch.position)
@@ -173,9 +176,9 @@ class TrainerEngine:
         self.callbacks.emit("on_batch_end", self.state)
         if decided:
             self._agree(0)
-        for name in {"leave", "abandon"} & self._heard:
-            if self.state.step < self.state.total_steps:
-                self.state.left, self.state.abandoned = self.state.requests[name], name == "abandon"
+        ending = next((name for name in _ENDINGS if name in self._heard), None)
+        if ending is not None and self.state.step < self.state.total_steps:
+            self.state.left, self.state.abandoned = self.state.requests[ending], ending == "abandon"
 
     def training_step(self, micros: list[Micro]) -> tuple[StepResult, MetricSum]:
         """One optimizer step: the loss is summed over micro-batches and ranks and divided once, by the global weight."""
@@ -218,7 +221,9 @@ class TrainerEngine:
 
     def _judge(self, loss: float, grad_norm: float) -> bool:
         """The accelerator's question, before it changes a weight: whether to leave the step out."""
-        self._bad = self.stability.judge(loss, grad_norm)
+        # Each rank computes the norm; kernels or thread counts that differ between ranks may round it differently.
+        norm = float(self.accelerator.all_reduce([grad_norm])[0]) / distributed.world_size()
+        self._bad = self.stability.judge(loss, norm)
         return self._bad is not None
 
     def _step_over(self) -> tuple[StepResult, None]:
@@ -246,7 +251,8 @@ class TrainerEngine:
                 with self.accelerator.autocast():
                     total.add(self.trainer.evaluation_step(micro))
         model.train()
-        total.weight = self.accelerator.all_reduce([total.weight])[0]
+        total.weight, checksums = self.accelerator.all_reduce([total.weight, total.checksum])
+        total.check_names(int(checksums))
         values = total.reduce(self.accelerator)
         if "loss" not in values:
             if self.state.is_main:
@@ -336,17 +342,20 @@ class TrainerEngine:
         since = self.state.step - 1 if since is None else since
         return asked or bool(every and self.state.step // every > since // every)
 
-    def _agree(self, fingerprint: int) -> int:
+    def _agree(self, fingerprint: int, sums: MetricSum | None = None) -> int:
         """Sum the fingerprint over ranks, and let every rank have the requests that any rank has.
 
-        A checkpoint that failed in the background of one rank ends the run on all, at the same step.
+        A checkpoint that failed in the background of one rank ends the run on all, at the same step. So do metrics that differ
+        between ranks: they are reduced by position, in `sums.reduce`.
         """
         names = ("save", "evaluate", "stop", "leave", "abandon")
         if self.pulse.leave is not None:
             self.state.requests["leave"] = self.pulse.leave
         failed = self.checkpoints is not None and self.checkpoints.failed
-        total, failures, *asked = self.accelerator.all_reduce_ints(
-            [fingerprint, failed, *(n in self.state.requests for n in names)])
+        total, failures, checksums, *asked = self.accelerator.all_reduce_ints(
+            [fingerprint, failed, sums.checksum if sums else 0, *(n in self.state.requests for n in names)])
+        if sums:
+            sums.check_names(checksums)
         if failures:
             self._wait_for_checkpoint(WAIT_SECONDS)
             raise CheckpointError("another rank could not write its part of the checkpoint; its own message says why")

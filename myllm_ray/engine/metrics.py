@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from myllm_ray.common import distributed
 from myllm_ray.common.types import StepOutput
+from myllm_ray.config.errors import TrainingError
 
 
 class Reducer(Protocol):
@@ -32,6 +35,24 @@ class MetricSum:
         for name, (total, weight) in output.metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + torch.as_tensor(total).detach().double()
             self._weights[name] = self._weights.get(name, 0.0) + torch.as_tensor(weight).detach().double()
+
+    @property
+    def checksum(self) -> int:
+        """Of the names of the metrics: less than 2**32, so that sums over ranks are exact in float64 too."""
+        return zlib.crc32("\n".join(sorted(self._sums)).encode())
+
+    def check_names(self, checksums: int) -> None:
+        """Compare the names with those of the other ranks.
+
+        Args:
+            checksums: the sum of `checksum` over ranks.
+
+        Raises:
+            TrainingError: other ranks have other metrics; reducing them would add up different ones, or wait forever.
+        """
+        if checksums != self.checksum * distributed.world_size():
+            raise TrainingError(f"the trainer's metrics differ between ranks (rank {distributed.rank()} has {', '.join(sorted(self._sums))}): "
+                                "return every metric for every micro-batch, with weight 0 where there is nothing to measure")
 
     def loss(self, accelerator: Reducer) -> float:
         """Of the whole global batch, over all ranks."""

@@ -53,7 +53,7 @@ def asked(run: str | Path, name: str = "stop") -> str | None:
 
 def clear(run: str | Path) -> None:
     """Forget signs of life and requests of a worker group that has ended; a request to stop the whole run stays."""
-    for path in pulse_folder(run).glob("*"):
+    for path in sorted(pulse_folder(run).glob("*")):
         if path.name != "stop":
             path.unlink(missing_ok=True)
 
@@ -148,10 +148,12 @@ class Pulse:
             "waits": self._waits(), "pid": os.getpid(), "host": socket.gethostname(), **self._extra}), durable=False)
 
     def _listen(self, folder: Path) -> None:
-        for path in folder.iterdir():
-            if path.name in ("stop", "leave") and self.leave is None:
-                self.leave = path.read_text(encoding="utf-8") or "asked to"
-            elif path.name.startswith("stacks-") and path.name not in self._dumped:
+        asked = {path.name: path for path in sorted(folder.iterdir())}
+        for name in ("stop", "leave"):
+            if name in asked and self.leave is None:
+                self.leave = asked[name].read_text(encoding="utf-8") or "asked to"
+        for path in asked.values():
+            if path.name.startswith("stacks-") and path.name not in self._dumped:
                 self._dumped.add(path.name)
                 self._dump(path.name.removeprefix("stacks-"))
 

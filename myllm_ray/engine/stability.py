@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from myllm_ray.common import distributed
 from myllm_ray.common.files import JSONLines, read_jsonl
 from myllm_ray.config.errors import TrainingError
 
@@ -76,11 +77,16 @@ class Stability:
         self._window, self._most = settings.get("window", 1), settings.get("max_interventions", 10)
         self._detector = SpikeDetector(*(settings.get(n, d) for n, d in (("zscore", 6.0), ("history", 128), ("min_history", 16))))
         self._path = Path(folder) / "interventions.jsonl" if folder else None
-        self._done: list[dict[str, Any]] = list(read_jsonl(self._path)) if self._path else []
+        self._done: list[dict[str, Any]] = []
 
     @property
     def active(self) -> bool:
         return self.policy != "ignore"
+
+    def load_interventions(self) -> None:
+        """Read what earlier attempts did, on rank 0 for all ranks: the folder as another rank sees it may be older."""
+        on_main = self._path is not None and distributed.is_main()
+        self._done = distributed.from_main(list(read_jsonl(self._path)) if on_main and self._path else [])
 
     def stepped_over(self, step: int) -> str | None:
         """Why the batch of a step is not trained on: it lies in the window of an earlier rewind."""

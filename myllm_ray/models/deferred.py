@@ -31,7 +31,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         touched = [a for a in tree_leaves((args, kwargs or {}, out)) if isinstance(a, Tensor) and a.is_meta]
-        for storage in {_storage(t) for t in touched}:
+        for storage in dict.fromkeys(_storage(t) for t in touched):
             self.calls.setdefault(storage, []).append((func, args, kwargs or {}, out))
         return out
 
