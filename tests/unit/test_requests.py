@@ -79,7 +79,7 @@ def test_a_callback_of_rank_0_alone_may_not_decide() -> None:
         def decides(self, state: RunState) -> bool:
             return True
 
-    with pytest.raises(ConfigError, match="Decides overrides `decides`.*remove main_only"):
+    with pytest.raises(ConfigError, match=r"Decides overrides `decides`.*remove main_only"):
         CallbackList([Decides()])
 
 
