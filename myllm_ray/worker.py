@@ -113,6 +113,7 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
     skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
     if skeleton is not None:
         check_routers(config, skeleton)
+        resolve("accelerators", config.accelerator.name, "accelerator.name")(config).check_model(skeleton)
         OptimizerManager(skeleton, config).build(skeleton)
 
 

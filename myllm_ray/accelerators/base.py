@@ -11,6 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -18,9 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.memory import save_memory
-from myllm_ray.accelerators.precision import DTYPES, LossScale, check_precision
+from myllm_ray.accelerators.precision import DTYPES, LossScale, autocast_dtypes, check_precision, hold_in
+from myllm_ray.accelerators.sharding import largest_shard, local_bytes
 from myllm_ray.common import distributed
 from myllm_ray.common.materialize import materialize
+from myllm_ray.common.modules import whole_shape
 from myllm_ray.common.types import Micro, as_mapping
 from myllm_ray.config.errors import ConfigError
 
@@ -106,6 +109,13 @@ class Accelerator(ABC):
             ConfigError: says what is wrong, and what to use.
         """
 
+    def check_model(self, model: nn.Module) -> None:
+        """Look whether this backend can place the model (it may be on the meta device), before anything is written.
+
+        Raises:
+            ConfigError: it would be sharded in part only.
+        """
+
     def setup(self) -> None:
         """Choose the device, and adopt the process group that Ray or torchrun made, or make one of one process.
 
@@ -129,12 +139,12 @@ class Accelerator(ABC):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
     def _init_group(self) -> None:
-        # gloo beside nccl: a checkpoint that is written in the background coordinates on the CPU.
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        backend = distributed.backend(self.device.type)
+        timeout = timedelta(seconds=(self.config.get("scaling") or {}).get("timeout_seconds", distributed.TIMEOUT_SECONDS))
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         self._owns_group = True
 
     def close(self) -> None:
@@ -172,8 +182,29 @@ class Accelerator(ABC):
         """The model, on the device, as this backend runs it."""
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        """A model that is used but not trained, on the device, without gradients."""
+        """A model that is used but not trained, placed as the trained one is, without gradients.
+
+        In half precision it holds what the trained model computes with: equal weights give equal outputs. A model on the meta
+        device is filled from its source, by a backend that shards without any rank holding the whole.
+        """
+        if self.precision != "fp32":
+            hold_in(model, autocast_dtypes(model, DTYPES[self.precision]))
         return materialize(model, self.device).requires_grad_(False).eval()
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which each parameter is divided."""
+        return 1
+
+    def parameter_bytes(self, model: nn.Module) -> tuple[int, int]:
+        """Bytes of a model's parameters that this rank holds between steps, and the most that it should hold.
+
+        Args:
+            model: the trained one, or one that `prepare_frozen` gave.
+        """
+        parameters = list(model.parameters())
+        expected = sum(largest_shard(whole_shape(p), self.shards) * p.element_size() for p in parameters)
+        return sum(local_bytes(p) for p in parameters), expected
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the configured precision."""

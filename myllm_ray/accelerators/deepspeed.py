@@ -6,7 +6,6 @@ schedule. What stands in a checkpoint is `zero_state.py`'s affair.
 
 from __future__ import annotations
 
-import functools
 import io
 import logging
 import math
@@ -20,15 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
-from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config, quieten
+from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config, frozen_config, quieten
 from myllm_ray.accelerators.memory import save_memory
-from myllm_ray.accelerators.precision import DTYPES
+from myllm_ray.accelerators.precision import DTYPES, autocast_forward, hold_in
 from myllm_ray.accelerators.zero_state import ZeroLossScale, ZeroState
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.extras import require
 from myllm_ray.common.files import why_not_writable
 from myllm_ray.common.materialize import Filled, Source, fill, materialize, source_of
+from myllm_ray.common.modules import whole_shape
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.load import merge
 
 _WHOLE_TENSORS = ("adafactor", "muon", "lbfgs", "sparseadam")
 """Optimizers whose step looks at a tensor's shape. ZeRO gives them flat slices of many tensors: another algorithm."""
@@ -57,7 +58,12 @@ class DeepSpeedAccelerator(Accelerator):
         self.stage: int = 2 if stage is None else stage
         self.state_is_a_copy = self.stage > 0
         self._check_stage()
+        self._frozen: list[Any] = []
         self.json = deepspeed_config(self.options, self.config, self.stage, self.precision, self.offload)
+
+    @property
+    def shards(self) -> int:
+        return world_size() if self.stage == 3 else 1
 
     def _check_stage(self) -> None:
         if self.offload["optimizer"] != "none" and self.stage == 0:
@@ -92,12 +98,9 @@ class DeepSpeedAccelerator(Accelerator):
         self._autocast_inside(model)
         self.module, source = model, source_of(model)
         os.environ.setdefault("LOCAL_RANK", "0")  # read by zero.Init
-        if self.offload["parameters"] == "disk":
-            # Buffers through which parameters pass, for the largest one: DeepSpeed's default is 2 GB for every worker.
-            largest = max(p.numel() for p in model.parameters())
-            self.json["zero_optimization"]["offload_param"].setdefault("buffer_size", largest)
+        self.json = merge({"zero_optimization": self._buffers(model)}, self.json)
         if self.stage == 3 and source is not None:
-            self._fill(model, source)
+            self._fill(model, source, self.json)
         else:
             materialize(model, "cpu" if self.offload["parameters"] != "none" else self.device)
         rounded = self.precision != "fp32" and self.stage > 0
@@ -134,20 +137,41 @@ class DeepSpeedAccelerator(Accelerator):
 
     def _autocast_inside(self, model: nn.Module) -> None:
         """Autocast within the model's forward: one around it would be switched off by DeepSpeed's engine."""
-        forward, context = model.forward, super().autocast
-
-        @functools.wraps(forward)
-        def autocasting(*args: Any, **kwargs: Any) -> Any:
-            with context():
-                return forward(*args, **kwargs)
-
         if self.precision != "fp32":
-            model.forward = autocasting
+            autocast_forward(model, super().autocast)
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        """Under stage 3 sharded, in an engine without an optimizer; under the others whole, as the trained model is."""
+        self._autocast_inside(model)
+        if self.stage == 0:
+            return super().prepare_frozen(model)
+        compute = DTYPES[self.precision]
+        hold_in(model, {name: compute for name, p in model.named_parameters() if p.is_floating_point()})
+        model.requires_grad_(False).eval()
+        if self.stage < 3:
+            return materialize(model, self.device)
+        json = merge(frozen_config(self.json), {"zero_optimization": self._buffers(model)})
+        source = source_of(model)
+        if source is not None:
+            self._fill(model, source, json)
+        else:
+            model.to("cpu" if self.offload["parameters"] != "none" else self.device)
+        with redirect_stdout(io.StringIO()):
+            engine, *_ = self.deepspeed.initialize(model=model, config=json, dist_init_required=False)
+        self._frozen.append(engine)
+        engine.eval()
+        return cast(nn.Module, engine)
+
+    def _buffers(self, model: nn.Module) -> dict[str, Any]:
+        """Offloading to disk: buffers through which parameters pass, for the largest one. DeepSpeed's default is 2 GB for every worker."""
+        if self.offload["parameters"] != "disk":
+            return {}
+        return {"offload_param": {"buffer_size": max(whole_shape(p).numel() for p in model.parameters())}}
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return self.model  # `prepare` has made it, together with the optimizer
 
-    def _fill(self, model: nn.Module, source: Source) -> None:
+    def _fill(self, model: nn.Module, source: Source, json: dict[str, Any]) -> None:
         """Give a model on the meta device its weights, module by module, each sharded before the next is made."""
         first_names = {id(p): name for name, p in model.named_parameters()}
         named = {name: first_names[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
@@ -160,7 +184,7 @@ class DeepSpeedAccelerator(Accelerator):
                 if not hasattr(parameter, "ds_id"):
                     parameter.data = parameter.data.to(self.device, compute)
             if own:
-                self.deepspeed.zero.Init(module=module, config_dict_or_path=self.json)
+                self.deepspeed.zero.Init(module=module, config_dict_or_path=json)
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(self.device)
 
@@ -211,6 +235,9 @@ class DeepSpeedAccelerator(Accelerator):
                 buffer.copy_(tensors[name])
 
     def close(self) -> None:
+        for engine in self._frozen:
+            engine.destroy()
+        self._frozen.clear()
         if hasattr(self, "engine"):
             self.engine.destroy()
         if self._owns_group and self.deepspeed.comm.is_initialized():

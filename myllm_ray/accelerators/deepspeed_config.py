@@ -83,6 +83,16 @@ def deepspeed_config(options: Mapping[str, Any], config: Mapping[str, Any], stag
     return merge(merge(_DEFAULTS, _without_auto(given)), mine)
 
 
+def frozen_config(json: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON of an engine for a model that is not trained: ZeRO-3 without an optimizer.
+
+    Gathered parameters are released behind their module: no backward pass needs them again.
+    """
+    zero = {key: value for key, value in json["zero_optimization"].items() if key != "offload_optimizer"}
+    released = {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+    return {**json, "zero_optimization": {**released, **zero}, "gradient_clipping": 0.0}
+
+
 _DEFAULTS: dict[str, Any] = {
     "steps_per_print": None, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     # False: true would replace torch.nn.functional.linear for the whole process.

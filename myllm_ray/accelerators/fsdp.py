@@ -8,16 +8,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.accelerators.options import check_names
-from myllm_ray.accelerators.precision import DTYPES
+from myllm_ray.accelerators.precision import DTYPES, hold_in
+from myllm_ray.accelerators.sharding import CLASSES, blocks_of, shard_units
+from myllm_ray.common import distributed
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.materialize import Source, fill, source_of
-from myllm_ray.common.modules import repeated_blocks
 from myllm_ray.config.errors import ConfigError
 
 
@@ -25,8 +27,9 @@ class FSDPAccelerator(Accelerator):
     """`fully_shard` per block (Zhao et al., 2023, arXiv:2304.11277): fp32 shards, compute in `precision`, fp32 reduce.
 
     `accelerator.options`: `reshard_after_forward` (true: give gathered blocks back after the forward pass; false: keep
-    them for the backward pass; a number: reshard to so many ranks) and `replicas` (hybrid sharding: so many groups of
-    ranks hold a whole model each, sharded within the group).
+    them for the backward pass; a number: reshard to so many ranks), `replicas` (hybrid sharding: so many groups of
+    ranks hold a whole model each, sharded within the group) and `transformer_layer_cls_to_wrap` (names of the classes of the blocks;
+    default: the blocks that repeat). Frozen models are sharded in the same way, and held in `precision`.
     """
 
     distributed = True
@@ -34,29 +37,54 @@ class FSDPAccelerator(Accelerator):
 
     def __init__(self, config: Any = None):
         super().__init__(config)
-        check_names(self.options, ("reshard_after_forward", "replicas"), "fsdp")
+        check_names(self.options, ("reshard_after_forward", "replicas", CLASSES), "fsdp")
+        self._device_mesh: DeviceMesh | None = None
+
+    @property
+    def shards(self) -> int:
+        return max(1, world_size() // int(self.options.get("replicas", 1)))
+
+    def check_model(self, model: nn.Module) -> None:
+        blocks_of(model, self.options.get(CLASSES))
 
     def _mesh(self) -> DeviceMesh:
+        """One for all models: every mesh of two dimensions makes process groups."""
+        if self._device_mesh is None:
+            self._device_mesh = self._make_mesh()
+        return self._device_mesh
+
+    def _make_mesh(self) -> DeviceMesh:
         replicas = int(self.options.get("replicas", 1))
         if replicas < 1 or world_size() % replicas:
             raise ConfigError(f"accelerator.options.replicas={replicas} does not divide the {world_size()} workers")
         if replicas == 1:
             return init_device_mesh(self.device.type, (world_size(),))
-        return init_device_mesh(self.device.type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(self.device.type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():
+            distributed_c10d._set_pg_timeout(distributed.timeout(), group)
+        return mesh
 
     def wrap(self, model: nn.Module) -> nn.Module:
+        return self._shard(model, MixedPrecisionPolicy(param_dtype=self._compute, reduce_dtype=torch.float32, cast_forward_inputs=False))
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        if self._compute is not None:  # as the trained model is while it is gathered
+            hold_in(model, {name: self._compute for name, p in model.named_parameters() if p.is_floating_point()})
+        return self._shard(model.requires_grad_(False).eval(), MixedPrecisionPolicy(cast_forward_inputs=False))
+
+    @property
+    def _compute(self) -> torch.dtype | None:
+        return None if self.precision == "fp32" else DTYPES[self.precision]
+
+    def _shard(self, model: nn.Module, policy: MixedPrecisionPolicy) -> nn.Module:
         source = source_of(model)
         if source is None:
             model.to("cpu" if self.offload["parameters"] == "cpu" else self.device)
-        compute = None if self.precision == "fp32" else DTYPES[self.precision]
         arguments: dict[str, Any] = {
-            "mesh": self._mesh(), "reshard_after_forward": self.options.get("reshard_after_forward", True),
-            "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)}
+            "mesh": self._mesh(), "reshard_after_forward": self.options.get("reshard_after_forward", True), "mp_policy": policy}
         if self.offload["parameters"] == "cpu":
             arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        for block in repeated_blocks(model):
-            fully_shard(block, **arguments)
-        fully_shard(model, **arguments)
+        shard_units(model, blocks_of(model, self.options.get(CLASSES)), self.shards, arguments)
         if source is not None:
             self._fill(model, source)
         return model

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
 from myllm_ray.accelerators.deepspeed_config import quieten
+from myllm_ray.accelerators.fsdp import FSDPAccelerator
 from myllm_ray.accelerators.memory import save_memory
 from myllm_ray.accelerators.options import keyword_options
+from myllm_ray.accelerators.precision import autocast_forward
+from myllm_ray.accelerators.sharding import blocks_of
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.extras import require
 from myllm_ray.common.materialize import materialize
@@ -88,6 +91,7 @@ class HFAccelerator(Accelerator):
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
         save_memory(model, self.section)
         self._forget()
+        self.check_model(model)
         blocks = {type(block).__name__ for block in repeated_blocks(model)}
         if blocks:
             self._wrapping = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": sorted(blocks)}
@@ -104,6 +108,25 @@ class HFAccelerator(Accelerator):
         if self.outer.scaler is not None:
             self.loss_scale.adopt(self.outer.scaler)
         return self.model
+
+    def check_model(self, model: nn.Module) -> None:
+        plugin = self.options.get("fsdp_plugin")
+        if isinstance(plugin, Mapping) and not plugin.keys() & {"auto_wrap_policy", "transformer_cls_names_to_wrap"}:
+            blocks_of(model)
+
+    @property
+    def shards(self) -> int:
+        return world_size() if "fsdp_plugin" in self.options else 1
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        """Sharded with the trained model's FSDP plugin, else whole; Accelerate's autocast is around the trained model's forward only."""
+        if self.precision != "fp32":
+            autocast_forward(model, super().autocast)
+        if "fsdp_plugin" not in self.options:
+            return super().prepare_frozen(model)
+        fsdp = FSDPAccelerator({"accelerator": {"precision": self.precision, "device": self.device_name}})
+        fsdp.device = self.device
+        return fsdp.prepare_frozen(model)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return self.model  # `prepare` has made it, together with the optimizer

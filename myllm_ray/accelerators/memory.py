@@ -28,7 +28,7 @@ def save_memory(model: nn.Module, section: Mapping[str, Any]) -> None:
     blocks = repeated_blocks(model)
     if not blocks and (every != "none" or compiled == "blocks"):
         key = "activation_checkpointing" if every != "none" else "compile"
-        raise ConfigError(f"accelerator.{key}: {type(model).__name__} has no blocks that repeat (a ModuleList of one class)")
+        raise ConfigError(f"accelerator.{key}: {type(model).__name__} has no blocks that repeat (an nn.ModuleList)")
     if every != "none":
         for block in blocks[:: 1 if every == "full" else int(every)]:
             # As an attribute of the block, not as a wrapper around it: a wrapper would rename every parameter.

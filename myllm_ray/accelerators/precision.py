@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from myllm_ray.common.materialize import Source, attach_source, source_of
 from myllm_ray.config.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,6 +40,48 @@ def check_precision(precision: str, device: torch.device) -> None:
     if reason:
         other = "bf16 or fp32" if precision == "fp16" else "fp16 or fp32"
         raise ConfigError(f"accelerator.precision={precision}: {reason}; use {other}")
+
+
+def autocast_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Weights that autocast casts to `dtype` at every use, by name: held in it, they take half the memory and give the same numbers.
+
+    These are the weights of linear layers and stacked experts. Embeddings, and heads tied to them, norms and biases are used in fp32.
+    """
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    found: dict[str, torch.dtype] = {}
+    for prefix, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, of transformers
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            stacked = parameter.dim() == 3 and not type(module).__module__.startswith("torch.nn.")
+            if id(parameter) not in tables and parameter.is_floating_point() and (stacked or (linear and parameter.dim() == 2)):
+                found[name] = dtype
+    return found
+
+
+def hold_in(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Change the dtypes of parameters, in place; of a model on the meta device, of those that its source will give."""
+    for name, parameter in model.named_parameters():
+        if name in dtypes:
+            parameter.data = parameter.data.to(dtypes[name])
+    if (source := source_of(model)) is not None:
+        attach_source(model, functools.partial(_cast, source, dtypes))
+
+
+def _cast(source: Source, dtypes: Mapping[str, torch.dtype], name: str) -> Tensor:
+    value = source(name)
+    return value.to(dtypes.get(name, value.dtype))
+
+
+def autocast_forward(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Put a context around a model's forward, in place: for backends that switch off a context around the call."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def autocasting(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return forward(*args, **kwargs)
+
+    model.forward = autocasting
 
 
 FIRST_SCALE = 2.0**16

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+TIMEOUT_SECONDS = 7200.0
+"""Default timeout of a process group: `scaling.timeout_seconds`."""
+
+
+def backend(device: str) -> str:
+    """Of the process group for tensors on a device. gloo beside nccl: norms of offloaded gradients, and checkpoints that are
+    written in the background, are reduced on the CPU."""
+    return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
 
 
 def is_distributed() -> bool:
@@ -27,6 +38,14 @@ def is_main() -> bool:
 def barrier() -> None:
     if is_distributed():
         dist.barrier()
+
+
+def timeout() -> timedelta | None:
+    """That of the main process group; groups made beside it get torch's default unless they are given this one."""
+    if not is_distributed():
+        return None
+    found: timedelta = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+    return found
 
 
 def all_reduce_(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:

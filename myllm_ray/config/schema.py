@@ -226,6 +226,9 @@ class ScalingSection(Section):
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: int = Field(0, ge=-1, description="how often workers that died are started again; -1: always")
     resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom Ray resources")
+    timeout_seconds: PositiveFloat = Field(
+        7200, description="timeout of torch's process group: longer than the others ever wait for rank 0, which prepares data "
+                          "(torchrun), checks a checkpoint, or uploads one")
 
     @property
     def least(self) -> int:

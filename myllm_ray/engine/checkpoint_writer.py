@@ -92,7 +92,7 @@ class BackgroundWriter:
         """
         self.wait()
         if distributed.is_distributed() and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=distributed.timeout())
         staged = tensors if copied else self._stage(tensors)
 
         def run() -> None:

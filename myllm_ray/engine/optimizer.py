@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from myllm_ray.common.modules import whole_shape
 from myllm_ray.common.types import as_mapping
@@ -113,13 +114,21 @@ def _by_decay(named: dict[str, nn.Parameter], section: dict[str, Any], own: dict
 
 
 def _fused(cls: Any, accepted: set[str], wanted: bool | None, groups: list[dict[str, Any]]) -> dict[str, bool]:
-    """`fused=True` where it was asked for, or where nothing was said and the class and the devices have it."""
+    """`fused=True` where it was asked for, or where nothing was said and torch has a fused kernel for class, device and kind of tensor.
+
+    Else nothing, so that torch chooses: `fused=False` would select its loop over single tensors instead of foreach on CUDA.
+    """
     if "fused" not in accepted:
         if wanted:
             raise ConfigError(f"optimizer.fused: {cls.__name__} has no fused form; leave optimizer.fused out")
         return {}
-    parameters = [p for g in groups for p in g["params"]]
-    if any(p.is_meta for p in parameters):  # a model without memory, built to check the config
+    tensors = [p.data for g in groups for p in g["params"]]
+    if wanted is False or any(t.is_meta for t in tensors):  # meta: a model without memory, built to check the config
         return {}
-    plain = all(type(p.data) is torch.Tensor and p.is_floating_point() for p in parameters)
-    return {"fused": plain if wanted is None else wanted}
+    sharded = any(isinstance(t, DTensor) for t in tensors)
+    if sharded and not issubclass(cls, torch.optim.Adam):  # AdamW is one; torch 2.13 has no rule for the others' kernels
+        if wanted:
+            raise ConfigError(f"optimizer.fused: {cls.__name__} has no fused form for sharded tensors; leave optimizer.fused out")
+        return {}
+    known = all(type(t) in (torch.Tensor, DTensor) and t.is_floating_point() for t in tensors)
+    return {"fused": True} if known or wanted else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
@@ -37,11 +37,23 @@ def on_a_worker(config: TrainerConfig) -> Callable[..., Any]:
     return call
 
 
+def rollout_actors(config: TrainerConfig) -> int:
+    """Actors that sample answers beside each worker; each reserves the CPUs and GPUs that a worker does."""
+    rollout = getattr(config, "rollout", None)
+    return rollout.actors if rollout is not None and rollout.placement == "actors" else 0
+
+
 def cpus_needed(config: TrainerConfig, workers: int) -> float:
     """CPUs that the workers and their actors reserve, and one for the tasks of Ray Data, without which training would wait for ever."""
-    rollout = getattr(config, "rollout", None)
-    actors = rollout.actors if rollout is not None and rollout.placement == "actors" else 0
-    return workers * (1 + actors) * config.scaling.cpus_per_worker + 1
+    return workers * (1 + rollout_actors(config)) * config.scaling.cpus_per_worker + 1
+
+
+def fitting(config: TrainerConfig, nodes: Collection[Mapping[str, float]], most: int) -> int:
+    """How many workers, up to `most`, fit into what the nodes have, together with their rollout actors."""
+    workers = slots(nodes, worker_resources(config.scaling))
+    # An actor needs no custom resources; where there are none, actors and workers take equal places.
+    places = slots(nodes, {n: a for n, a in worker_resources(config.scaling).items() if n in ("CPU", "GPU")})
+    return min(workers, places // (1 + rollout_actors(config)), most)
 
 
 def check_size(config: TrainerConfig) -> None:
@@ -50,14 +62,19 @@ def check_size(config: TrainerConfig) -> None:
     Raises:
         ConfigError: says what is missing.
     """
-    has, workers = ray.cluster_resources(), config.worker_counts()[0]
-    wanted = {name: workers * amount for name, amount in worker_resources(config.scaling).items()}
+    has, workers, actors = ray.cluster_resources(), config.worker_counts()[0], rollout_actors(config)
+    need = worker_resources(config.scaling)
+    wanted = {name: workers * amount * (1 + actors if name in ("CPU", "GPU") else 1) for name, amount in need.items()}
     wanted["CPU"] = cpus_needed(config, workers)
+    beside = f" and {actors} rollout actor{'s' * (actors > 1)} beside each" if actors else ""
     for name, amount in wanted.items():
         if amount > has.get(name, 0):
             extra = " (one of them for reading data)" if name == "CPU" else ""
-            raise ConfigError(f"scaling.workers={workers} need {amount:g} {name}{extra}, the Ray cluster has "
-                              f"{has.get(name, 0):g}: use fewer workers or a larger cluster")
+            raise ConfigError(f"scaling.workers={workers}{beside} need {amount:g} {name}{extra}, the Ray cluster has "
+                              f"{has.get(name, 0):g}: use fewer workers{' or rollout.actors' if actors else ''} or a larger cluster")
+    if fitting(config, [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]], workers) < workers:
+        raise ConfigError(f"scaling.workers={workers}{beside} of {need} do not fit on the nodes of the Ray cluster, though together "
+                          "they have enough: each must fit on one node; lower scaling.cpus_per_worker or gpus_per_worker")
 
 
 def draining_nodes() -> set[str]:
@@ -72,11 +89,10 @@ def workers_that_fit(config: TrainerConfig, placed: Iterable[str] = ()) -> int:
         placed: the node of every worker that runs at present. Those on nodes that stay have their place; more fit into what is
             free beside them, and beside a CPU for reading data, which they may be using at this moment or not.
     """
-    need, leaving = worker_resources(config.scaling), draining_nodes()
-    placed = list(placed)
+    leaving, placed = draining_nodes(), list(placed)
     staying = sum(node not in leaving for node in placed)
     free = [has for node, has in state.available_resources_per_node().items() if node not in leaving]
-    room = slots(free, need)
+    room = fitting(config, free, config.scaling.most)
     cpus = sum(has.get("CPU", 0.0) for has in free)
     for count in reversed(config.worker_counts()):
         more = max(0, count - staying)

@@ -10,6 +10,7 @@ would keep them from the CPU for seconds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     parsed = absolute(validate(raw, where="train_loop_config"))
     # A Ray worker inherits OMP_NUM_THREADS=1, whatever it has reserved.
     torch.set_num_threads(max(1, int(parsed.scaling.cpus_per_worker)))
+    _use_assigned_gpu()
     launched = config.get(LAUNCHED)
     if launched is None:
         prepared = _prepare_alone(parsed)
@@ -50,6 +52,20 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     return run_worker(parsed, prepared, stream, [*own, *launched["callbacks"]], start,
                       watched={"node": ray.get_runtime_context().get_node_id()},
                       services=services(parsed, prepared))
+
+
+def _use_assigned_gpu() -> None:
+    """The GPU that Ray gave this worker, as everything below finds it: by LOCAL_RANK, as with torchrun.
+
+    Ray's LOCAL_RANK counts workers on a node. With several GPUs a worker, or a part of one, that is not the GPU's number.
+    """
+    import ray
+    from ray.train.torch import get_device
+
+    if ray.get_gpu_ids():
+        os.environ["LOCAL_RANK"] = str(get_device().index or 0)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what Ray has not reserved for this worker is not its own to use
 
 
 def _prepare_alone(config: TrainerConfig) -> PreparedData:

@@ -16,6 +16,7 @@ stand in `attempts.jsonl`.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import threading
 import time
@@ -26,8 +27,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
+from myllm_ray.common.distributed import backend
 from myllm_ray.common.files import JSONLines, read_jsonl
 from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import Position
@@ -243,6 +245,7 @@ def _trainer(config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[
     # Ray's own state has a name of its own at every start: a name used before would silently resume from Ray's records.
     return TorchTrainer(
         cast(Any, train_loop), train_loop_config={**config.model_dump(mode="json"), LAUNCHED: launched},
+        torch_config=TorchConfig(backend=backend("cuda" if scaling.gpus_per_worker else "cpu"), timeout_s=math.ceil(scaling.timeout_seconds)),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(scaling.gpus_per_worker),
                                      resources_per_worker=worker_resources(scaling)),
         run_config=RunConfig(name=uuid.uuid4().hex[:12], storage_path=str(folder_of(config) / ".ray"),

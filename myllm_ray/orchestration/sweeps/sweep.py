@@ -29,7 +29,7 @@ from myllm_ray.config.sweep import CHECKPOINTED, SweepConfig, run_config, valida
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.engine.run_folder import resume_source
 from myllm_ray.orchestration import session
-from myllm_ray.orchestration.cluster import check_size, cpus_needed, on_a_worker, slots, worker_resources
+from myllm_ray.orchestration.cluster import check_size, cpus_needed, fitting, on_a_worker, slots, worker_resources
 from myllm_ray.orchestration.failures import clearly
 from myllm_ray.orchestration.micro_size import with_micro_size
 from myllm_ray.orchestration.ray_data import map_units
@@ -210,7 +210,7 @@ class _Sweep:
         need = worker_resources(self.base.scaling)
         if in_process(self.base):
             return max(1, min(slots(nodes, need), total))
-        by_workers = slots(nodes, need) // max(1, self.base.scaling.most)
+        by_workers = fitting(self.base, nodes, slots(nodes, need)) // max(1, self.base.scaling.most)
         by_cpus = int(sum(node.get("CPU", 0.0) for node in nodes) / self._cpus())
         return max(1, min(by_workers, by_cpus, total))
 
