@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from myllm_ray.common import distributed
+from myllm_ray.common.materialize import attach_source, source_of
 from myllm_ray.common.types import Reward, RolloutPool
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.load import validate
@@ -29,6 +30,7 @@ from myllm_ray.data.prepare import PreparedData
 from myllm_ray.data.records import prompt_row
 from myllm_ray.data.store import TokenStore
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
+from myllm_ray.engine.checkpoint_source import checkpoint_source
 from myllm_ray.models.generate import HFSampler
 from myllm_ray.models.load import build_deferred, config_of
 from myllm_ray.models.sharing import shares_prompts
@@ -178,11 +180,12 @@ class _Build:
         # On rank 0 for all: a run that is still training may have another newest checkpoint a moment later.
         section, checkpoint = distributed.from_main(_reward_section(name) if distributed.is_main() else None)
         model = build_deferred(section, self.tokenizer, self.config.data.sequence_length, self.config.run.seed, "reward_model")
-        if checkpoint is not None:
-            from myllm_ray.common.materialize import materialize
-
-            model = materialize(model)
-            CheckpointManager(folder=checkpoint.parent).load_model(checkpoint, model)
+        if checkpoint is None:
+            return model
+        source = source_of(model)
+        if source is not None:
+            return attach_source(model, checkpoint_source(checkpoint, source))
+        CheckpointManager(folder=checkpoint.parent).load_model(checkpoint, model)  # a factory's, which is whole already
         return model
 
     def reference_table(self) -> torch.Tensor | None:

@@ -159,7 +159,7 @@ class DeepSpeedAccelerator(Accelerator):
         with redirect_stdout(io.StringIO()):
             engine, *_ = self.deepspeed.initialize(model=model, config=json, dist_init_required=False)
         self._frozen.append(engine)
-        engine.eval()
+        nn.Module.train(engine, False)  # the engine's own `eval` leaves its flag
         return cast(nn.Module, engine)
 
     def _buffers(self, model: nn.Module) -> dict[str, Any]:

@@ -60,8 +60,9 @@ class FSDPAccelerator(Accelerator):
         if replicas == 1:
             return init_device_mesh(self.device.type, (world_size(),))
         mesh = init_device_mesh(self.device.type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
-        for group in mesh.get_all_groups():
-            distributed_c10d._set_pg_timeout(distributed.timeout(), group)
+        if (timeout := distributed.timeout()) is not None:
+            for group in mesh.get_all_groups():
+                distributed_c10d._set_pg_timeout(timeout, group)
         return mesh
 
     def wrap(self, model: nn.Module) -> nn.Module:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 TIMEOUT_SECONDS = 7200.0
 """Default timeout of a process group: `scaling.timeout_seconds`."""
 

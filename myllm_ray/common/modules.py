@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 SHARE = 0.1
 """A list belongs to the blocks if it holds at least this share of what the largest list holds."""
 
@@ -59,7 +58,8 @@ def parameter_count(modules: Iterable[nn.Module]) -> int:
 def outside_blocks(module: nn.Module, blocks: Iterable[nn.Module]) -> tuple[int, int]:
     """How many parameters no block holds, and how many there are; neither counts embeddings and the output head."""
     tables = [m for m in module.modules() if isinstance(m, nn.Embedding)]
-    heads = [head for m in module.modules() if hasattr(m, "get_output_embeddings") and (head := m.get_output_embeddings()) is not None]
+    getters: list[Any] = [m for m in module.modules() if hasattr(m, "get_output_embeddings")]
+    heads = [head for m in getters if (head := m.get_output_embeddings()) is not None]
     skipped = {id(p) for m in [*tables, *heads] for p in m.parameters()}
     shapes = {whole_shape(p) for m in tables for p in m.parameters()}
     sizes = {id(p): whole_shape(p).numel() for p in module.parameters() if id(p) not in skipped and whole_shape(p) not in shapes}

@@ -62,10 +62,12 @@ def _use_assigned_gpu() -> None:
     import ray
     from ray.train.torch import get_device
 
-    if ray.get_gpu_ids():
-        os.environ["LOCAL_RANK"] = str(get_device().index or 0)
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what Ray has not reserved for this worker is not its own to use
+    if not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+        return  # Ray Train's local mode: the user's own process
+    if not ray.get_gpu_ids():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # GPUs that Ray has not reserved for this worker are others'
+    elif (device := get_device()).type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
 
 
 def _prepare_alone(config: TrainerConfig) -> PreparedData:
