@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from myllm_ray.common import distributed
@@ -23,26 +18,23 @@ from myllm_ray.config.load import validate
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
 from myllm_ray.config.trainers import RewardFunction, RolloutSection
-from myllm_ray.data.collate import to_tensors
-from myllm_ray.data.collate_records import build_pairs
-from myllm_ray.data.packing import Segment
 from myllm_ray.data.prepare import PreparedData
 from myllm_ray.data.records import prompt_row
 from myllm_ray.data.store import TokenStore
+from myllm_ray.data.stream import StreamSpec
+from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
 from myllm_ray.engine.checkpoint_source import checkpoint_source
 from myllm_ray.models.generate import HFSampler
-from myllm_ray.models.load import build_deferred, config_of
+from myllm_ray.models.load import build_deferred, build_skeleton
 from myllm_ray.models.sharing import shares_prompts
 from myllm_ray.models.shrink import without_dropout
-from myllm_ray.ops.pairs import one_answer_per_row, shared_prompt_mask
+from myllm_ray.reference_table import reference_table
 from myllm_ray.trainers.base import BaseTrainer
-from myllm_ray.trainers.preference import answer_log_probs
+from myllm_ray.trainers.preference import ReferenceTable
 from myllm_ray.trainers.rewards import FunctionReward
 
 log = logging.getLogger(__name__)
-_BLOCK = 8
-"""Documents whose reference log-probabilities are computed together."""
 
 
 def knobs_of(config: TrainerConfig) -> Any:
@@ -83,12 +75,38 @@ def check_roles(config: TrainerConfig, kind: str) -> None:
         FunctionReward(reward)
         if reward.workers and config.scaling.most == 0:
             raise ConfigError(f"reward {reward.function}: workers={reward.workers} are Ray actors: scaling.workers must be at least 1")
-    if getattr(knobs, "reward_model", None):
-        section, _ = _reward_section(knobs.reward_model)
+
+
+def check_frozen(config: TrainerConfig, tokenizer: Any) -> None:
+    """Build the frozen models that the config names without memory, and look at their tokenizers, before anything is started.
+
+    Raises:
+        ConfigError: one can't be loaded, does not fit the data, or numbers tokens in another way than the run does.
+    """
+    knobs = knobs_of(config)
+    for name, kind in (("reference_model", "causal_lm"), ("reward_model", "reward_model")):
+        folder = getattr(knobs, name, None)
+        if not folder:
+            continue
         try:
-            config_of(section)
+            section = _reward_section(folder)[0] if kind == "reward_model" else _other_reference(config, folder)
+            build_skeleton(section, tokenizer, config.data.sequence_length, kind)
+            _check_tokens(Path(folder).expanduser(), tokenizer)
         except ConfigError as error:
-            raise ConfigError(str(error).replace("model.name:", "reward_model:", 1)) from None
+            raise ConfigError(f"{config.trainer}.{name}: {str(error).removeprefix('model.name: ').removeprefix('reward_model: ')}") from None
+
+
+def _check_tokens(folder: Path, tokenizer: Any) -> None:
+    """Tokens that a model's own tokenizer has, too, must have the same ids there: the model gets the ids of the run's tokenizer."""
+    own = next((place for place in (folder, folder / "tokenizer") if (place / "tokenizer.json").is_file()), None)
+    if own is None:
+        return
+    theirs = open_tokenizer(str(own)).get_vocab()
+    different = sorted((id, token) for token, id in tokenizer.get_vocab().items() if theirs.get(token, id) != id)
+    if different:
+        id, token = different[0]
+        raise ConfigError(f"{folder} has a tokenizer that numbers {len(different)} tokens in another way ({token!r} is {theirs[token]} there, {id} in this "
+                          "run): it would read other texts than the ones that are meant; use a model with the run's tokenizer")
 
 
 def check_routers(config: TrainerConfig, model: nn.Module) -> None:
@@ -118,6 +136,7 @@ def roles_of(config: TrainerConfig, tokenizer: Any, prepared: PreparedData, serv
         "knobs": lambda: knobs, "seed": lambda: config.run.seed,
         "micro_size": lambda: getattr(config, "rollout", RolloutSection()).micro_size,
         "shared_prompt": build.shared_prompt, "reference": build.reference, "reference_table": build.reference_table,
+        "validation_table": build.validation_table,
         "reward_model": build.reward_model, "rewards": lambda: [_reward(r, services or {}) for r in getattr(knobs, "reward", [])],
         "pool": lambda: _pool(config, services or {}), "max_lag": lambda: getattr(config, "rollout", RolloutSection()).max_lag,
         "sampler": lambda: HFSampler(tokenizer, getattr(config, "rollout", RolloutSection())),
@@ -162,7 +181,7 @@ class _Build:
 
     def reference_section(self) -> ModelSection:
         other = getattr(self.knobs, "reference_model", None)
-        section = self.config.model if other is None else ModelSection(name=other, attention=self.config.model.attention)
+        section = self.config.model if other is None else _other_reference(self.config, other)
         return without_dropout(section)[0].model_copy(update={"lora": None})  # new adapters change nothing yet
 
     def reference(self) -> nn.Module | None:
@@ -188,42 +207,24 @@ class _Build:
         CheckpointManager(folder=checkpoint.parent).load_model(checkpoint, model)  # a factory's, which is whole already
         return model
 
-    def reference_table(self) -> torch.Tensor | None:
-        """Log-probabilities of all answers under the reference, computed once, by all ranks, and kept beside the tokens."""
+    def reference_table(self) -> ReferenceTable | None:
+        """Of the training data, where `reference` is precomputed."""
+        config, spec = self.config, self.prepared.train
+        return self._table(spec, config.run.max_steps or sum(spec.steps_in_epoch(epoch) for epoch in range(config.run.epochs or 1)))
+
+    def validation_table(self) -> ReferenceTable | None:
+        """The same of the validation data, whose documents may be of another store."""
+        spec = self.prepared.validation
+        return None if spec is None else self._table(spec, min(spec.steps_in_epoch(0), self.config.evaluation.max_batches or 2**62))
+
+    def _table(self, spec: StreamSpec, batches: int) -> ReferenceTable | None:
         if getattr(self.knobs, "reference", "copy") != "precomputed" or not self.needs_reference():
             return None
-        store = self.prepared.train.plan.store
-        section, shared = self.reference_section(), self.shared_prompt()
-        described = json.dumps([section.model_dump(mode="json"), self.config.run.seed, self.config.accelerator.precision, shared])
-        path = store.folder / f"reference-{hashlib.sha256(described.encode()).hexdigest()[:16]}.npy"
-        if distributed.from_main(not path.exists()):
-            values = self._score_all(section, shared)
-            if distributed.is_main():
-                beside = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
-                np.save(beside, values)
-                os.replace(beside, path)
-            distributed.barrier()
-        return torch.from_numpy(np.load(path))
+        return reference_table(self.config, self.tokenizer, spec, batches, self.reference_section(), self.shared_prompt())
 
-    @torch.no_grad()
-    def _score_all(self, section: ModelSection, shared: bool) -> np.ndarray:
-        """(documents, 2) float32, the same whatever the number of ranks: blocks are dealt out, each computed by one."""
-        accelerator = resolve("accelerators", "single", "accelerator.name")(self.config)
-        accelerator.device = accelerator._choose_device()
-        model = accelerator.prepare_frozen(self._frozen(section))
-        spec, store = self.prepared.train, self.prepared.train.plan.store
-        table = torch.zeros(len(store), 2, dtype=torch.float64)
-        for first in range(_BLOCK * distributed.rank(), len(store), _BLOCK * distributed.world_size()):
-            numbers = range(first, min(first + _BLOCK, len(store)))
-            rows = [[Segment(n, 0, int(store.lengths(np.asarray([n]))[0]))] for n in numbers]
-            batch = rows if store.kind == "labelled" else None
-            micro = accelerator.move(to_tensors(build_pairs(store, rows, spec.pad_id, batch=batch)))
-            inputs, per_row = ({**micro, "attention_mask": shared_prompt_mask(micro["segment_ids"])}, 2) if shared else (one_answer_per_row(micro), 1)
-            with accelerator.autocast():
-                table[list(numbers)] = answer_log_probs(model, inputs, per_row, len(rows))[0].double().cpu()
-        device = accelerator.device if distributed.is_distributed() else "cpu"
-        whole = distributed.all_reduce_(table.to(device))  # the others' rows are zero here
-        return whole.float().cpu().numpy()
+
+def _other_reference(config: TrainerConfig, name: str) -> ModelSection:
+    return ModelSection(name=name, attention=config.model.attention)
 
 
 def _reward_section(name: str) -> tuple[ModelSection, Path | None]:

@@ -37,7 +37,7 @@ from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.engine.watch import Watch
 from myllm_ray.models.load import build_deferred, build_model, build_skeleton
-from myllm_ray.roles import check_roles, check_routers, kind_of_model, knobs_of, model_section, roles_of
+from myllm_ray.roles import check_frozen, check_roles, check_routers, kind_of_model, knobs_of, model_section, roles_of
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.causal_lm import CausalLMTrainer
 
@@ -106,6 +106,10 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
     """Build model and optimizer without memory, so that a mistake in them is told before anything is written."""
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     check_roles(config, prepared.train.plan.store.kind)
+    if prepared.validation is not None and prepared.validation.plan.store.kind != prepared.train.plan.store.kind:
+        raise ConfigError(f"data.validation.format gives {prepared.validation.plan.store.kind}, data.train.format {prepared.train.plan.store.kind}: "
+                          "both must give the same")
+    check_frozen(config, tokenizer)
     if issubclass(resolve("trainers", config.trainer, "trainer"), CausalLMTrainer):  # others may train on what carries no label
         check_targets(prepared.train, "data.train", config.run.max_steps or 2**40)
         if prepared.validation is not None:

@@ -52,7 +52,8 @@ class RewardConfig(TrainerConfig):
     reward: RewardKnobs = Field(default_factory=RewardKnobs)
 
 
-_SMOOTHED = ("sigmoid", "robust", "simpo")
+_LOSSES_OF = {"label_smoothing": ("sigmoid", "robust", "simpo"), "gamma": ("simpo",), "desirable_weight": ("kto",), "undesirable_weight": ("kto",)}
+"""Keys of `dpo` that only some losses have."""
 
 
 class DPOKnobs(Section):
@@ -82,12 +83,15 @@ class DPOKnobs(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> DPOKnobs:
-        if self.label_smoothing and self.loss not in _SMOOTHED:
-            raise ValueError(f"label_smoothing belongs to the losses {', '.join(_SMOOTHED)}; loss is {self.loss}")
+        for name, losses in _LOSSES_OF.items():
+            if self.loss not in losses and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} belongs to the loss{'es' * (len(losses) > 1)} {', '.join(losses)}; loss is {self.loss}")
         if self.loss in ("simpo", "orpo") and self.length_normalization is False:
             raise ValueError(f"{self.loss} is defined on log-probabilities per token: leave length_normalization out")
         if self.reference_model is not None and not self.needs_reference:
             raise ValueError(f"{self.loss} has no reference: leave reference_model out")
+        if self.reference != "copy" and not self.needs_reference:
+            raise ValueError(f"{self.loss} has no reference: leave reference={self.reference} out")
         if self.reference_model is not None and self.reference == "adapter_off":
             raise ValueError("reference: adapter_off is the model itself: leave reference_model out")
         return self
@@ -148,6 +152,11 @@ def _distinct(rewards: list[RewardFunction]) -> None:
     twice = next((name for i, name in enumerate(names) if name in names[:i] or name == "reward_model"), None)
     if twice is not None:
         raise ValueError(f"reward: {twice!r} is the name of another reward in the log: give this one a name of its own (name)")
+
+
+def _check_reference(name: str | None, weight: float) -> None:
+    if name is not None and not weight:
+        raise ValueError("reference_model: kl_weight is 0, so no reference is kept; give kl_weight, or leave reference_model out")
 
 
 def _functions(value: Any) -> Any:
@@ -219,6 +228,7 @@ class PPOKnobs(Section):
             raise ValueError("give reward (a function) or reward_model: without one there is nothing to learn")
         if self.kl_target is not None and not self.kl_weight:
             raise ValueError("kl_target steers kl_weight, which is 0")
+        _check_reference(self.reference_model, self.kl_weight)
         _distinct(self.reward)
         return self
 
@@ -264,6 +274,7 @@ class GRPOKnobs(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> GRPOKnobs:
+        _check_reference(self.reference_model, self.kl_weight)
         _distinct(self.reward)
         return self
 

@@ -245,7 +245,7 @@ class TrainerEngine:
         total = MetricSum(torch.tensor(0.0, dtype=torch.float64))
         for batch in self.validation.batches(Position(), steps):
             self.pulse.enter("evaluation", self.state.step)
-            for micro in batch.micros:
+            for micro in self.trainer.evaluation_micros(batch):
                 micro = self.accelerator.move(micro)
                 total.weight += self.trainer.evaluation_weight(micro).double().cpu()
                 with self.accelerator.autocast():

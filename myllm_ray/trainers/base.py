@@ -86,6 +86,10 @@ class BaseTrainer(ABC):
     def train_step(self, micro: Micro) -> StepOutput:
         """Forward pass and loss *sum* of a micro-batch."""
 
+    def evaluation_micros(self, batch: Batch) -> Iterable[Micro]:
+        """The micro-batches of a batch of held-out data, as `evaluation_step` takes them; called without gradients."""
+        return batch.micros
+
     def evaluation_weight(self, micro: Micro) -> Tensor:
         """What the loss on held-out data is averaged over."""
         return self.batch_weight(micro)

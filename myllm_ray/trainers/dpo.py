@@ -37,7 +37,7 @@ from myllm_ray.common.modules import adapters_off
 from myllm_ray.common.types import Batch, MetricPairs, Micro, StepOutput
 from myllm_ray.config.errors import ConfigError, TrainingError
 from myllm_ray.config.trainers import DPOKnobs
-from myllm_ray.trainers.preference import AnswerScores, PreferenceTrainer, answer_log_probs, filled
+from myllm_ray.trainers.preference import AnswerScores, PreferenceTrainer, ReferenceTable, answer_log_probs, filled
 from myllm_ray.trainers.routing import with_router_loss
 
 
@@ -92,18 +92,21 @@ class DPOTrainer(PreferenceTrainer):
         knobs: the config's section `dpo`; or its keys as keyword arguments.
         reference: the model that is not to be left too far; None where the loss has none, or with a table.
             Left out where the knob `reference` is adapter_off.
-        reference_table: (documents, 2) log-probabilities of the answers under the reference, summed, by number of the document.
+        reference_table: log-probabilities of the answers under the reference instead of a model; a tensor is (documents, 2).
+        validation_table: the same for held-out data; default: the training data's.
     """
 
-    uses: ClassVar[tuple[str, ...]] = ("knobs", "shared_prompt", "reference", "reference_table")
+    uses: ClassVar[tuple[str, ...]] = ("knobs", "shared_prompt", "reference", "reference_table", "validation_table")
 
     def __init__(self, model: nn.Module, dataset: Any = None, *, knobs: DPOKnobs | None = None, reference: nn.Module | None = None,
-                 reference_table: Tensor | None = None, shared_prompt: bool = False, bytes_per_token: Any = None, sources: Any = (),
-                 **options: Any):
+                 reference_table: Tensor | ReferenceTable | None = None, validation_table: ReferenceTable | None = None,
+                 shared_prompt: bool = False, bytes_per_token: Any = None, sources: Any = (), **options: Any):
         super().__init__(model, dataset, shared_prompt=shared_prompt, bytes_per_token=bytes_per_token, sources=sources)
         self.knobs = knobs or DPOKnobs(**options)
         self.reads = ("labelled",) if self.knobs.loss == "kto" else ("pairs",)  # type: ignore[misc]
-        self.reference, self.reference_table = reference, reference_table
+        self.reference = reference
+        self.reference_table = ReferenceTable(reference_table) if isinstance(reference_table, Tensor) else reference_table
+        self.validation_table = validation_table or self.reference_table
         self.adapter_off = self.knobs.needs_reference and self.knobs.reference == "adapter_off"
         if self.knobs.needs_reference and reference is None and reference_table is None and not self.adapter_off:
             raise ConfigError(f"dpo.loss={self.knobs.loss} needs a reference model: DPOTrainer(model, reference=...)")
@@ -113,20 +116,38 @@ class DPOTrainer(PreferenceTrainer):
         return {} if self.reference is None else {"reference": self.reference}
 
     def expand(self, batch: Batch) -> Iterator[list[Micro]]:
-        """One step. KTO first measures the divergence, on the whole global batch, so that it does not depend on its cut."""
+        """One step."""
+        yield self._completed(batch, self.reference_table)
+
+    def evaluation_micros(self, batch: Batch) -> list[Micro]:
+        """With what the loss needs besides, as in training."""
+        return self._completed(batch, self.validation_table)
+
+    def _completed(self, batch: Batch, table: ReferenceTable | None) -> list[Micro]:
+        """Micro-batches with the log-probabilities of the table; for KTO with the divergence, too.
+
+        It is measured on the whole global batch, so that it does not depend on its cut. What the reference says is computed here
+        once, for the divergence and for the loss.
+        """
+        micros = self._looked_up(batch, table)
         if self.knobs.loss != "kto":
-            yield batch.micros
-            return
+            return micros
         total = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
-            for micro in batch.micros:
+            for micro in micros:
                 moved = {name: tensor.to(self.device) for name, tensor in micro.items()}
                 with self.autocast():
+                    micro["reference_log_probs"] = self.reference_sums(moved)
+                    moved["reference_log_probs"] = micro["reference_log_probs"]
                     ratios = (self.log_probs(moved)[0] - self.reference_log_probs(moved))[filled(moved), 1]
                 total += torch.tensor([float(ratios.double().sum()), len(ratios)], dtype=torch.float64)
         total = all_reduce_(total.to(self.device)).cpu()
         divergence = max(0.0, float(total[0] / total[1]))
-        yield [{**micro, "divergence": torch.full((len(micro["segment_ids"]), 1), divergence)} for micro in batch.micros]
+        return [{**micro, "divergence": torch.full((len(micro["segment_ids"]), 1), divergence)} for micro in micros]
+
+    @staticmethod
+    def _looked_up(batch: Batch, table: ReferenceTable | None) -> list[Micro]:
+        return [{**micro, **({} if table is None else {"reference_log_probs": table.of(batch, micro)})} for micro in batch.micros]
 
     def log_probs(self, micro: Micro, routed: bool = False) -> AnswerScores:
         """Of the answers under the policy, as `per_token` says; `routed`: with the loss of the routers, if there are any."""
@@ -138,21 +159,25 @@ class DPOTrainer(PreferenceTrainer):
     def _normalized(self, total: Tensor, lengths: Tensor) -> Tensor:
         return total / lengths.clamp(min=1) if self.knobs.per_token else total
 
-    @torch.no_grad()
     def reference_log_probs(self, micro: Micro) -> Tensor:
         """The same under the reference; zeros where the loss has none."""
+        lengths = torch.stack([(micro["segment_ids"] == n).sum(1) for n in (1, 2)], 1)
+        return self._normalized(self.reference_sums(micro), lengths)
+
+    @torch.no_grad()
+    def reference_sums(self, micro: Micro) -> Tensor:
+        """(rows, 2) log-probabilities of the answers under the reference, summed over their tokens."""
         rows = len(micro["segment_ids"])
         if not self.knobs.needs_reference:
             return torch.zeros(rows, 2, device=micro["segment_ids"].device)
-        if self.reference_table is not None:
-            lengths = torch.stack([(micro["segment_ids"] == n).sum(1) for n in (1, 2)], 1)
-            return self._normalized(self.reference_table.to(lengths.device)[micro["documents"][:, 0]], lengths)
+        if "reference_log_probs" in micro:
+            return micro["reference_log_probs"]
         inputs, per_row = self.inputs(micro)
         if self.adapter_off:
             with adapters_off(self.model):
-                return self._normalized(*answer_log_probs(self.model, inputs, per_row, rows)[:2])
-        assert self.reference is not None
-        return self._normalized(*answer_log_probs(self.reference, inputs, per_row, rows)[:2])
+                return answer_log_probs(self.model, inputs, per_row, rows)[0]
+        assert self.reference is not None, "micro-batches of a run with a table come from `expand`"
+        return answer_log_probs(self.reference, inputs, per_row, rows)[0]
 
     def train_step(self, micro: Micro) -> StepOutput:
         """Sum of the pairs' losses (KTO: of the answers')."""
@@ -197,7 +222,7 @@ class DPOTrainer(PreferenceTrainer):
         """The policy starts where its reference is: all log-ratios are 0."""
         if not self.knobs.needs_reference or not self.starts_at_reference:
             return
-        micro = {name: tensor.to(self.device) for name, tensor in batch.micros[0].items()}
+        micro = {name: tensor.to(self.device) for name, tensor in self._looked_up(batch, self.reference_table)[0].items()}
         with self.autocast():
             policy, lengths, _ = self.log_probs(micro)
             difference = (policy - self.reference_log_probs(micro)).abs() / (1.0 if self.knobs.per_token else lengths.clamp(min=1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.modules import forward_names
-from myllm_ray.common.types import Micro, RouterLosses, TokenScores
+from myllm_ray.common.types import Batch, Micro, RouterLosses, TokenScores
 from myllm_ray.ops.log_probs import log_probs_from_logits
 from myllm_ray.ops.pairs import Answers, answers, one_answer_per_row, shared_prompt_mask, sum_by
 from myllm_ray.trainers.base import BaseTrainer
@@ -43,6 +43,21 @@ class AnswerScores(NamedTuple):
     log_probs: Tensor
     lengths: Tensor
     router: RouterLosses | None = None
+
+
+class ReferenceTable(NamedTuple):
+    """Log-probabilities of answers under a reference, summed over their tokens, computed before the run (reference_table.py)."""
+
+    values: Tensor
+    """(n, 2) of the first and the second answer: by number of the document, or by row of the run."""
+    first_rows: list[int] | None = None
+    """By row of the run: the entry of each epoch's first row."""
+
+    def of(self, batch: Batch, micro: Micro) -> Tensor:
+        """(rows, 2) of a micro-batch of a batch; anything in rows that only fill up."""
+        if self.first_rows is None:
+            return self.values[micro["documents"][:, 0]]
+        return self.values[self.first_rows[batch.position.epoch] + batch.position.row + micro["places"][:, 0]]
 
 
 class PreferenceTrainer(BaseTrainer):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from myllm_ray.common.types import Batch, Micro, Position
 from myllm_ray.config.errors import TrainingError
-from myllm_ray.config.trainers import PPOKnobs
+from myllm_ray.config.schema import Section
+from myllm_ray.config.trainers import GRPOKnobs, PPOKnobs
 from myllm_ray.ops.advantages import gae, kl_estimate, token_mask, whiten
 from myllm_ray.trainers.grpo import GRPOTrainer
 from myllm_ray.trainers.ppo import PPOTrainer
@@ -103,6 +105,35 @@ GRPO_CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("size", [1, 4], ids=["cut", "whole"])
 @pytest.mark.parametrize("knobs", GRPO_CASES, ids=lambda k: "-".join(str(v) for v in k.values()) or "default")
 def test_grpo(knobs: dict[str, Any], size: int) -> None:
+    check_grpo(knobs, size)
+
+
+def combinations(section: type[Section], fixed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every combination of the settings of a section that have finitely many values, read from the schema."""
+    finite = {}
+    for name, field in section.model_fields.items():
+        if field.annotation is bool or get_origin(field.annotation) is Literal:
+            finite[name] = [False, True] if field.annotation is bool else list(get_args(field.annotation))
+    finite.pop("critic", None)  # one of its own is another model: tests/contracts/test_enumeration.py
+    return [{**fixed, **dict(zip(finite, parts, strict=True))} for parts in itertools.product(*finite.values())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 4], ids=["cut", "whole"])
+def test_every_combination_of_grpo(size: int) -> None:
+    for knobs in combinations(GRPOKnobs, {"kl_weight": 0.1, "clip": 0.01, "entropy_weight": 0.1}):
+        check_grpo(knobs, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 6], ids=["cut", "whole"])
+def test_every_combination_of_ppo(size: int) -> None:
+    for knobs in combinations(PPOKnobs, {"kl_weight": 0.1, "clip": 0.01, "entropy_weight": 0.1, "missing_eos_penalty": 0.5}):
+        check_ppo(knobs, size)
+
+
+def check_grpo(knobs: dict[str, Any], size: int) -> None:
+    """Loss and gradients of the second step on a batch against the equations."""
     group = 3
     questions, answers, rewards = made_up(11, 4, group)
     policy, reference = tiny(7), tiny(8)
@@ -168,6 +199,11 @@ PPO_CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("size", [1, 6], ids=["cut", "whole"])
 @pytest.mark.parametrize("knobs", PPO_CASES, ids=lambda k: "-".join(str(v) for v in k.values()) or "default")
 def test_ppo(knobs: dict[str, Any], size: int) -> None:
+    check_ppo(knobs, size)
+
+
+def check_ppo(knobs: dict[str, Any], size: int) -> None:
+    """Loss and gradients of the second step on a batch against the equations."""
     questions, answers, rewards = made_up(13, 6, 1)
     policy, reference = tiny(14, "actor_critic"), tiny(15)
     with torch.no_grad():
