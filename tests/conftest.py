@@ -9,13 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.pop("RAY_ADDRESS", None)
+import environment  # noqa: F401  (cleans os.environ, before anything reads it)
 
+# isort: split
 import machine
 import pytest
 import torch

@@ -62,6 +62,7 @@ def place(cpus: int, slots: int = 0, dashboard: bool = False) -> Iterator[Place]
     """A cluster of its own, ended afterwards."""
     from ray.cluster_utils import Cluster
 
+    before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = _PATH  # for the workers, which inherit it from their raylet
     cluster = Cluster(initialize_head=True, head_node_args={
         "num_cpus": cpus, "include_dashboard": dashboard, "dashboard_port": free_port() if dashboard else None, **({"resources": {"slot": slots}} if slots else {})})
@@ -69,6 +70,10 @@ def place(cpus: int, slots: int = 0, dashboard: bool = False) -> Iterator[Place]
         yield Place(cluster)
     finally:
         cluster.shutdown()
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 @dataclass

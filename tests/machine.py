@@ -1,8 +1,8 @@
 """The CPU that the tests see: feature detection patched, so that no test depends on what this machine has.
 
 `TEST_CPU` chooses: `poor` has neither bf16 nor fp16 arithmetic, `rich` has both, unset leaves what the hardware reports.
-torch emulates what the hardware lacks, so tests of fp16 run on a `rich` CPU everywhere. Processes that a test starts inherit
-the variable and apply it when they import this module.
+torch emulates what the hardware lacks, so tests of fp16 run on a `rich` CPU everywhere. `TEST_CORES` is the number of cores
+that Python reports. Processes that a test starts inherit the variables and apply them when they import this module.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 VARIABLE = "TEST_CPU"
+CORES = "TEST_CORES"
 OPERATORS = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
 
 
@@ -36,4 +37,12 @@ def apply_cpu() -> None:
         setattr(torch.ops.mkldnn, name, Answer(getattr(torch.ops.mkldnn, name), {"poor": False, "rich": True}[cpu or ""]))
 
 
+def apply_cores() -> None:
+    """Patch the number of cores as the environment says."""
+    if count := int(os.environ.get(CORES, 0)):
+        os.cpu_count = lambda: count
+        os.sched_getaffinity = lambda pid: set(range(count))  # type: ignore[attr-defined,unused-ignore]
+
+
 apply_cpu()
+apply_cores()
