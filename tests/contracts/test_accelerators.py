@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from spawned import leave
+from spawned import leave, start_processes
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -129,7 +128,7 @@ def process(rank: int, world: int, store: str, jobs: list[dict[str, Any]], out: 
 
 def spawn(tmp_path: Path, world: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     out, store = str(tmp_path / f"out-{world}.pt"), str(tmp_path / f"store-{world}")
-    mp.spawn(process, (world, store, jobs, out), nprocs=world)
+    start_processes(process, (world, store, jobs, out), world)
     return list(torch.load(out, weights_only=True))
 
 
@@ -236,7 +235,7 @@ def overflow_on_one_rank(rank: int, world: int, store: str, kind: str) -> None:
 
 
 def test_an_overflow_in_one_shard_skips_the_step_everywhere(tmp_path: Path, cpu_with_fp16: str) -> None:
-    mp.spawn(overflow_on_one_rank, (2, str(tmp_path / "store"), "fsdp"), nprocs=2)
+    start_processes(overflow_on_one_rank, (2, str(tmp_path / "store"), "fsdp"), 2)
 
 
 def test_precisions_on_the_poorest_and_the_richest_cpu(any_cpu: str) -> None:

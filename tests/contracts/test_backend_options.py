@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import MakeConfig, comparable, ledger
-from spawned import BACKENDS, leave, run_all
+from spawned import BACKENDS, leave, run_all, start_processes
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.config import ConfigError, TrainerConfig, UserError, validate
@@ -140,7 +139,7 @@ SMALL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed-3"])
 def test_generation_with_sharded_parameters(tmp_path: Path, name: str) -> None:
-    mp.spawn(generate, (2, str(tmp_path / "store"), name, str(tmp_path / "out")), nprocs=2)
+    start_processes(generate, (2, str(tmp_path / "store"), name, str(tmp_path / "out")), 2)
     model = build_model(ModelSection(config=SMALL), byte_tokenizer(), 32, 0)
     ids = torch.tensor([[1, 2, 3]])
     for rank, most in ((0, 4), (1, 10), (0, 5), (1, 5)):  # ranks do not call the model equally often

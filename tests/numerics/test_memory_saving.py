@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import MakeConfig, comparable
-from spawned import BACKENDS, SHARED, run_all
+from spawned import BACKENDS, SHARED, run_all, start_processes
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.accelerators.memory import save_memory
@@ -175,5 +174,5 @@ def limited(rank: int, world: int, store: str, section: dict[str, Any], out: str
 @pytest.mark.parametrize(("name", "expected"), [("ddp", "too large"), ("fsdp", "built"), ("deepspeed-3", "built")])
 def test_a_model_larger_than_a_workers_memory_is_built(tmp_path: Path, name: str, expected: str) -> None:
     section = {"name": name.split("-")[0], **({"stage": 3} if "-" in name else {})}
-    mp.spawn(limited, (2, str(tmp_path / "store"), section, str(tmp_path / "out")), nprocs=2)
+    start_processes(limited, (2, str(tmp_path / "store"), section, str(tmp_path / "out")), 2)
     assert {(tmp_path / f"out-{rank}").read_text() for rank in range(2)} == {expected}

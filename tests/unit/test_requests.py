@@ -43,7 +43,7 @@ def test_rank_0_alone_asks_while_it_logs(make_config: MakeConfig, world: int) ->
 @pytest.mark.timeout(120)
 def test_two_ranks_ask_for_different_endings(make_config: MakeConfig) -> None:
     """`leave` on one and `abandon` on the other, at the same step: both ranks save. The ranks' sets iterate in different orders
-    (`spawned.spawn`): one rank began a checkpoint, the other ended without."""
+    (`spawned.start_processes`): one rank began a checkpoint, the other ended without."""
     folder, = run_all(2, [make_config("accelerator.name=ddp", "batch.micro_size=1", "batch.global_size=4",
                                       callbacks=["jsonl", {"helpers:AskDifferently": {"step": 2, "what": ["leave", "abandon"]}}])])
     assert [row["step"] for row in comparable(folder)] == [1, 2]
