@@ -1,18 +1,22 @@
 # Two commands for newcomers: `make quickstart` and `make test`. Both set up .venv first, once.
+# pip says errors only (-qq): its warnings are about this machine's configuration.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-slow test-chaos test-gpu bench check schema clean
+.PHONY: quickstart test test-slow test-promise test-chaos test-hostile test-gpu bench check schema clean
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "myllm_ray needs Python 3.11 or later: make PYTHON=python3.11")'
+	@echo "Installing into $(VENV): once, it takes minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) -c constraints.txt torch==2.13.0
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
 
 quickstart: $(READY)  ## a small language model on Python's standard library, through Ray, then three samples
 	$(BIN)/python jobs/train.py --config configs/quickstart.yaml checkpoint.resume=never run.overwrite=true
@@ -21,7 +25,7 @@ quickstart: $(READY)  ## a small language model on Python's standard library, th
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest
 
-test-slow test-chaos test-gpu: test-%: $(READY)
+test-slow test-promise test-chaos test-hostile test-gpu: test-%: $(READY)  ## as the markers in pyproject.toml say
 	$(BIN)/python -m pytest -m $* --timeout 3600
 
 bench: $(READY)
