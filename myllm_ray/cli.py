@@ -97,7 +97,7 @@ def lr_find(config: Config, overrides: Overrides = None,
 @app.command()
 def data(config: Config, overrides: Overrides = None,
          step: Annotated[int | None, typer.Option(min=1, help="show the batch of this step (counted from 1)")] = None,
-         rows: Annotated[int, typer.Option(min=0, help="how many rows to show")] = 2) -> None:
+         rows: Annotated[int | None, typer.Option(min=0, help="how many rows to show; default: 2, or all of the step's")] = None) -> None:
     """Show what training will see: documents, lengths, packing, and rows with the loss mask coloured."""
     from myllm_ray.data.inspect import describe, rows_of_step
     from myllm_ray.data.prepare import prepare
@@ -108,20 +108,20 @@ def data(config: Config, overrides: Overrides = None,
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     if step is None:
         _print_report(describe(prepared, tokenizer), prepared.train.plan.packing.size)
-        _print_rows(prepared.train, prepared.train.plan.rows(0, 0, rows), tokenizer)
+        _print_rows(prepared.train, prepared.train.plan.rows(0, 0, 2 if rows is None else rows), tokenizer)
         return
     position, batch, fingerprint = rows_of_step(prepared.train, step)
     out.print(f"step {step}: epoch {position.epoch}, rows {position.row} to {position.row + len(batch) - 1}, "
               f"tokens_hash {fingerprint:016x} (as in ledger.jsonl)")
-    _print_rows(prepared.train, batch, tokenizer, position.row)
+    _print_rows(prepared.train, batch[:rows], tokenizer, position.row)
 
 
 def _print_report(report: Any, size: int) -> None:
     table = Table(title="training data", title_justify="left")
-    for column in ("source", "documents", "tokens", "rows skipped"):
+    for column in ("source", "documents", "tokens", "rows skipped", "duplicates"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source in report.sources:
-        table.add_row(source.name, f"{source.documents:,}", f"{source.tokens:,}", f"{source.skipped:,}")
+        table.add_row(source.name, f"{source.documents:,}", f"{source.tokens:,}", f"{source.skipped:,}", f"{source.duplicates:,}")
     out.print(table)
     most = max(count for *_, count in report.histogram)
     out.print("tokens per document:")
@@ -140,17 +140,23 @@ def _print_report(report: Any, size: int) -> None:
 
 
 def _print_rows(spec: Any, rows: list[Any], tokenizer: Any, first: int = 0) -> None:
-    from myllm_ray.data.inspect import pieces
+    from myllm_ray.data.inspect import label_of, part_names, pieces
 
+    names = part_names(spec.plan.store.kind)
     if not out.is_terminal and rows:
         out.print("(trained on: ⟦…⟧)")
     for number, row in enumerate(rows, first):
         filled = sum(s.length for s in row)
         out.rule(f"row {number}: {filled} tokens, documents {', '.join(str(s.document) for s in row) or 'none (filling)'}",
                  align="left")
-        text = Text()
-        for _, piece, trained in pieces(spec, row, tokenizer):
+        text, shown = Text(), 0
+        for number_of_part, piece, trained in pieces(spec, row, tokenizer):
+            for name in names[shown : number_of_part + 1]:
+                text.append(f"{name}: " if not shown else f"\n{name}: ", style="bold")
+                shown += 1
             text.append(piece if out.is_terminal or not trained else f"⟦{piece}⟧", style="green" if trained else "dim")
+        if label := label_of(spec, row):
+            text.append(f"\n({label})", style="bold")
         out.print(text)
 
 
@@ -208,38 +214,44 @@ def doctor() -> None:
 
 
 @app.command()
-def sample(run: Annotated[Path, typer.Argument(help="a run's folder, or a checkpoint in it")],
-           prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="text to go on from; repeatable")] = None,
+def sample(run: Annotated[Path, typer.Argument(help="a run's folder, a checkpoint in it, or a folder in Hugging Face format")],
+           prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="what to answer or to continue; repeatable")] = None,
            max_new_tokens: Annotated[int, typer.Option(min=1)] = 64, temperature: Annotated[float, typer.Option(min=0)] = 0.8,
-           seed: int = 0) -> None:
-    """Sample completions from a trained model."""
+           seed: int = 0, raw: Annotated[bool, typer.Option("--raw", help="continue the prompt as it is, without the chat template; "
+                                                            "special tokens in it are special tokens")] = False) -> None:
+    """Sample from a trained model: answers of a chat model, continuations of any other."""
+    from myllm_ray.data.chat import tokenize_prompt
+    from myllm_ray.data.messages import Messages
     from myllm_ray.models.causal_lm import CausalLM
     from myllm_ray.models.generate import sample as generate
+    from myllm_ray.worker import open_trained
 
-    model, tokenizer = _open_run(run)
+    opened = open_trained(run)
+    model, tokenizer, chat = opened.model, opened.tokenizer, opened.on_chats and not raw
     if not isinstance(model, CausalLM):
-        raise ConfigError(f"sample needs a model of transformers; this one is {type(model).__name__}")
+        raise ConfigError(f"sample needs a causal language model of transformers; this one is {type(model).__name__}")
+    if chat and not prompt:
+        raise ConfigError("this is a chat model: give it a --prompt (-p), or --raw to sample without one")
     prompts = prompt or [tokenizer.eos_token]
-    for given, text in zip(prompts, generate(model, tokenizer, prompts, max_new_tokens, temperature, seed=seed), strict=True):
-        out.rule(align="left", title="completion")
-        out.print(Text.assemble((given, "dim"), (text, "bold")))
+    ids = [tokenize_prompt(Messages([{"role": "user", "content": given}]), tokenizer)[0] if chat else
+           tokenizer(given, add_special_tokens=False)["input_ids"] for given in prompts]
+    out.print(Text("prompts are a user's turns, by the chat template (--raw: as they are)" if chat else "prompts are continued as they are", "dim"))
+    for given, text in zip(prompts, generate(model, tokenizer, ids, opened.end_tokens, max_new_tokens, temperature, seed=seed), strict=True):
+        out.rule(align="left", title="answer" if chat else "completion")
+        out.print(Text.assemble((given, "dim"), "\n" if chat else "", (text, "bold")))
 
 
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help="a run's folder, or a checkpoint in it")],
            folder: Annotated[Path, typer.Argument(help="where to write")]) -> None:
-    """Write the trained model as a plain Hugging Face folder."""
+    """Write the trained model as a plain Hugging Face folder, in the dtype of the weights that training began from."""
     from myllm_ray.models.export import save_pretrained
+    from myllm_ray.worker import open_trained
 
-    model, tokenizer = _open_run(run)
-    save_pretrained(model, tokenizer, folder)
-    out.print(f"wrote {folder}")
-
-
-def _open_run(path: Path) -> tuple[Any, Any]:
-    from myllm_ray.worker import open_run
-
-    return open_run(path)
+    opened = open_trained(run)
+    save_pretrained(opened.model, opened.tokenizer, folder, opened.generation, opened.dtype)
+    ends = ", ".join(opened.tokenizer.convert_ids_to_tokens(list(opened.end_tokens)))
+    out.print(f"wrote {folder}: weights in {str(opened.dtype).removeprefix('torch.')}; answers end at {ends}", markup=False)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from myllm_ray.config.load import validate
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
 from myllm_ray.config.trainers import RewardFunction, RolloutSection
+from myllm_ray.data.chat_template import end_tokens
 from myllm_ray.data.prepare import PreparedData
 from myllm_ray.data.records import prompt_row
 from myllm_ray.data.store import TokenStore
@@ -26,6 +27,7 @@ from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
 from myllm_ray.engine.checkpoint_source import checkpoint_source
 from myllm_ray.models.generate import HFSampler
+from myllm_ray.models.generation_config import base_generation_config, ends_of
 from myllm_ray.models.load import build_deferred, build_skeleton
 from myllm_ray.models.sharing import shares_prompts
 from myllm_ray.models.shrink import without_dropout
@@ -53,6 +55,11 @@ def model_section(config: TrainerConfig) -> ModelSection:
     """The model to train. Without dropout where answers are compared: it would be a difference between equal models."""
     cls: type[BaseTrainer] = resolve("trainers", config.trainer, "trainer")
     return without_dropout(config.model)[0] if "reference" in cls.uses else config.model
+
+
+def stop_tokens(section: ModelSection, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end an answer of a model: of the tokenizer, its chat template, and the generation config that the model began with."""
+    return end_tokens(tokenizer, ends_of(base_generation_config(section.name)))
 
 
 def check_roles(config: TrainerConfig, kind: str) -> None:
@@ -139,7 +146,7 @@ def roles_of(config: TrainerConfig, tokenizer: Any, prepared: PreparedData, serv
         "validation_table": build.validation_table,
         "reward_model": build.reward_model, "rewards": lambda: [_reward(r, services or {}) for r in getattr(knobs, "reward", [])],
         "pool": lambda: _pool(config, services or {}), "max_lag": lambda: getattr(config, "rollout", RolloutSection()).max_lag,
-        "sampler": lambda: HFSampler(tokenizer, getattr(config, "rollout", RolloutSection())),
+        "sampler": lambda: HFSampler(tokenizer, getattr(config, "rollout", RolloutSection()), stop_tokens(config.model, tokenizer)),
         "columns": lambda: partial(_reward_fields, prepared.train.plan.store),
         "validation_columns": lambda: partial(_reward_fields, prepared.validation.plan.store) if prepared.validation else None}
     return {name: value for name in cls.uses if (value := makers[name]()) is not None}

@@ -5,14 +5,17 @@ Every worker process runs `run_worker`; which process it is, it learns from the 
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common import distributed
@@ -23,11 +26,12 @@ from myllm_ray.common.types import BatchStream
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import validate
 from myllm_ray.config.resolve import resolve
-from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.schema import ModelSection, TrainerConfig
+from myllm_ray.data.chat_template import end_tokens
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.data.targets import check_targets, target_warnings
-from myllm_ray.data.tokenizer import bytes_per_token, open_tokenizer
+from myllm_ray.data.tokenizer import bytes_per_token, has_own_template, open_tokenizer, trained_template
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
 from myllm_ray.engine.engine import TrainerEngine
@@ -36,7 +40,9 @@ from myllm_ray.engine.pulse import Pulse, remove, request
 from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.engine.watch import Watch
-from myllm_ray.models.load import build_deferred, build_model, build_skeleton
+from myllm_ray.models.export import dtype_of_base
+from myllm_ray.models.generation_config import base_generation_config, ends_of, trained_generation_config
+from myllm_ray.models.load import build_deferred, build_model, build_skeleton, config_of
 from myllm_ray.roles import check_frozen, check_roles, check_routers, kind_of_model, knobs_of, model_section, roles_of
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.causal_lm import CausalLMTrainer
@@ -123,7 +129,7 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
 
 def warn_of_data(prepared: PreparedData) -> None:
     """Log what a user should know about the data before a run starts."""
-    for line in target_warnings(prepared.train):
+    for line in [*prepared.notes, *target_warnings(prepared.train)]:
         log.warning("%s", line)
 
 
@@ -166,7 +172,7 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
         validation=validation, folder=str(folder), constants=data_counts(prepared), pulse=pulse,
         manifest={"identity": prepared.identity, "config": mask(config.model_dump(mode="json"))})
     if distributed.is_main():
-        tokenizer.save_pretrained(folder / "tokenizer")
+        save_tokenizer(config, prepared, tokenizer, folder / "tokenizer")
         start = start or resume_point(config)
     try:
         engine.setup(resume=distributed.from_main(start))
@@ -221,22 +227,75 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
     return built
 
 
+def save_tokenizer(config: TrainerConfig, prepared: PreparedData, tokenizer: Any, folder: Path) -> None:
+    """What a model needs beside its weights to be used: its tokenizer, and its generation config with every token that ends an answer."""
+    saved = copy.copy(tokenizer)
+    saved.chat_template = trained_template(tokenizer, bool(prepared.train.plan.store.chats))
+    saved.save_pretrained(folder)
+    base = base_generation_config(config.model.name)
+    trained_generation_config(base, tokenizer, end_tokens(tokenizer, ends_of(base))).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model with what it is used with.
+
+    `dtype`: of the weights that training began from. `on_chats`: it has a chat template of its own, or was trained on chats.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    generation: GenerationConfig
+    dtype: torch.dtype
+    on_chats: bool
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The ids that end an answer."""
+        return tuple(ends_of(self.generation))
+
+
 def open_run(path: str | Path) -> tuple[torch.nn.Module, Any]:
-    """The trained model and the tokenizer of a run's folder (its newest checkpoint) or of one of its checkpoints.
+    """The trained model and the tokenizer of a run's folder, of one of its checkpoints, or of an exported folder; see `open_trained`."""
+    opened = open_trained(path)
+    return opened.model, opened.tokenizer
+
+
+def open_trained(path: str | Path) -> TrainedModel:
+    """What is in a run's folder (its newest checkpoint), in one of its checkpoints, or in a folder in Hugging Face format.
 
     Raises:
         CheckpointError: there is no whole checkpoint.
+        ConfigError: a folder in Hugging Face format can't be loaded.
     """
     path = Path(path)
+    if (path / "config.json").is_file():
+        return _open_exported(path)
     manager = CheckpointManager(folder=path / "checkpoints" if (path / "checkpoints").is_dir() else path.parent)
     newest = manager.latest() if manager.folder.name == "checkpoints" and manager.folder.parent == path else path
     if newest is None or (damage := find_damage(newest)):
         raise CheckpointError(f"{path} holds no whole checkpoint" + (f": {damage}" if newest else ""))
     config = validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json")
-    tokenizer = open_tokenizer(str(newest.parent.parent / "tokenizer"))
+    folder = newest.parent.parent / "tokenizer"
+    tokenizer = open_tokenizer(str(folder))
     model = build_model(model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
     manager.load_model(newest, model)
-    return model, tokenizer
+    base = base_generation_config(str(folder)) or base_generation_config(config.model.name)
+    generation = trained_generation_config(base, tokenizer, end_tokens(tokenizer, ends_of(base)))
+    chats = has_own_template(tokenizer) or any(source.format == "chat" for source in config.data.sources)
+    tokenizer.chat_template = trained_template(tokenizer, chats)
+    return TrainedModel(model, tokenizer, generation, dtype_of_base(config.model), chats)
+
+
+def _open_exported(path: Path) -> TrainedModel:
+    tokenizer = open_tokenizer(str(path))
+    section = ModelSection(name=str(path))
+    heads = getattr(config_of(section), "architectures", None) or []
+    kind = "reward_model" if any(head.endswith("ForSequenceClassification") for head in heads) else "causal_lm"
+    model = build_model(section, tokenizer, 2, 0, kind)
+    base = base_generation_config(str(path))
+    generation = trained_generation_config(base, tokenizer, end_tokens(tokenizer, ends_of(base)))
+    return TrainedModel(model, tokenizer, generation, dtype_of_base(section), has_own_template(tokenizer))
 
 
 def data_counts(prepared: PreparedData) -> dict[str, float]:

@@ -143,8 +143,8 @@ class Sampler(Protocol):
 
     max_new_tokens: int
     temperature: float
-    end: int
-    """The end-of-text token."""
+    end_tokens: tuple[int, ...]
+    """Any of these ends an answer; the first fills up behind its end."""
 
     def __call__(self, model: nn.Module, prompts: Tensor, mask: Tensor, group: int, seeds: list[int]) -> Samples:
         """`group` answers to each of the prompts (B, P), padded on the right as `mask` says; a seed for each answer."""

@@ -7,23 +7,24 @@ return a list of `(text, trained_on)` pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Any
 
-from myllm_ray.config.errors import DataError
+from myllm_ray.data.messages import BadRow as BadRow
+from myllm_ray.data.messages import Messages, read_messages
 
 Part = tuple[str, bool]
 """A piece of text, and whether the loss stands on it."""
 
 
-class BadRow(DataError):
-    """One row can't be used; `data.on_bad_row` decides whether that ends the run or the row is skipped and counted."""
+class Instruction(list[Part]):
+    """An instruction and its answer: in a plain layout, and as the chat that it is where the tokenizer has a chat template."""
 
-
-class Messages(list[dict[str, Any]]):
-    """A chat, to be rendered by the tokenizer's chat template."""
+    def __init__(self, parts: Iterable[Part], messages: Messages):
+        super().__init__(parts)
+        self.messages = messages
 
 
 Text = str | Messages
@@ -94,47 +95,45 @@ def prompt_completion(row: Mapping[str, Any]) -> Formatted:
 
 
 def instruction(row: Mapping[str, Any]) -> Formatted:
-    """`instruction`, optional `input`, `output`, in the layout of Alpaca (Taori et al., 2023) without its preamble."""
+    """`instruction`, optional `input`, `output`: a chat of two turns where the tokenizer has a chat template of its own, else
+    in the layout of Alpaca (Taori et al., 2023) without its preamble."""
     output = field(row, "output")
     if not output:
         raise BadRow("field 'output' is empty: there is nothing to train on")
-    given = field(row, "input", required=False)
-    prompt = f"### Instruction:\n{field(row, 'instruction')}\n\n"
-    prompt += f"### Input:\n{given}\n\n" if given else ""
-    return [(prompt + "### Response:\n", False), (output, True)]
+    asked, given = field(row, "instruction"), field(row, "input", required=False)
+    prompt = f"### Instruction:\n{asked}\n\n" + (f"### Input:\n{given}\n\n" if given else "")
+    turns = [{"role": "user", "content": f"{asked}\n\n{given}" if given else asked}, {"role": "assistant", "content": output}]
+    return Instruction([(prompt + "### Response:\n", False), (output, True)], Messages(turns))
 
 
 def chat(row: Mapping[str, Any]) -> Formatted:
-    """`messages`: a list of {role, content}; the loss stands on the assistant's turns."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("field 'messages' must be a non-empty list of {role, content}")
-    for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise BadRow(f"messages[{i}] has no role")
-        if not isinstance(message.get("content"), str):
-            raise BadRow(f"messages[{i}] has no text content")
-    if not any(m["role"] == "assistant" for m in messages):
-        raise BadRow("no message of the assistant: there is nothing to train on")
-    return Messages(dict(m) for m in messages)
+    """`messages` or `conversations` (data/messages.py), and optional `tools`; the loss is on the assistant's turns."""
+    name = "messages" if row.get("messages") is not None or "conversations" not in row else "conversations"
+    messages = read_messages(row.get(name), name, row.get("tools"), row.get("system") if name == "conversations" else None)
+    if not any(messages.trained):
+        silent = any(m["role"] == "assistant" for m in messages)
+        raise BadRow(("every message of the assistant has train: false" if silent else "no message of the assistant")
+                     + ": there is nothing to train on")
+    return messages
 
 
 def _turns(row: Mapping[str, Any], name: str) -> Text:
-    """A field that is a text, or a list of {role, content}."""
+    """A field that is a text, or a list of messages."""
     value = row.get(name)
-    if not isinstance(value, list):
-        return field(row, name)
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise BadRow(f"{name}[{i}] is not a message {{role, content}} of text")
-    return Messages(dict(m) for m in value)
+    return read_messages(value, name, row.get("tools")) if isinstance(value, (list, Mapping)) else field(row, name)
 
 
 def _answer(row: Mapping[str, Any], name: str) -> Text:
     answer = _turns(row, name)
-    texts = [m["content"] for m in answer] if isinstance(answer, Messages) else [answer]
-    if not any(t.strip() for t in texts):
+    if isinstance(answer, str) and not answer.strip():
         raise BadRow(f"field {name!r} is empty: there is no answer")
+    return answer
+
+
+def _only_assistant(answer: Text, name: str) -> Text:
+    """An answer, all of it by the assistant: what the user or a tool wrote in it would be scored as the model's."""
+    if isinstance(answer, Messages) and (not answer or not all(answer.trained)):
+        raise BadRow(f"{name} must be messages of the assistant, all trained on; what comes before belongs to the prompt")
     return answer
 
 
@@ -146,20 +145,22 @@ def _same_form(prompt: Text, *answers: Text) -> None:
 def preference(row: Mapping[str, Any]) -> Formatted:
     """`prompt`, `chosen`, `rejected` (texts, or lists of messages), and an optional `margin`.
 
-    Without a `prompt`, two lists of messages begin with it: what they have in common.
+    Without a `prompt`, it is what the row has as `messages` or `conversations`, or what the two answers, lists of messages, have in
+    common at their beginning.
     """
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
     if chosen == rejected:
         raise BadRow("chosen and rejected are the same: there is no preference to learn")
     prompt: Text
-    if "prompt" not in row and isinstance(chosen, Messages) and isinstance(rejected, Messages):
+    before = next((name for name in ("messages", "conversations") if name in row), "prompt") if "prompt" not in row else "prompt"
+    if before not in row and isinstance(chosen, Messages) and isinstance(rejected, Messages):
         same = next(i for i in range(len(chosen) + 1) if i >= len(chosen) or i >= len(rejected) or chosen[i] != rejected[i])
-        prompt, chosen, rejected = Messages(chosen[:same]), Messages(chosen[same:]), Messages(rejected[same:])
+        prompt, chosen, rejected = chosen.part(0, same), chosen.part(same), rejected.part(same)
         if not prompt or not chosen or not rejected:
             raise BadRow("chosen and rejected need messages in common, the prompt, and one each that differs")
     else:
-        prompt = _turns(row, "prompt")
-    _same_form(prompt, chosen, rejected)
+        prompt = _turns(row, before)
+    _same_form(prompt, _only_assistant(chosen, "chosen"), _only_assistant(rejected, "rejected"))
     margin = row.get("margin") or 0.0
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
         raise BadRow(f"field 'margin' is {margin!r}, not a number")
@@ -172,10 +173,10 @@ def unpaired(row: Mapping[str, Any]) -> Formatted:
     if not isinstance(label, bool) and label not in (0, 1):
         raise BadRow(f"field 'label' is {label!r}: true where the completion is desirable, else false")
     prompt, completion = _turns(row, "prompt"), _answer(row, "completion")
-    _same_form(prompt, completion)
+    _same_form(prompt, _only_assistant(completion, "completion"))
     return Labelled(prompt, completion, bool(label))
 
 
 def prompt(row: Mapping[str, Any]) -> Formatted:
-    """`prompt`; all other fields are handed to the reward functions by their names."""
+    """`prompt` (a text, or a list of messages, with optional `tools`); all other fields are handed to the reward functions by their names."""
     return Prompt(_turns(row, "prompt"), {k: v for k, v in row.items() if k != "prompt"})

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from myllm_ray.common.types import Position
+from myllm_ray.data.chat_template import end_tokens
 from myllm_ray.data.collate import wrap64
 from myllm_ray.data.packing import Row
 from myllm_ray.data.prepare import PreparedData
@@ -17,7 +18,6 @@ from myllm_ray.data.records import LABELLED, PAIRS, PROMPTS, TOKENS, split
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.targets import count_targets, target_warnings
 from myllm_ray.data.tokenize import decode
-from myllm_ray.data.tokenizer import TURN_END
 
 _SAMPLE = 2000
 
@@ -29,6 +29,7 @@ class SourceReport:
     tokens: int
     skipped: int
     first_skipped: str
+    duplicates: int
 
 
 @dataclass
@@ -50,7 +51,7 @@ def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
     """Look at the whole index, and at the tokens of the first documents."""
     spec = prepared.train
     store, size = spec.plan.store, spec.plan.packing.size
-    sources = [SourceReport(s["name"], s["documents"], s["tokens"], s["skipped"], s["first_skipped"])
+    sources = [SourceReport(s["name"], s["documents"], s["tokens"], s["skipped"], s["first_skipped"], s["duplicates"])
                for s in store.meta["sources"]]
     rows = spec.plan.rows_in_epoch(0)
     if store.kind == TOKENS:
@@ -66,7 +67,7 @@ def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
         sources=sources, histogram=list(_histogram(lengths)), longer_than_row=longer, rows=rows,
         steps_per_epoch=spec.steps_in_epoch(0), efficiency=placed / (rows * size), trained_share=trained / max(1, total),
         validation_rows=prepared.validation.plan.rows_in_epoch(0) if prepared.validation else 0,
-        warnings=[*target_warnings(spec), *_warnings(tokenizer, ended, min(len(store), _SAMPLE))] if store.kind != PROMPTS else [])
+        warnings=[*prepared.notes, *target_warnings(spec), *(_warnings(tokenizer, ended, min(len(store), _SAMPLE)) if store.kind != PROMPTS else [])])
 
 
 def parts_of(store: Any, document: int, start: int = 0, length: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -78,17 +79,9 @@ def parts_of(store: Any, document: int, start: int = 0, length: int | None = Non
     return [(part, np.full(len(part), number > 0)) for number, part in enumerate(split(stored)[: 1 + answers])]
 
 
-def _end_tokens(tokenizer: Any) -> set[int]:
-    """Tokens that end a text or a turn."""
-    ends = {tokenizer.eos_token_id}
-    if TURN_END in tokenizer.get_vocab():
-        ends.add(tokenizer.convert_tokens_to_ids(TURN_END))
-    return ends
-
-
 def _sampled(store: Any, tokenizer: Any) -> tuple[int, int, int]:
     """(tokens trained on, tokens, documents in which an ending token is trained on) of the first documents."""
-    ends = np.asarray(sorted(_end_tokens(tokenizer)))
+    ends = np.asarray(sorted(end_tokens(tokenizer)))
     trained_tokens = tokens = ended = 0
     for document in range(min(len(store), _SAMPLE)):
         last = False
@@ -101,7 +94,7 @@ def _sampled(store: Any, tokenizer: Any) -> tuple[int, int, int]:
 
 
 def _warnings(tokenizer: Any, ended: int, sampled: int) -> Iterator[str]:
-    names = " or ".join(tokenizer.convert_ids_to_tokens(sorted(_end_tokens(tokenizer))))
+    names = " or ".join(tokenizer.convert_ids_to_tokens(sorted(end_tokens(tokenizer))))
     if ended == 0:
         yield (f"the token that ends a turn ({names}) is never trained on: the model will not learn to stop; put it inside the "
                "trained part of the chat template or format")
@@ -133,10 +126,27 @@ def rows_of_step(spec: StreamSpec, step: int) -> tuple[Position, list[Row], int]
     return position, rows, fingerprint & (2**64 - 1)
 
 
+def part_names(kind: str) -> tuple[str, ...]:
+    """What the parts of a document are, by the kind of its store: nothing where it is one text."""
+    return {PAIRS: ("prompt", "chosen", "rejected"), LABELLED: ("prompt", "completion"), PROMPTS: ("prompt",)}.get(kind, ())
+
+
 def pieces(spec: StreamSpec, row: Row, tokenizer: Any) -> Iterator[tuple[int, str, bool]]:
-    """A row as (document, text, trained on) runs, in order."""
+    """A row as (number of the part in its document, text, trained on) runs, in order."""
     for segment in row:
-        for ids, trained in parts_of(spec.plan.store, *segment):
+        for number, (ids, trained) in enumerate(parts_of(spec.plan.store, *segment)):
             edges = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
             for part, mask in zip(np.split(ids, edges), np.split(trained, edges), strict=True):
-                yield segment.document, tokenizer.decode(part.tolist()), bool(mask[0])
+                yield number, tokenizer.decode(part.tolist()), bool(mask[0])
+
+
+def label_of(spec: StreamSpec, row: Row) -> str:
+    """What is known of the answers of a row: whether a completion is desirable, by what margin one is better."""
+    kind = spec.plan.store.kind
+    if not row or kind not in (PAIRS, LABELLED):
+        return ""
+    last = split(spec.plan.store.read(*row[0]))[-1]
+    if kind == LABELLED:
+        return "desirable" if last[0] else "undesirable"
+    margin = float(last.view(np.float32)[0])
+    return f"margin {margin:g}" if margin else ""

@@ -23,6 +23,7 @@ from myllm_ray.config.errors import DataError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import SourceSection, TrainerConfig
 from myllm_ray.data import sources as reading
+from myllm_ray.data.chat_template import ChatTemplate
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
 from myllm_ray.data.order import Order
 from myllm_ray.data.plan import Packing, RowPlan
@@ -31,11 +32,23 @@ from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import FORMAT_VERSION, TokenStore, write_store
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.tokenize import TokenizeOptions, tokenize_rows
-from myllm_ray.data.tokenizer import fingerprint, load_tokenizer, open_tokenizer
+from myllm_ray.data.tokenizer import (
+    TOKENIZER_VERSION,
+    TURN_END,
+    TURN_START,
+    fingerprint,
+    has_own_template,
+    load_tokenizer,
+    open_tokenizer,
+)
 
 log = logging.getLogger(__name__)
 MapUnits = Callable[[Callable[[Unit], pa.RecordBatch], list[Unit]], Iterable[pa.RecordBatch]]
 """Applies a function to units and gives the results in order: in-process, or by Ray Data."""
+
+
+_DUPLICATES = 0.01
+"""The share of documents that are copies of others from which it is worth a warning."""
 
 
 @dataclass
@@ -46,6 +59,8 @@ class PreparedData:
     validation: StreamSpec | None
     tokenizer_folder: str
     skipped: int
+    notes: tuple[str, ...] = ()
+    """What a user should know about how the data became tokens, one line each."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -65,7 +80,8 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
     tokenizer_folder = prepare_tokenizer(config, cache)
     named = [(s, f"data.train[{i}]" if isinstance(data.train, list) else "data.train") for i, s in enumerate(data.sources)]
     train = _store(config, cache, tokenizer_folder, named, map_units)
-    pad_id = pad_token_id(open_tokenizer(str(tokenizer_folder)))
+    tokenizer = open_tokenizer(str(tokenizer_folder))
+    pad_id = pad_token_id(tokenizer)
     own = data.validation if data.validation and data.validation.split is None else None
     share = data.validation.split or 0.0 if data.validation else 0.0
     weights = tuple(s.weight for s in data.sources)
@@ -82,10 +98,28 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
     elif share:
         validation = spec(train, Order(config.run.seed, "none", held_out=share, validation=True))
     prepared = PreparedData(spec(train, order), validation, str(tokenizer_folder),
-                            sum(s["skipped"] for s in train.meta["sources"]))
+                            sum(s["skipped"] for s in train.meta["sources"]), tuple(_notes(config, tokenizer, train)))
     for stream in filter(None, (prepared.train, prepared.validation)):
         stream.plan.rows_in_epoch(0)  # written before workers start, so that they find it, and errors come early
     return prepared
+
+
+def _notes(config: TrainerConfig, tokenizer: Any, store: TokenStore) -> Iterator[str]:
+    own, loaded = has_own_template(tokenizer), bool(config.tokenizer.path or config.tokenizer.name)
+    if any(source.format == "instruction" for source in config.data.sources):
+        log.info("format instruction: %s", "a user's turn and its answer, by the tokenizer's chat template" if own else
+                 "Alpaca's layout (### Instruction: ... ### Response:), as the tokenizer has no chat template of its own")
+    if store.chats:
+        if loaded and not own:
+            known = TURN_END in tokenizer.get_vocab()
+            yield (f"the tokenizer has no chat template: chats are written as ChatML ({TURN_START}role ... {TURN_END}), each turn ended by "
+                   f"{TURN_END if known else tokenizer.eos_token}"
+                   + ("" if known else f", as {TURN_END} is no token of it; what begins a turn takes several tokens")
+                   + "; a model that was trained on chats in another layout has to learn this one. Give the tokenizer its chat template if it has one")
+        yield from ChatTemplate.of(tokenizer).notes()
+    if store.duplicates > _DUPLICATES * len(store):
+        yield (f"{store.duplicates:,} of {len(store):,} documents ({store.duplicates / len(store):.1%}) are exact copies of others: each is trained on "
+               "as often as it is in the data")
 
 
 def packing_of(config: TrainerConfig) -> Packing:
@@ -104,7 +138,7 @@ def pad_token_id(tokenizer: Any) -> int:
 def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
     """The config's tokenizer as a folder in the cache (trained there, if it is to be trained)."""
     section = config.tokenizer
-    described: list[Any] = [section.model_dump()]
+    described: list[Any] = [TOKENIZER_VERSION, section.model_dump()]
     if section.train:
         described += [(s.model_dump(), reading.signature(_units(s, "data.train"))) for s in config.data.sources]
     folder = cache / f"tokenizer-{_hash(described)}"
@@ -209,7 +243,7 @@ def _as_text(row: Mapping[str, Any] | BadRow, format_row: Callable[..., Any], fi
 
 
 def _plain(text: Text) -> str:
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+    return text if isinstance(text, str) else "\n".join(str(message.get("content") or "") for message in text)
 
 
 def _hash(value: Any) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from myllm_ray.data.chat import tokenize_answer, tokenize_prompt
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
+from myllm_ray.data.special_tokens import SpecialTokens
 from myllm_ray.data.store import TokenStore
 
 PART = -(2**31)
@@ -58,11 +60,11 @@ def tokenize_record(record: Preference | Labelled | Prompt, tokenizer: Any, room
         BadRow: the prompt leaves no room for an answer, or an answer is too long and `room.overflow` is "error".
     """
     if isinstance(record, Prompt):
-        prompt = _prompt(record.prompt, tokenizer)
+        prompt, text = _prompt(record.prompt, tokenizer)
         _check_prompt(prompt, room.length)
-        return join([np.asarray(prompt), _encoded_row(record, tokenizer)]), False
+        return join([np.asarray(prompt), _encoded_row(record, text)]), False
     answers = [record.chosen, record.rejected] if isinstance(record, Preference) else [record.completion]
-    prompt = _prompt(record.prompt, tokenizer)
+    prompt, _ = _prompt(record.prompt, tokenizer)
     _check_prompt(prompt, room.length - 1)
     parts, cut = [np.asarray(prompt)], False
     for answer in answers:
@@ -81,12 +83,9 @@ def tokenize_record(record: Preference | Labelled | Prompt, tokenizer: Any, room
     return join(parts), cut
 
 
-def _encoded_row(record: Prompt, tokenizer: Any) -> np.ndarray:
+def _encoded_row(record: Prompt, text: str) -> np.ndarray:
     """The `PromptRow` of a record as the bytes of its JSON."""
-    prompt, text = record.prompt, record.prompt
-    if isinstance(prompt, Messages):
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    row = {"prompt": prompt, "text": text, "tools": None, "columns": record.columns}
+    row = {"prompt": record.prompt, "text": text, "tools": getattr(record.prompt, "tools", None), "columns": record.columns}
     return np.frombuffer(json.dumps(row, ensure_ascii=False, default=str).encode(), np.uint8)
 
 
@@ -97,24 +96,20 @@ def _check_prompt(prompt: Sequence[int], most: int) -> None:
         raise BadRow(f"the prompt has {len(prompt)} tokens, at most {most} leave room for an answer (data.sequence_length)")
 
 
-def _prompt(prompt: Text, tokenizer: Any) -> list[int]:
+def _prompt(prompt: Text, tokenizer: Any) -> tuple[list[int], str]:
+    """The ids and the text of a prompt."""
     if isinstance(prompt, Messages):
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return tokenize_prompt(prompt, tokenizer)
     bos = tokenizer.bos_token_id
     first = [] if bos is None or bos == tokenizer.eos_token_id else [bos]
-    return first + list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    return first + SpecialTokens.of(tokenizer).text(prompt), prompt
 
 
 def _answer(prompt: Text, answer: Text, tokenizer: Any) -> list[int]:
     """The tokens of an answer, with what ends it. Apart from the prompt's: their boundary falls where it does at generation."""
-    if isinstance(answer, Messages):
-        before = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([*prompt, *answer], tokenize=False)  # type: ignore[misc]
-        if not whole.startswith(before):
-            raise BadRow("the chat template changes the prompt when an answer is added; use one that only appends, or give texts")
-        return list(tokenizer(whole[len(before) :].rstrip(), add_special_tokens=False, verbose=False)["input_ids"])
-    return [*tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"], tokenizer.eos_token_id]
+    if isinstance(prompt, Messages) and isinstance(answer, Messages):
+        return tokenize_answer(prompt, answer, tokenizer)
+    return [*SpecialTokens.of(tokenizer).text(str(answer)), tokenizer.eos_token_id]
 
 
 def join(parts: Sequence[np.ndarray]) -> np.ndarray:

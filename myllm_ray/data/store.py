@@ -9,6 +9,7 @@ without touching the tokens before it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ import pyarrow as pa
 from myllm_ray.common.files import write_json
 from myllm_ray.config.errors import DataError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Part of the cache's key: change it when the same rows give other documents."""
 _NAMED = 5
 """Documents that a message names."""
@@ -57,6 +58,16 @@ class TokenStore:
     def kind(self) -> str:
         """What its documents are: `tokens`, or a kind of `records.py`."""
         return str(self.meta["sources"][0].get("kind", "tokens"))
+
+    @property
+    def chats(self) -> int:
+        """How many documents went through the chat template."""
+        return sum(int(source["chats"]) for source in self.meta["sources"])
+
+    @property
+    def duplicates(self) -> int:
+        """How many documents are exact copies of another one, in any source."""
+        return int(self.meta["duplicates"])
 
     def documents_of(self, source: int) -> range:
         return range(int(self._first[source]), int(self._first[source + 1]))
@@ -125,13 +136,15 @@ def write_store(folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch],
     try:
         beside.mkdir(parents=True)
         digest = hashlib.sha256()
-        described = [_write_source(beside, i, name, batches, limit, digest)
+        hashes: list[np.ndarray] = []
+        described = [_write_source(beside, i, name, batches, limit, digest, hashes)
                      for i, (name, batches, limit) in enumerate(sources)]
         kinds = {source["name"]: source["kind"] for source in described}
         if len(set(kinds.values())) > 1:
             raise DataError(f"data.train: sources of different kinds can't be mixed ({', '.join(f'{n}: {k}' for n, k in kinds.items())})")
         write_json(beside / "meta.json", {"format": FORMAT_VERSION, "sources": described,
-                                          "content_hash": digest.hexdigest()[:32], **extra})
+                                          "content_hash": digest.hexdigest()[:32],
+                                          "duplicates": _duplicates(np.concatenate(hashes)), **extra})
         try:
             os.rename(beside, folder)
         except OSError:
@@ -144,10 +157,12 @@ def write_store(folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch],
 
 
 def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.RecordBatch], limit: int | None,
-                  digest: Any) -> dict[str, Any]:
-    skipped, cut, reason, kind = 0, 0, "", ""
+                  digest: Any, hashes: list[np.ndarray]) -> dict[str, Any]:
+    """Write the files of one source and describe it. To `hashes` comes an 8-byte hash of each of its documents."""
+    skipped, cut, chats, reason, kind = 0, 0, 0, "", ""
     lengths: list[np.ndarray] = []
     targets: list[np.ndarray] = []
+    own: list[np.ndarray] = []
     count = 0
     with open(folder / f"tokens-{index}.bin", "wb") as file:
         for batch in batches:
@@ -155,6 +170,7 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
             skipped += int(metadata.get(b"skipped", b"0"))
             reason = reason or metadata.get(b"reason", b"").decode()
             cut += int(metadata.get(b"cut", b"0"))
+            chats += int(metadata.get(b"chats", b"0"))
             here = metadata.get(b"kind", b"").decode()
             if kind and here and here != kind:
                 raise DataError(f"data source {name!r}: its format gives {here} for some rows and {kind} for others")
@@ -167,18 +183,33 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
             digest.update(values.tobytes())
             lengths.append(column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64))
             targets.append(_targets(values, lengths[-1]))
+            own.append(_hashes(values, lengths[-1]))
             count += len(column)
             if limit is not None and count >= limit:
                 break
     if count == 0:
         why = f"all {skipped} rows were skipped, the first: {reason}" if skipped else "no documents in it"
         raise DataError(f"data source {name!r} is empty: {why}")
+    own_hashes = np.concatenate(own)
+    hashes.append(own_hashes)
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     np.save(folder / f"offsets-{index}.npy", offsets)
     np.save(folder / f"targets-{index}.npy", np.concatenate(targets))
     digest.update(offsets.tobytes())
     return {"name": name, "documents": count, "tokens": int(offsets[-1]), "skipped": skipped, "first_skipped": reason,
-            "cut": cut, "kind": kind or "tokens"}
+            "cut": cut, "kind": kind or "tokens", "chats": chats, "duplicates": _duplicates(own_hashes)}
+
+
+def _hashes(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The documents, end to end in `values`, as (n,) uint64 hashes of their tokens."""
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    digests = (hashlib.blake2b(values[a:b].tobytes(), digest_size=8).digest() for a, b in itertools.pairwise(edges))
+    return np.frombuffer(b"".join(digests), np.uint64)
+
+
+def _duplicates(hashes: np.ndarray) -> int:
+    """How many documents are exact copies of another that is counted."""
+    return len(hashes) - len(np.unique(hashes))
 
 
 def _targets(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -14,8 +14,11 @@ import numpy as np
 import pyarrow as pa
 
 from myllm_ray.config.errors import DataError
-from myllm_ray.data.formats import BadRow, Format, Labelled, Messages, Preference, Prompt
+from myllm_ray.data.chat import tokenize_chat
+from myllm_ray.data.formats import BadRow, Format, Instruction, Labelled, Messages, Preference, Prompt
 from myllm_ray.data.records import Room, kind_of, tokenize_record
+from myllm_ray.data.special_tokens import SpecialTokens
+from myllm_ray.data.tokenizer import has_own_template
 
 
 @dataclass
@@ -44,10 +47,10 @@ def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format
     """Format and tokenise rows; each comes with the place it stands at (`file:line`), for messages.
 
     Returns a batch with columns `tokens` (list<int32>, see `encode`), one row a document, and in its schema's metadata the
-    `kind` of the documents, and how many rows were `skipped` and answers `cut`. A row that can't be used raises DataError, or is counted, as `options.on_bad_row` says.
+    `kind` of the documents, and how many rows were `skipped`, answers `cut`, and how many were `chats`. A row that can't be used raises DataError, or is counted, as `options.on_bad_row` says.
     """
     documents: list[np.ndarray] = []
-    skipped, cut, first_reason, kind = 0, 0, "", ""
+    skipped, cut, chats, first_reason, kind = 0, 0, 0, "", ""
     for place, row in rows:
         try:
             if isinstance(row, BadRow):
@@ -65,6 +68,7 @@ def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format
             else:
                 document = tokenize_one(formatted, tokenizer, options.train_on_prompt)
             documents.append(document)
+            chats += is_chat(formatted, tokenizer)
         except BadRow as error:
             if options.on_bad_row == "error":
                 raise DataError(f"{place}: {error} (data.on_bad_row=skip leaves such rows out)") from None
@@ -75,53 +79,32 @@ def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format
     values = np.concatenate(documents) if documents else np.empty(0, np.int32)
     column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
     schema = pa.schema([pa.field("tokens", column.type)], metadata={
-        "skipped": str(skipped), "reason": first_reason, "cut": str(cut), "kind": kind})
+        "skipped": str(skipped), "reason": first_reason, "cut": str(cut), "kind": kind, "chats": str(chats)})
     return pa.record_batch([column], schema=schema)
+
+
+def is_chat(formatted: Any, tokenizer: Any) -> bool:
+    """Whether what a format gave goes through the chat template."""
+    if isinstance(formatted, Instruction):
+        return has_own_template(tokenizer)
+    return isinstance(getattr(formatted, "prompt", formatted), Messages)
 
 
 def tokenize_one(formatted: Any, tokenizer: Any, train_on_prompt: bool = False) -> np.ndarray:
     """One document as encoded tokens: (n,) int32. Ends with the end-of-text token, trained on like what precedes it."""
+    if isinstance(formatted, Instruction) and has_own_template(tokenizer):
+        formatted = formatted.messages
     if isinstance(formatted, Messages):
-        return _tokenize_messages(formatted, tokenizer, train_on_prompt)
+        return encode(*tokenize_chat(formatted, tokenizer, train_on_prompt))
+    special = SpecialTokens.of(tokenizer)
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     ids: list[int] = [] if bos is None or bos == eos else [bos]
     trained: list[bool] = [train_on_prompt] * len(ids)
     for piece, train in formatted:
         # Part by part: the boundary between prompt and response falls where it falls at generation.
-        part = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        part = special.text(piece)
         ids += part
         trained += [train or train_on_prompt] * len(part)
     ids.append(eos)
     trained.append(trained[-1] if trained else True)
     return encode(np.asarray(ids), np.asarray(trained))
-
-
-def _tokenize_messages(messages: Messages, tokenizer: Any, train_on_prompt: bool) -> np.ndarray:
-    """A chat through the tokenizer's template; trained on: what the assistant writes, with the token that ends its turn."""
-    rendered = tokenizer.apply_chat_template(list(messages), tokenize=False)
-    encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    spans = [(0, len(rendered))] if train_on_prompt else _assistant_spans(messages, rendered, tokenizer)
-    starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
-    trained = np.zeros(len(starts), bool)
-    for first, last in spans:
-        trained |= (starts >= first) & (starts < last)
-    return encode(np.asarray(encoded["input_ids"]), trained)
-
-
-def _assistant_spans(messages: Messages, rendered: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """Where the assistant's turns stand in the rendered text, as (first, last) character.
-
-    A turn begins where the prompt for it ends (`add_generation_prompt`) and ends where the text up to and with it ends;
-    white space after the last token of the turn belongs to the template, not to the turn.
-    """
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(list(messages[:i]), tokenize=False, add_generation_prompt=True) if i else ""
-        through = tokenizer.apply_chat_template(list(messages[: i + 1]), tokenize=False)
-        if not rendered.startswith(before) or not rendered.startswith(through.rstrip()):
-            raise BadRow(f"messages[{i}]: the chat template changes what it wrote before when a turn is added, so the "
-                         "loss mask can't be told; use a template that only appends, or format prompt_completion")
-        spans.append((len(before), len(through.rstrip())))
-    return spans

@@ -19,17 +19,48 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZER_VERSION = 2
+"""Part of the cache's key: change it when the same section of the config gives another tokenizer."""
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL = [END_OF_TEXT, PAD, TURN_START, TURN_END]
 
-DEFAULT_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""ChatML, for tokenizers that bring no template."""
+_CHATML = """
+{%- if tools %}
+  {{- '<|im_start|>system\n' + (messages[0].content + '\n\n' if messages[0].role == 'system' else '') }}
+  {{- 'You may call these functions, each by a JSON object {"name": ..., "arguments": {...}} in <tool_call></tool_call>:\n<tools>\n' }}
+  {%- for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}
+  {{- '</tools>' + turn_end + '\n' }}
+{%- endif %}
+{%- for message in messages %}
+  {%- if message.role == 'assistant' %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- generation %}
+      {%- if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{% endif %}
+      {{- message.content }}
+      {%- for call in message.tool_calls or [] %}
+        {{- ('\n' if message.content or not loop.first else '') + '<tool_call>\n' }}
+        {{- {'name': call.function.name, 'arguments': call.function.arguments} | tojson + '\n</tool_call>' }}
+      {%- endfor %}
+      {{- turn_end }}
+    {%- endgeneration %}
+    {{- '\n' }}
+  {%- elif message.role == 'tool' %}
+    {{- '<|im_start|>user\n' if loop.first or messages[loop.index0 - 1].role != 'tool' else '\n' }}
+    {{- '<tool_response>\n' + message.content + '\n</tool_response>' }}
+    {{- turn_end + '\n' if loop.last or messages[loop.index0 + 1].role != 'tool' else '' }}
+  {%- elif not (tools and loop.first and message.role == 'system') %}
+    {{- '<|im_start|>' + message.role + '\n' + message.content + turn_end + '\n' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+"""ChatML, with reasoning, tools and calls as Qwen and Hermes write them."""
+DEFAULT_CHAT_TEMPLATE = f"{{%- set turn_end = '{TURN_END}' %}}{_CHATML}"
+"""For tokenizers that bring no template."""
+DEFAULT_WITHOUT_TURN_END = "{%- set turn_end = eos_token %}" + _CHATML
+"""Where the marker of a turn's end is no token, the end-of-text token ends it: generation can stop at that."""
+TRAINED = "{#- The model was trained on chats in this layout. #}"
+"""Stands before the default template where it is no longer a guess."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -91,10 +122,22 @@ def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: {name!r} has no end-of-text token (eos_token): add one to its tokenizer_config.json")
     if tokenizer.chat_template is None:
-        # Where the marker of a turn's end is not a token, the end-of-text token ends it: generation can stop at that.
-        known = TURN_END in tokenizer.get_vocab()
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE if known else DEFAULT_CHAT_TEMPLATE.replace(f"'{TURN_END}'", "eos_token")
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE if TURN_END in tokenizer.get_vocab() else DEFAULT_WITHOUT_TURN_END
     return tokenizer
+
+
+def has_own_template(tokenizer: Any) -> bool:
+    """Whether the layout of chats is the tokenizer's own, rather than the default for tokenizers without one."""
+    return tokenizer.chat_template not in (None, DEFAULT_CHAT_TEMPLATE, DEFAULT_WITHOUT_TURN_END)
+
+
+def trained_template(tokenizer: Any, on_chats: bool) -> str | None:
+    """The chat template that goes with a trained model. A default one only where the model has been trained on chats in it: with it,
+    every tool would take the model for a chat model."""
+    given: str | None = tokenizer.chat_template
+    if has_own_template(tokenizer) or given is None:
+        return given
+    return TRAINED + given if on_chats else None
 
 
 def fingerprint(tokenizer: Any) -> str:

@@ -6,6 +6,7 @@ together (a micro-batch is).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -80,14 +81,15 @@ class HFSampler:
     """Samples from a causal LM of transformers with its own forward pass.
 
     Args:
-        tokenizer: whose end-of-text token ends an answer.
+        tokenizer: decodes answers.
         settings: the config's section `rollout`.
+        end_tokens: the ids that end an answer; default: the tokenizer's end-of-text token.
     """
 
-    def __init__(self, tokenizer: Any, settings: RolloutSection):
+    def __init__(self, tokenizer: Any, settings: RolloutSection, end_tokens: Sequence[int] = ()):
         self.tokenizer, self.settings = tokenizer, settings
         self.max_new_tokens, self.temperature = settings.max_new_tokens, settings.temperature
-        self.end = int(tokenizer.eos_token_id)
+        self.end_tokens = tuple(end_tokens) or (int(tokenizer.eos_token_id),)
         self.warpers = LogitsProcessorList()
         if settings.top_k:
             self.warpers.append(TopKLogitsWarper(settings.top_k))
@@ -130,14 +132,15 @@ class HFSampler:
         seen = torch.nn.functional.pad(seen, (0, most), value=True).repeat_interleave(group, 0)
         positions = lengths.repeat_interleave(group)
         rows = count * group
-        tokens = torch.full((rows, most), self.end, device=device)
+        ends = torch.tensor(self.end_tokens, device=device)
+        tokens = torch.full((rows, most), self.end_tokens[0], device=device)
         lengths, ended = torch.full((rows,), most, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
         alive = torch.arange(rows, device=device)  # rows of the whole that the batch still holds
         for step in range(most):
             chosen = self._choose(logits, tokens[alive, :step], draws[alive, step])
-            chosen = torch.where(ended[alive], self.end, chosen)
+            chosen = torch.where(ended[alive], self.end_tokens[0], chosen)
             tokens[alive, step] = chosen
-            done = self._ends(chosen, tokens[alive, : step + 1]) & ~ended[alive]
+            done = self._ended(chosen, tokens[alive, : step + 1], ends) & ~ended[alive]
             lengths[alive[done]] = step + 1
             ended[alive[done]] = True
             writing = ~ended[alive]
@@ -167,20 +170,20 @@ class HFSampler:
         scores = self.warpers(cast(Any, written), cast(Any, scores)) if len(self.warpers) else scores
         return draw(torch.softmax(scores, -1), draws)
 
-    def _ends(self, chosen: Tensor, written: Tensor) -> Tensor:
-        ends = chosen == self.end
-        return ends if self.stop is None else ends | self.stop(written, None)
+    def _ended(self, chosen: Tensor, written: Tensor, ends: Tensor) -> Tensor:
+        found = torch.isin(chosen, ends)
+        return found if self.stop is None else found | self.stop(written, None)
 
 
-def sample(model: CausalLM, tokenizer: Any, prompts: list[str], max_new_tokens: int = 64, temperature: float = 0.8,
-           top_p: float = 0.95, seed: int = 0) -> list[str]:
-    """A completion of each prompt. `temperature=0` takes the most likely token every time."""
+def sample(model: CausalLM, tokenizer: Any, prompts: Sequence[Sequence[int]], end_tokens: Sequence[int] = (), max_new_tokens: int = 64,
+           temperature: float = 0.8, top_p: float = 0.95, seed: int = 0) -> list[str]:
+    """A completion of each prompt (token ids). `temperature=0` takes the most likely token every time."""
     settings = RolloutSection(max_new_tokens=max_new_tokens, temperature=temperature or 1.0, top_p=top_p,
                               top_k=None if temperature else 1)
-    sampler = HFSampler(tokenizer, settings)
+    sampler = HFSampler(tokenizer, settings, end_tokens)
     texts = []
     for number, prompt in enumerate(prompts):
-        ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+        ids = torch.tensor([prompt])
         result = sampler(model, ids, torch.ones_like(ids), 1, [derive_seed("sample", seed, number)])
         texts.append(sampler.decode(result.tokens[0, : int(result.lengths[0])].tolist()))
     return texts

@@ -79,15 +79,15 @@ class _Generator:
         from myllm_ray.data.tokenizer import open_tokenizer
         from myllm_ray.models.generate import HFSampler
         from myllm_ray.models.load import build_deferred
-        from myllm_ray.roles import model_section
+        from myllm_ray.roles import model_section, stop_tokens
 
         config: Any = validate(raw)
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
         self.accelerator = resolve("accelerators", "single", "accelerator.name")(config)
         self.accelerator.setup()
         tokenizer = open_tokenizer(prepared.tokenizer_folder)
-        self.sampler = HFSampler(tokenizer, config.rollout)
         model = build_deferred(model_section(config), tokenizer, config.data.sequence_length, config.run.seed)
+        self.sampler = HFSampler(tokenizer, config.rollout, stop_tokens(config.model, tokenizer))
         self.model = materialize(model, self.accelerator.device).requires_grad_(False).eval()
 
     def load(self, weights: dict[str, Tensor]) -> None:

@@ -110,7 +110,7 @@ class OnlineTrainer(BaseTrainer):
                 self_checks.ratio_is_one(first.log_probs, piece["old_log_probs"][scored.rows, scored.steps])
             if self.reference is not None and self.starts_at_reference:
                 self_checks.reference_is_near(first.log_probs, self.score(self.reference, piece)[0].log_probs)
-            self_checks.answers_end_once(piece, self.sampler.end)
+            self_checks.answers_end_once(piece, self.sampler.end_tokens)
             self_checks.padding_has_no_influence(piece, self.train_step)
 
     def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:

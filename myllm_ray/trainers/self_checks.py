@@ -6,7 +6,7 @@ Each raises a TrainingError that says what is wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ def reference_is_near(policy: Tensor, reference: Tensor) -> None:
                             "the same model: is there dropout in it?")
 
 
-def answers_end_once(micro: Micro, end: int) -> None:
-    """The end-of-text token stands nowhere in an answer but at its end, so that nothing behind it is a target."""
+def answers_end_once(micro: Micro, end_tokens: Sequence[int]) -> None:
+    """A token that ends an answer is nowhere in it but at its end, so that nothing behind it is a target."""
     scored = answer_tokens(micro)
-    inside = (scored.targets == end) & (scored.steps < micro["lengths"][scored.rows, 0] - 1)
+    inside = torch.isin(scored.targets, torch.tensor(end_tokens, device=scored.targets.device)) & (scored.steps < micro["lengths"][scored.rows, 0] - 1)
     if bool(inside.any()):
-        raise TrainingError("an answer goes on behind its end-of-text token: the sampler and the tokenizer disagree on what ends it")
+        raise TrainingError("an answer continues behind a token that ends it: the sampler and the tokenizer disagree on what ends it")
 
 
 def padding_has_no_influence(micro: Micro, loss: Callable[[Micro], StepOutput]) -> None:

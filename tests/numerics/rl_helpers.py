@@ -73,7 +73,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance:
 class Scripted:
     """A sampler that gives the answers it is told to, in turn."""
 
-    temperature, end = 0.7, END
+    temperature, end_tokens = 0.7, (END,)
 
     def __init__(self, answers: list[list[int]], max_new_tokens: int):
         self.answers, self.max_new_tokens = list(answers), max_new_tokens

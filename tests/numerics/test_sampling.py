@@ -28,9 +28,7 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
 
 
 def sampler(end: int = 1, **settings: object) -> HFSampler:
-    made = HFSampler(byte_tokenizer(), RolloutSection.model_validate({"max_new_tokens": 12, **settings}))
-    made.end = end
-    return made
+    return HFSampler(byte_tokenizer(), RolloutSection.model_validate({"max_new_tokens": 12, **settings}), (end,))
 
 
 def slowly(model: CausalLM, prompt: list[int], draws: list[float], end: int, temperature: float) -> list[int]:

@@ -31,7 +31,7 @@ END = byte_tokenizer().eos_token_id
     ({"chosen": "x", "rejected": "y"}, "no field 'prompt'"),
     ({"prompt": "a", "chosen": "x", "rejected": [{"role": "assistant", "content": "y"}]}, "must all be texts"),
     ({"prompt": "a", "chosen": "x", "rejected": "y", "margin": float("nan")}, "'margin' is nan"),
-    ({"prompt": [{"role": "user"}], "chosen": "x", "rejected": "y"}, r"prompt\[0\] is not a message"),
+    ({"prompt": [{"role": "user"}], "chosen": "x", "rejected": "y"}, r"prompt\[0\] has no text content"),
     ({"chosen": [{"role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}, "need messages in common"),
 ])
 def test_bad_preferences(row: dict[str, Any], message: str) -> None:

@@ -1,0 +1,48 @@
+"""The generation config of a model: what the base model brings (temperature, top_p, ...), with every token that ends an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+
+def base_generation_config(name: str | None) -> GenerationConfig | None:
+    """The generation config of a hub id, a folder in Hugging Face format, or the folder of a run; None where there is none.
+
+    A hub id is looked for among the files that loading its weights has brought here: call this afterwards.
+    """
+    if name is None:
+        return None
+    folder = Path(name).expanduser()
+    try:
+        return GenerationConfig.from_pretrained(str(folder / "tokenizer" if (folder / "checkpoints").is_dir() else name),
+                                                local_files_only=True)
+    except (OSError, ValueError):
+        return None
+
+
+def ends_of(config: GenerationConfig | None) -> list[int]:
+    """The ids of the tokens that end an answer by a generation config."""
+    given: Any = config.eos_token_id if config is not None else None
+    return [] if given is None else [int(i) for i in (given if isinstance(given, (list, tuple)) else [given])]
+
+
+def trained_generation_config(base: GenerationConfig | None, tokenizer: Any, end_tokens: Sequence[int]) -> GenerationConfig:
+    """The generation config of a model trained with a tokenizer: the base model's, where there is one, with these end tokens."""
+    given = {} if base is None else base.to_dict()
+    try:
+        return _completed(given, tokenizer, end_tokens)
+    except ValueError:  # published configs have a temperature without do_sample; transformers does not write such a config again
+        return _completed({**given, "do_sample": True}, tokenizer, end_tokens)
+
+
+def _completed(given: dict[str, Any], tokenizer: Any, end_tokens: Sequence[int]) -> GenerationConfig:
+    config: GenerationConfig = GenerationConfig.from_dict(given)
+    config.eos_token_id = list(end_tokens) if len(end_tokens) > 1 else int(end_tokens[0])
+    config.bos_token_id = tokenizer.bos_token_id if config.bos_token_id is None else config.bos_token_id
+    config.pad_token_id = tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id
+    config.validate(strict=True)
+    return config
