@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from myllm_ray.common.types import Batch, Position
 from myllm_ray.config.errors import ConfigError, TrainingError, UserError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.data.packing import Row
 
 log = logging.getLogger(__name__)
 _STEPS = 2
@@ -118,29 +120,48 @@ def _free_memory() -> int:
 
 def _try(raw: dict[str, Any], size: int, folder: str) -> None:
     """Two steps of `size` rows with the longest of the data among them."""
+    from myllm_ray.data.plan import RowPlan
     from myllm_ray.data.prepare import prepare
+    from myllm_ray.data.records import TOKENS
     from myllm_ray.data.stream import LocalStream, make_batch
+    from myllm_ray.data.targets import check_targets, count_targets
     from myllm_ray.engine.run_folder import claim
     from myllm_ray.worker import absolute, run_worker
 
-    class Longest(LocalStream):
-        def batches(self, start: Position, steps: int) -> Iterator[Batch]:
-            plan = self.spec.plan
+    class Longest(RowPlan):
+        """The longest row with its neighbours, as the first rows of each batch."""
+
+        def __init__(self, plan: RowPlan):
+            super().__init__(plan.store, plan.order, plan.packing)
+            self.folder = plan.folder  # type: ignore[method-assign]
             count = min(plan.rows_in_epoch(0), _MOST_ROWS)
-            lengths = [sum(s.length for s in row) for row in plan.rows(0, 0, count)]
-            first = max(range(count), key=lengths.__getitem__) // size * size
-            for _ in range(steps):
-                yield make_batch(self.spec, Position(0, first), [self.spec.micro_at(0, first)])
+            lengths = np.asarray([sum(s.length for s in row) for row in plan.rows(0, 0, count)])
+            if plan.store.kind == TOKENS:  # nothing can be tried on a row without a target
+                lengths = lengths * (count_targets(plan).rows[:count] > 0)
+            self.first = int(lengths.argmax()) // size * size
+            self.key += f"-longest-{self.first}"  # a table of a reference goes by it
+
+        def rows(self, epoch: int, start: int, stop: int) -> list[Row]:
+            first = self.first + start % global_size
+            return super().rows(0, first, first + stop - start)
+
+    class OneMicro(LocalStream):
+        def batches(self, start: Position, steps: int) -> Iterator[Batch]:
+            for position in self.spec.positions(start, steps):
+                yield make_batch(self.spec, position, [self.spec.micro_at(position.epoch, position.row)])
 
     # Where its data is prepared is decided before the run's own folder is exchanged for one that goes.
-    config = absolute(validate({**raw, "batch": {"global_size": size, "micro_size": size}, "scaling": {**raw["scaling"], "workers": 1}}))
+    global_size = max(2, size)  # KTO needs another row to compare with
+    config = absolute(validate({**raw, "batch": {"global_size": global_size, "micro_size": size}, "scaling": {**raw["scaling"], "workers": 1}}))
     config.run.storage, config.run.max_steps, config.run.epochs = folder, _STEPS * config.steps_per_batch, None
     config.checkpoint.every_steps, config.checkpoint.at_end, config.checkpoint.resume, config.checkpoint.mirror = None, False, "never", None
     config.evaluation.every_steps, config.callbacks = None, []
     prepared = prepare(config)
+    check_targets(prepared.train, "data.train", 2**40, each=False)
     claim(config, prepared.identity)
     prepared.validation = None
-    run_worker(config, prepared, Longest(prepared.train))
+    prepared.train.plan = Longest(prepared.train.plan)
+    run_worker(config, prepared, OneMicro(prepared.train))
 
 
 def _main() -> int:
