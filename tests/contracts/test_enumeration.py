@@ -17,9 +17,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import MakeConfig, comparable
-from spawned import BACKENDS, leave
+from spawned import BACKENDS, leave, start_processes
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -181,7 +180,7 @@ def check(make_config: MakeConfig, files: tuple[Path, Path, Path], combinations:
     run(local)
     if shared:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_process, (world, f"{folder}/store", shared), nprocs=world)
+            start_processes(_process, (world, f"{folder}/store", shared), world)
     return len(trained), refused, [line for combination, folder in trained for line in compare(folder, plains[combination.plain])]
 
 
@@ -285,7 +284,7 @@ def check_rollouts(make_config: MakeConfig, files: tuple[Path, Path, Path], trai
     run(local)
     if shared:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_process, (2, f"{folder}/store", shared), nprocs=2)
+            start_processes(_process, (2, f"{folder}/store", shared), 2)
     return len(pairs), refused, [line for other, plain in pairs for line in (*failures(plain), *compare(other, plain))]
 
 
