@@ -28,6 +28,7 @@ from myllm_ray.config.load import validate
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
 from myllm_ray.data.chat_template import end_tokens
+from myllm_ray.data.inspect import end_warnings
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.data.targets import check_targets, target_warnings
@@ -129,7 +130,8 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
 
 def warn_of_data(prepared: PreparedData) -> None:
     """Log what a user should know about the data before a run starts."""
-    for line in [*prepared.notes, *target_warnings(prepared.train)]:
+    tokenizer = open_tokenizer(prepared.tokenizer_folder)
+    for line in [*prepared.notes, *target_warnings(prepared.train), *end_warnings(prepared.train.plan.store, tokenizer)]:
         log.warning("%s", line)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -57,6 +58,17 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.json"
     path.write_text(json.dumps(instruction_rows()))
     return path
+
+
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """Messages of the package's log."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("myllm_ray").addHandler(handler)
+    yield messages
+    logging.getLogger("myllm_ray").removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -122,6 +122,11 @@ def question_and_answer(row: dict[str, Any]) -> list[tuple[str, bool]]:
     return [(f"Q: {row['instruction']}\nA: ", False), (row["output"], True)]
 
 
+def without_its_end(row: dict[str, Any]) -> list[tuple[str, bool]]:
+    """A data format that does not train on the end of an answer."""
+    return [(row["instruction"], True), (row["output"], False)]
+
+
 def half(progress: float) -> float:
     """A learning-rate schedule of one's own."""
     return 1.0 if progress < 0.5 else 0.5

@@ -119,7 +119,7 @@ class RolloutSection(Section):
     top_k: PositiveInt | None = None
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, lt=1)
-    stop: list[str] = Field(default_factory=list, description="texts that end an answer, besides the end-of-text token")
+    stop: list[str] = Field(default_factory=list, description="texts that end an answer, besides the tokenizer's and the chat template's end tokens")
     placement: Literal["colocated", "actors"] = Field(
         "colocated", description="where answers are sampled: in the training workers, or in Ray actors, while these train")
     actors: PositiveInt = Field(1, description="actors: how many for each training worker; they reserve as much as it does")

@@ -75,8 +75,9 @@ def tokenize_answer(prompt: Messages, answer: Messages, tokenizer: Any) -> list[
     if not text.startswith(before):
         raise BadRow("the chat template changes the prompt when an answer is added; use one that only appends, or give texts")
     written = text[len(before) :].rstrip()
+    squeezed = _squeezed(written)
     for i in range(len(prompt), len(whole)):
-        _check_parts(shielded[i], written, f"messages[{i}]")
+        _check_parts(shielded[i], squeezed, f"messages[{i}]")
     if template.turn_ends and not template.ends_turn(written):
         raise BadRow(f"the answer does not end with a token that ends a turn ({' or '.join(template.turn_ends)})")
     ids: list[int] = template.special.rendered(written).ids.tolist()
@@ -95,9 +96,10 @@ def _rendered(template: ChatTemplate, messages: Messages, generation_prompt: boo
     if (shielded != messages or shielded.tools != messages.tools) and \
             special.unshield(text) != template.render(messages, messages.tools, generation_prompt):
         raise BadRow("the chat template acts on a special token in the messages, which are text")
+    squeezed = _squeezed(text)
     for i, message in enumerate(shielded):
         if message["role"] != "assistant":
-            _check_parts(message, text, f"messages[{i}]")
+            _check_parts(message, squeezed, f"messages[{i}]")
     return shielded, text
 
 
@@ -113,7 +115,7 @@ def _trained_spans(template: ChatTemplate, messages: Messages, text: str) -> Ite
             if found is None:
                 raise BadRow(f"messages[{i}]: the turn does not end with a token that ends turns ({' or '.join(template.turn_marks)})")
             spans[-1] = (spans[-1][0], found.end())
-        _check_parts(messages[i], "".join(text[a:b] for a, b in spans), f"messages[{i}]")
+        _check_parts(messages[i], _squeezed("".join(text[a:b] for a, b in spans)), f"messages[{i}]")
         yield from spans
 
 
@@ -178,9 +180,9 @@ def _check_start(tokens: Tokens, text: str, first: int) -> None:
                          "otherwise at generation; use a chat template whose prompts end with a special token or a line break")
 
 
-def _check_parts(message: dict[str, Any], written: str, where: str) -> None:
-    """A message is all there: templates leave out what they have no place for (a second system turn, thinking, calls)."""
-    squeezed = _squeezed(written)
+def _check_parts(message: dict[str, Any], squeezed: str, where: str) -> None:
+    """A message is all in a text (`squeezed`: without white space): templates leave out what they have no place for (a second system
+    turn, thinking, calls)."""
     reasoning = next((message[key] for key in REASONING if message.get(key)), "")
     names = [("tool_calls", call["function"]["name"]) for call in message.get("tool_calls") or []]
     for what, part in [("content", message.get("content") or ""), ("reasoning_content", reasoning), *names]:
@@ -190,4 +192,5 @@ def _check_parts(message: dict[str, Any], written: str, where: str) -> None:
 
 
 def _squeezed(text: str) -> str:
+    """A text without its white space, which templates strip and add."""
     return "".join(text.split())

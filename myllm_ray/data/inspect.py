@@ -67,7 +67,8 @@ def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
         sources=sources, histogram=list(_histogram(lengths)), longer_than_row=longer, rows=rows,
         steps_per_epoch=spec.steps_in_epoch(0), efficiency=placed / (rows * size), trained_share=trained / max(1, total),
         validation_rows=prepared.validation.plan.rows_in_epoch(0) if prepared.validation else 0,
-        warnings=[*prepared.notes, *target_warnings(spec), *(_warnings(tokenizer, ended, min(len(store), _SAMPLE)) if store.kind != PROMPTS else [])])
+        warnings=[*prepared.notes, *target_warnings(spec), *end_warnings(store, tokenizer),
+                  *(_warnings(tokenizer, ended, min(len(store), _SAMPLE)) if store.kind != PROMPTS else [])])
 
 
 def parts_of(store: Any, document: int, start: int = 0, length: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -93,13 +94,22 @@ def _sampled(store: Any, tokenizer: Any) -> tuple[int, int, int]:
     return trained_tokens, tokens, ended
 
 
-def _warnings(tokenizer: Any, ended: int, sampled: int) -> Iterator[str]:
-    names = " or ".join(tokenizer.convert_ids_to_tokens(sorted(end_tokens(tokenizer))))
-    if ended == 0:
-        yield (f"the token that ends a turn ({names}) is never trained on: the model will not learn to stop; put it inside the "
+def end_warnings(store: Any, tokenizer: Any) -> Iterator[str]:
+    """A warning where none of the first documents trains on a token that ends an answer."""
+    ends = np.asarray(sorted(end_tokens(tokenizer)))
+    parts = (part for document in range(min(len(store), _SAMPLE)) for part in parts_of(store, document))
+    if store.kind != PROMPTS and not any(np.isin(ids[trained], ends).any() for ids, trained in parts):
+        yield (f"the token that ends a turn ({_names(tokenizer)}) is never trained on: the model will not learn to stop; put it inside the "
                "trained part of the chat template or format")
-    elif ended < sampled:
-        yield f"{sampled - ended} of {sampled} documents never train on a token that ends a turn ({names})"
+
+
+def _names(tokenizer: Any) -> str:
+    return " or ".join(tokenizer.convert_ids_to_tokens(sorted(end_tokens(tokenizer))))
+
+
+def _warnings(tokenizer: Any, ended: int, sampled: int) -> Iterator[str]:
+    if 0 < ended < sampled:
+        yield f"{sampled - ended} of {sampled} documents never train on a token that ends a turn ({_names(tokenizer)})"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         yield (f"padding equals the end-of-text token ({tokenizer.eos_token}): harmless here, where padding is told by the "
                "loss mask, but tools that mask by the pad token would never train on it")

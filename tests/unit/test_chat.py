@@ -18,6 +18,7 @@ from myllm_ray.data.messages import Messages, read_messages
 from myllm_ray.data.prepare import prepare
 from myllm_ray.data.tokenize import decode, tokenize_one
 from myllm_ray.data.tokenizer import byte_tokenizer, open_tokenizer
+from myllm_ray.worker import warn_of_data
 
 LOOP = "{%- for m in messages %}"
 GEMMA = (LOOP + "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
@@ -230,3 +231,12 @@ def test_duplicates_are_counted_within_and_across_sources(make_config: MakeConfi
     store = prepare(config).train.plan.store
     assert [source["duplicates"] for source in store.meta["sources"]] == [1, 0]
     assert store.duplicates == 2
+
+
+def test_a_run_that_never_trains_on_an_end_says_so_at_its_start(make_config: MakeConfig, warned: list[str]) -> None:
+    warn_of_data(prepare(make_config("data.train.format=helpers:without_its_end")))
+    assert warned == ["the token that ends a turn (<|endoftext|> or <|im_end|>) is never trained on: the model will not learn to stop; put it inside "
+                      "the trained part of the chat template or format"]
+    warned.clear()
+    warn_of_data(prepare(make_config("data.sequence_length=1024")))
+    assert not warned

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +38,6 @@ def test_targets_are_counted_as_the_collator_makes_them(make_config: MakeConfig,
     report = describe(prepared, byte_tokenizer())
     kept = int((to_tensors(prepared.train.build(0, 0, prepared.train.plan.rows_in_epoch(0)))["source_ids"] >= 0).sum())
     assert report.trained_share == count_targets(prepared.train.plan).kept / kept
-
-
-@pytest.fixture
-def warned() -> Iterator[list[str]]:
-    """Messages of the package's log."""
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("myllm_ray").addHandler(handler)
-    yield messages
-    logging.getLogger("myllm_ray").removeHandler(handler)
 
 
 def write(path: Path, rows: list[tuple[str, str]]) -> Path:
