@@ -10,11 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from myllm_ray.common import distributed
-from myllm_ray.common.materialize import attach_source, source_of
+from myllm_ray.common.pretrained import checkpoint_in, tokenizer_folder
 from myllm_ray.common.types import Reward, RolloutPool
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.config.load import validate
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
 from myllm_ray.config.trainers import RewardFunction, RolloutSection
@@ -24,11 +22,10 @@ from myllm_ray.data.records import prompt_row
 from myllm_ray.data.store import TokenStore
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.tokenizer import open_tokenizer
-from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
-from myllm_ray.engine.checkpoint_source import checkpoint_source
+from myllm_ray.engine.checkpoint import read_manifest
 from myllm_ray.models.generate import HFSampler
 from myllm_ray.models.generation_config import base_generation_config, ends_of
-from myllm_ray.models.load import build_deferred, build_skeleton
+from myllm_ray.models.load import build_deferred, build_skeleton, config_of
 from myllm_ray.models.sharing import shares_prompts
 from myllm_ray.models.shrink import without_dropout
 from myllm_ray.reference_table import reference_table
@@ -96,23 +93,24 @@ def check_frozen(config: TrainerConfig, tokenizer: Any) -> None:
         if not folder:
             continue
         try:
-            section = _reward_section(folder)[0] if kind == "reward_model" else _other_reference(config, folder)
+            section = _reward_section(folder) if kind == "reward_model" else _other_reference(config, folder)
             build_skeleton(section, tokenizer, config.data.sequence_length, kind)
-            _check_tokens(Path(folder).expanduser(), tokenizer)
+            _check_tokens(folder, tokenizer)
         except ConfigError as error:
             raise ConfigError(f"{config.trainer}.{name}: {str(error).removeprefix('model.name: ').removeprefix('reward_model: ')}") from None
 
 
-def _check_tokens(folder: Path, tokenizer: Any) -> None:
+def _check_tokens(name: str, tokenizer: Any) -> None:
     """Tokens that a model's own tokenizer has, too, must have the same ids there: the model gets the ids of the run's tokenizer."""
-    own = next((place for place in (folder, folder / "tokenizer") if (place / "tokenizer.json").is_file()), None)
-    if own is None:
+    checkpoint = checkpoint_in(name)
+    own = Path(name).expanduser() if checkpoint is None else tokenizer_folder(checkpoint)
+    if not (own / "tokenizer.json").is_file():
         return
     theirs = open_tokenizer(str(own)).get_vocab()
     different = sorted((id, token) for token, id in tokenizer.get_vocab().items() if theirs.get(token, id) != id)
     if different:
         id, token = different[0]
-        raise ConfigError(f"{folder} has a tokenizer that numbers {len(different)} tokens in another way ({token!r} is {theirs[token]} there, {id} in this "
+        raise ConfigError(f"{name} has a tokenizer that numbers {len(different)} tokens in another way ({token!r} is {theirs[token]} there, {id} in this "
                           "run): it would read other texts than the ones that are meant; use a model with the run's tokenizer")
 
 
@@ -203,16 +201,7 @@ class _Build:
         name = self.knobs.reward_model if self.knobs else None
         if not name:
             return None
-        # On rank 0 for all: a run that is still training may have another newest checkpoint a moment later.
-        section, checkpoint = distributed.from_main(_reward_section(name) if distributed.is_main() else None)
-        model = build_deferred(section, self.tokenizer, self.config.data.sequence_length, self.config.run.seed, "reward_model")
-        if checkpoint is None:
-            return model
-        source = source_of(model)
-        if source is not None:
-            return attach_source(model, checkpoint_source(checkpoint, source))
-        CheckpointManager(folder=checkpoint.parent).load_model(checkpoint, model)  # a factory's, which is whole already
-        return model
+        return self._frozen(_reward_section(name), "reward_model")
 
     def reference_table(self) -> ReferenceTable | None:
         """Of the training data, where `reference` is precomputed."""
@@ -234,15 +223,16 @@ def _other_reference(config: TrainerConfig, name: str) -> ModelSection:
     return ModelSection(name=name, attention=config.model.attention)
 
 
-def _reward_section(name: str) -> tuple[ModelSection, Path | None]:
-    """The model section of a reward model, and the checkpoint to load: of a run's folder, or a folder in Hugging Face format."""
-    path = Path(name).expanduser()
-    if not (path / "checkpoints").is_dir():
-        return ModelSection(name=name), None
-    newest = CheckpointManager(folder=path / "checkpoints").latest()
-    if newest is None or find_damage(newest):
-        raise ConfigError(f"reward_model: {path} holds no whole checkpoint")
-    saved = validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json")
-    if saved.trainer != "reward":
-        raise ConfigError(f"reward_model: {path} is a run of trainer {saved.trainer}, not of reward")
-    return saved.model, newest
+def _reward_section(name: str) -> ModelSection:
+    """The model section of a reward model: a run of the reward trainer, or a sequence classifier in Hugging Face format."""
+    section, checkpoint = ModelSection(name=name), checkpoint_in(name)
+    if checkpoint is not None:
+        trainer = read_manifest(checkpoint)["config"]["trainer"]
+        if trainer != "reward":
+            raise ConfigError(f"reward_model: {checkpoint} is of a run of trainer {trainer}, not of reward")
+        return section
+    heads = config_of(section).architectures or []
+    if not any(head.endswith("ForSequenceClassification") for head in heads):
+        raise ConfigError(f"reward_model: {name} is a {' or '.join(heads) or 'model without a head'}, not a sequence classifier: its rewards would "
+                          "be random; give a run of the reward trainer, or what `myllm-ray export` writes of one")
+    return section

@@ -32,7 +32,7 @@ from myllm_ray.data.inspect import end_warnings
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.data.targets import check_targets, target_warnings
-from myllm_ray.data.tokenizer import bytes_per_token, has_own_template, open_tokenizer, trained_template
+from myllm_ray.data.tokenizer import bytes_per_token, has_own_template, open_tokenizer, tokenizer_section, trained_template
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
 from myllm_ray.engine.engine import TrainerEngine
@@ -40,10 +40,11 @@ from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.pulse import Pulse, remove, request
 from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.engine.starting_weights import check_starting_weights, named_models, pinned, starting_weights
 from myllm_ray.engine.watch import Watch
 from myllm_ray.models.export import dtype_of_base
 from myllm_ray.models.generation_config import base_generation_config, ends_of, trained_generation_config
-from myllm_ray.models.load import build_deferred, build_model, build_skeleton, config_of
+from myllm_ray.models.load import build_deferred, build_model, build_skeleton, config_of, save_architecture
 from myllm_ray.roles import check_frozen, check_roles, check_routers, kind_of_model, knobs_of, model_section, roles_of
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.causal_lm import CausalLMTrainer
@@ -52,17 +53,25 @@ log = logging.getLogger(__name__)
 
 
 def absolute(config: TrainerConfig) -> TrainerConfig:
-    """The config with local paths made absolute, so that it means the same in a process with another working folder."""
+    """The config with local paths made absolute, so that it means the same in a process with another working folder.
+
+    A model that is a run's folder becomes the newest whole checkpoint in it, and a tokenizer that was left out the model's own.
+
+    Raises:
+        ConfigError: a run has no whole checkpoint.
+    """
     config = config.model_copy(deep=True)
     config.run.storage = _absolute(config.run.storage)
     config.data.cache = _absolute(config.data.cache or str(Path(config.run.storage) / ".data"))
     for source in [*config.data.sources, *([config.data.validation] if config.data.validation else [])]:
         if source.path is not None:
             source.path = [_absolute(p) for p in source.path] if isinstance(source.path, list) else _absolute(source.path)
+    for section, field, key in named_models(config):
+        if Path(getattr(section, field)).expanduser().is_dir():
+            setattr(section, field, _absolute(pinned(getattr(section, field), key)))
+    config.tokenizer = tokenizer_section(config).model_copy()
     if config.tokenizer.path:
         config.tokenizer.path = _absolute(config.tokenizer.path)
-    if config.model.name and Path(config.model.name).is_dir():
-        config.model.name = _absolute(config.model.name)
     if config.checkpoint.resume not in ("auto", "never"):
         config.checkpoint.resume = _absolute(config.checkpoint.resume)
     return config
@@ -121,6 +130,7 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
         check_targets(prepared.train, "data.train", config.run.max_steps or 2**40)
         if prepared.validation is not None:
             check_targets(prepared.validation, "data.validation", config.evaluation.max_batches or 2**40, each=False)
+    check_starting_weights(config)
     skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
     if skeleton is not None:
         check_routers(config, skeleton)
@@ -172,8 +182,9 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
         trainer, accelerator, optimizers, schedulers, checkpoints,
         callbacks=build_callbacks(config) if callbacks is None else callbacks, config=config, stream=stream,
         validation=validation, folder=str(folder), constants=data_counts(prepared), pulse=pulse,
-        manifest={"identity": prepared.identity, "config": mask(config.model_dump(mode="json"))})
+        manifest={"identity": prepared.identity, "weights": starting_weights(config), "config": mask(config.model_dump(mode="json"))})
     if distributed.is_main():
+        save_architecture(model, config.model, folder / "model")
         save_tokenizer(config, prepared, tokenizer, folder / "tokenizer")
         start = start or resume_point(config)
     try:

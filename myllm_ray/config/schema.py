@@ -35,7 +35,8 @@ class LoraSection(Section):
 class ModelSection(Section):
     """Where the model comes from: a name, a config (trained from scratch) or a factory of your own."""
 
-    name: str | None = Field(None, description="Hugging Face hub id or a local folder with weights")
+    name: str | None = Field(None, description="hub id, a local folder with weights, or a run's folder (or one of its checkpoints): a new "
+                             "stage begins from its weights")
     config: dict[str, Any] | None = Field(None, description="a transformers config, `model_type` included: random weights")
     factory: str | None = Field(None, description="import path of a function that builds the model: my_pkg.my_mod:build")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
@@ -305,7 +306,7 @@ class TrainerConfig(Section):
 
     trainer: str = Field("pretrain", description="pretrain, sft, reward, dpo, ppo, grpo, or an import path: my_lab.simpo:SimPOTrainer")
     model: ModelSection
-    tokenizer: TokenizerSection
+    tokenizer: TokenizerSection | None = Field(None, description="left out: the model's own, for a model by name")
     data: DataSection
     batch: BatchSection = Field(default_factory=BatchSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
@@ -325,6 +326,8 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainerConfig:
+        if self.tokenizer is None and self.model.name is None:
+            raise ValueError("tokenizer is missing: only a model by name brings its own; give tokenizer.kind, train, path or name")
         if (self.run.max_steps is None) == (self.run.epochs is None):
             raise ValueError("run: give max_steps or epochs (exactly one): they say when the run is done")
         scaling, batch = self.scaling, self.batch

@@ -40,6 +40,7 @@ from myllm_ray.data.tokenizer import (
     has_own_template,
     load_tokenizer,
     open_tokenizer,
+    tokenizer_section,
 )
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
 
 
 def _notes(config: TrainerConfig, tokenizer: Any, store: TokenStore) -> Iterator[str]:
-    own, loaded = has_own_template(tokenizer), bool(config.tokenizer.path or config.tokenizer.name)
+    own, loaded = has_own_template(tokenizer), bool(tokenizer_section(config).path or tokenizer_section(config).name)
     if any(source.format == "instruction" for source in config.data.sources):
         log.info("format instruction: %s", "a user's turn and its answer, by the tokenizer's chat template" if own else
                  "Alpaca's layout (### Instruction: ... ### Response:), as the tokenizer has no chat template of its own")
@@ -137,7 +138,7 @@ def pad_token_id(tokenizer: Any) -> int:
 
 def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
     """The config's tokenizer as a folder in the cache (trained there, if it is to be trained)."""
-    section = config.tokenizer
+    section = tokenizer_section(config)
     described: list[Any] = [TOKENIZER_VERSION, section.model_dump()]
     if section.train:
         described += [(s.model_dump(), reading.signature(_units(s, "data.train"))) for s in config.data.sources]

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from myllm_ray.common.pretrained import checkpoint_in, pretrained_folder, tokenizer_folder
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.config.schema import TokenizerSection
+from myllm_ray.config.schema import TokenizerSection, TrainerConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,6 +91,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     return _wrap(tokenizer)
 
 
+def tokenizer_section(config: TrainerConfig) -> TokenizerSection:
+    """Where the tokenizer of a config comes from; left out, it is the model's own."""
+    if config.tokenizer is not None:
+        return config.tokenizer
+    name = config.model.name or ""
+    checkpoint = checkpoint_in(name)
+    if checkpoint is not None:
+        return TokenizerSection(path=str(tokenizer_folder(checkpoint)))
+    return TokenizerSection(path=name) if Path(name).expanduser().is_dir() else TokenizerSection(name=name)
+
+
 def load_tokenizer(section: TokenizerSection, texts: Iterable[str] | None = None) -> Any:
     """Build the tokenizer of a config; `texts` is what `train: bpe` learns from.
 
@@ -110,12 +122,13 @@ def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -
     """Load a saved tokenizer and give it what training needs: an end-of-text token, a chat template."""
     from transformers import AutoTokenizer
 
-    if local and not Path(name).is_dir():
+    if local and not Path(name).expanduser().is_dir():
         raise ConfigError(f"{key}: no folder {name!r} (seen from {Path.cwd()})")
+    folder = pretrained_folder(name, key)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ConfigError(f"{key}: {name!r} can't be loaded as a tokenizer: {reason}") from None
     if not tokenizer.is_fast:
         raise ConfigError(f"{key}: {name!r} has no fast tokenizer (tokenizer.json), which is needed for the loss mask")

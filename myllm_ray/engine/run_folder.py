@@ -18,6 +18,7 @@ from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine import pulse
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest, versions
 from myllm_ray.engine.mirror import Mirror
+from myllm_ray.engine.starting_weights import check_same_weights
 
 _OLD_WORKERS_SECONDS = 20.0
 _SAME = ("trainer", "model", "tokenizer")
@@ -107,6 +108,7 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
         change = _first_change(section, then.get(section), now[section])
         if change:
             raise CheckpointError(f"can't go on from {checkpoint}: {change}; undo the change, or start a new run (run.name)")
+    check_same_weights(checkpoint, saved, config)
     if then["run"]["seed"] != config.run.seed:
         raise CheckpointError(f"can't go on from {checkpoint}: run.seed was {then['run']['seed']}, now it is {config.run.seed}")
     for key, what in (("tokens", "the data itself (files, format or tokenizer)"), ("batch.global_size", "batch.global_size"),

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from myllm_ray.common.materialize import Source
 from myllm_ray.common.seeds import derive_seed
+from myllm_ray.config.errors import ConfigError
 
 
 class _Recorder(TorchDispatchMode):
@@ -105,5 +106,92 @@ def folder_source(folder: Path, names: set[str], otherwise: Source) -> Source | 
         with safe_open(folder / files[name], "pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor.float() if tensor.is_floating_point() else tensor
+
+    return source
+
+
+_PREFIX = "model.model."
+"""What the names of transformers stand behind in a checkpoint of a run: the wrapper's attribute, and the accelerator's prefix."""
+
+
+class CheckpointTensors:
+    """The weights of a model of transformers in a run's checkpoint, by their names in transformers; read one at a time.
+
+    Each rank of the run wrote its shards of a tensor; the header of a file says where in the whole they belong
+    (torch.distributed.checkpoint's Hugging Face storage). Adapters of a LoRA run are merged into the matrices beside them.
+
+    Raises:
+        ConfigError: the checkpoint holds no model of transformers, or adapters that the run's config does not describe.
+    """
+
+    def __init__(self, checkpoint: Path, key: str = "model.name"):
+        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        self.checkpoint, self.key = checkpoint, key
+        self.shapes = {name.removeprefix(_PREFIX): shape for name, shape in manifest["tensors"].items() if name.startswith(_PREFIX)}
+        self.lora: dict[str, Any] | None = manifest.get("config", {}).get("model", {}).get("lora")
+        if not self.shapes:
+            raise ConfigError(f"{key}: {checkpoint} holds no model of transformers: only a factory of your own builds it")
+        if self.lora is None and any(".lora_A." in name for name in self.shapes):
+            raise ConfigError(f"{key}: {checkpoint} has adapters that its config does not describe: merge them by hand")
+        self._parts: dict[str, list[tuple[Path, list[int]]]] = {}
+        for path in sorted(checkpoint / name for name in manifest["files"] if name.endswith(".safetensors")):
+            with safe_open(path, "pt") as opened:
+                sharding = json.loads((opened.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+                for name in opened.keys():  # noqa: SIM118
+                    if name.startswith(_PREFIX):
+                        offsets = sharding.get(name, {}).get("saved_offsets", [])
+                        self._parts.setdefault(name.removeprefix(_PREFIX), []).append((path, offsets))
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the tensors in transformers, adapters merged."""
+        return {name.replace(".base_layer.", ".") for name in self.shapes if ".lora_" not in name}
+
+    def read(self, name: str, transposed: bool = False) -> Tensor:
+        """One tensor, whole, fp32.
+
+        Args:
+            transposed: the layer holds its matrix as (inputs, outputs): `Conv1D` of GPT-2.
+        """
+        stem, _, leaf = name.rpartition(".")
+        if f"{stem}.base_layer.{leaf}" not in self.shapes:
+            return self._whole(name)
+        weight = self._whole(f"{stem}.base_layer.{leaf}")
+        if leaf != "weight":
+            return weight
+        assert self.lora is not None
+        change = self._whole(f"{stem}.lora_B.default.weight") @ self._whole(f"{stem}.lora_A.default.weight")
+        scale: float = self.lora["alpha"] / self.lora["rank"]
+        return weight + (change.T if transposed else change) * scale
+
+    def _whole(self, name: str) -> Tensor:
+        parts: list[tuple[Tensor, list[int]]] = []
+        for path, offsets in self._parts[name]:
+            with safe_open(path, "pt") as opened:
+                parts.append((opened.get_tensor(_PREFIX + name), offsets))
+        whole = torch.empty(self.shapes[name], dtype=parts[0][0].dtype)
+        for part, offsets in parts:
+            whole[tuple(slice(first, first + size) for first, size in zip(offsets or [0] * part.dim(), part.shape, strict=True))] = part
+        return whole.float() if whole.is_floating_point() else whole
+
+
+def checkpoint_source(tensors: CheckpointTensors, skeleton: nn.Module, otherwise: Source) -> Source:
+    """A source that reads a run's checkpoint tensor by tensor.
+
+    Args:
+        otherwise: for buffers that are not saved, and for the head of a reward model that begins from a language model.
+
+    Raises:
+        ConfigError: the checkpoint lacks a parameter of the model.
+    """
+    wanted = [name for name, _ in skeleton.named_parameters() if not name.startswith("score.")]
+    missing = [name for name in wanted if name not in tensors.names]
+    if missing or ("score.weight" in tensors.names and not hasattr(skeleton, "score")):
+        what = "a reward model, which has no head for tokens" if "score.weight" in tensors.names else f"another model: it has no {missing[0]}"
+        raise ConfigError(f"{tensors.key}: {tensors.checkpoint} holds {what}")
+    transposed = {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
+
+    def source(name: str) -> Tensor:
+        return tensors.read(name, name.rpartition(".")[0] in transposed) if name in tensors.names else otherwise(name)
 
     return source

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
+
+from myllm_ray.common.pretrained import checkpoint_in, tokenizer_folder
 
 
 def base_generation_config(name: str | None) -> GenerationConfig | None:
@@ -16,10 +17,9 @@ def base_generation_config(name: str | None) -> GenerationConfig | None:
     """
     if name is None:
         return None
-    folder = Path(name).expanduser()
+    checkpoint = checkpoint_in(name)
     try:
-        return GenerationConfig.from_pretrained(str(folder / "tokenizer" if (folder / "checkpoints").is_dir() else name),
-                                                local_files_only=True)
+        return GenerationConfig.from_pretrained(name if checkpoint is None else str(tokenizer_folder(checkpoint)), local_files_only=True)
     except (OSError, ValueError):
         return None
 

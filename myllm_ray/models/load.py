@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from myllm_ray.common.materialize import Source, attach_source, materialize
+from myllm_ray.common.pretrained import architecture_folder, checkpoint_in, pretrained_folder
 from myllm_ray.common.seeds import seed_all
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
-from myllm_ray.models.deferred import folder_source, record_initialization
+from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, folder_source, record_initialization
 from myllm_ray.models.heads import ActorCritic, RewardModel
 from myllm_ray.models.lora import adapter_source, add_adapters
 from myllm_ray.models.routers import router_loss_weight
@@ -69,7 +69,7 @@ def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, 
         return attach_source(model.train(), _renamed(source, skeleton))
     with torch.random.fork_rng(devices=[]):
         seed_all("weights", seed)
-        whole = (_from_config(section, tokenizer, sequence_length, kind) if section.config is not None
+        whole = (_from_config(section, tokenizer, sequence_length, kind) if section.name is None
                  else _from_name(section, kind))
     if section.lora is not None:
         add_adapters(whole, section.lora)
@@ -116,14 +116,8 @@ def _auto(kind: str) -> Any:
 
 def _skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str) -> PreTrainedModel:
     with torch.device("meta"):
-        if section.config is not None:
-            model = _from_config(section, tokenizer, sequence_length, kind)
-        else:
-            config = _config_of_name(section)
-            if kind == "reward_model":
-                config.num_labels = 1
-            model = _auto(kind).from_config(config, attn_implementation=section.attention, dtype=torch.float32,
-                                            trust_remote_code=section.trust_remote_code)
+        model = (_from_config(section, tokenizer, sequence_length, kind) if section.name is None
+                 else _random_by_name(section, kind))
     _check_fit(model, tokenizer, sequence_length)
     return model
 
@@ -133,36 +127,48 @@ def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Sour
         random = record_initialization(skeleton, skeleton.initialize_weights, seed)
     except (NotImplementedError, RuntimeError):  # RuntimeError: an initialisation that looks at values, which meta tensors lack
         return None
-    if section.config is not None:
+    if section.name is None:
         return random
-    folder = Path(section.name or "").expanduser()
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(section.name or "", allow_patterns=["*.safetensors", "*.json"]))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.name: {section.name!r} can't be loaded: {_one_line(error)}") from None
+    if (checkpoint := checkpoint_in(section.name)) is not None:
+        return checkpoint_source(CheckpointTensors(checkpoint), skeleton, random)
+    folder = pretrained_folder(section.name, "model.name", weights=True, code=section.trust_remote_code)
     # The head of a reward model is new where the folder holds a language model.
     return folder_source(folder, {name for name, _ in skeleton.named_parameters() if not name.startswith("score.")}, random)
 
 
 def config_of(section: ModelSection) -> Any:
     """The transformers config of a model section that is not a factory."""
-    if section.config is None:
+    if section.name is not None:
         return _config_of_name(section)
-    given = dict(section.config)
+    given = dict(section.config or {})
     return AutoConfig.for_model(given.pop("model_type"), **given)
 
 
 def _config_of_name(section: ModelSection) -> Any:
+    """The config of a folder, of a run or of the hub, with the values of `section.config` in it (`without_dropout` gives some)."""
     name = section.name or ""
-    local = Path(name).expanduser().is_dir()
-    if name.startswith((".", "/", "~")) and not local:
-        raise ConfigError(f"model.name: no folder {name!r} (seen from {Path.cwd()})")
+    checkpoint = checkpoint_in(name)
+    if checkpoint is not None:
+        folder = architecture_folder(checkpoint)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.name: {checkpoint} is a checkpoint, and {folder} does not hold the config of its model: "
+                              "name the run's folder, or export the run")
+    else:
+        folder = pretrained_folder(name, "model.name", code=section.trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=section.trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code, **(section.config or {}))
     except (OSError, ValueError) as error:
-        nowhere = "" if local else f"no folder {name!r} here ({Path.cwd()}), and as a hub id it "
-        raise ConfigError(f"model.name: {nowhere or f'{name!r} '}can't be loaded: {_one_line(error)}") from None
+        raise ConfigError(f"model.name: {name!r} can't be loaded: {_one_line(error)}") from None
+
+
+def _random_by_name(section: ModelSection, kind: str) -> PreTrainedModel:
+    """The model of a name, with random weights."""
+    config = _config_of_name(section)
+    if kind == "reward_model":
+        config.num_labels = 1
+    model: PreTrainedModel = _auto(kind).from_config(config, attn_implementation=section.attention, dtype=torch.float32,
+                                                     trust_remote_code=section.trust_remote_code)
+    return model
 
 
 def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str) -> PreTrainedModel:
@@ -202,13 +208,41 @@ def _reads(config: Any, key: str) -> bool:
 
 
 def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
-    try:
-        model: PreTrainedModel = _auto(kind).from_pretrained(
-            section.name or "", dtype=torch.float32, attn_implementation=section.attention,
-            trust_remote_code=section.trust_remote_code, use_safetensors=True, **({"num_labels": 1} if kind == "reward_model" else {}))
+    """The model of a name with its weights, whole: for the few that can't be read tensor by tensor."""
+    checkpoint = checkpoint_in(section.name)
+    if checkpoint is not None:
+        model: PreTrainedModel = _random_by_name(section, kind)
+        values: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        source = checkpoint_source(CheckpointTensors(checkpoint), model, values.__getitem__)
+        with torch.no_grad():
+            for name, tensor in values.items():
+                tensor.copy_(source(name))
         return model
+    folder = pretrained_folder(section.name or "", "model.name", weights=True, code=section.trust_remote_code)
+    try:
+        model, info = _auto(kind).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=section.trust_remote_code,
+            use_safetensors=True, **({"num_labels": 1} if kind == "reward_model" else {}), **(section.config or {}), output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {section.name!r} can't be loaded: {_one_line(error)}") from None
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("score."))
+    if missing:
+        raise ConfigError(f"model.name: {section.name!r} lacks {len(missing)} tensors of the model, such as {missing[0]}")
+    return model
+
+
+def save_architecture(model: nn.Module, section: ModelSection, folder: Path) -> None:
+    """Write the config of a wrapped model of transformers beside its checkpoints, so that another run can begin from them.
+
+    Its `dtype` is that of the weights that training began from. Nothing for models that are not of transformers.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return
+    config = copy.deepcopy(config)
+    if section.name is not None:
+        config.dtype = config_of(section).dtype
+    config.save_pretrained(folder)
 
 
 def _check_fit(model: PreTrainedModel, tokenizer: Any, sequence_length: int) -> None:

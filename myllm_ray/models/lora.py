@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ def add_adapters(model: nn.Module, section: LoraSection) -> None:
         config.target_modules = sorted({name.rpartition(".")[2] for name, m in model.named_modules()
                                         if type(m).__name__ in ("Linear", "Conv1D") and m is not head and name != "score"})
     try:
-        peft.inject_adapter_in_model(config, model)
+        with warnings.catch_warnings():  # it says that it does what GPT-2's layers need
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+            peft.inject_adapter_in_model(config, model)
     except ValueError as error:
         raise ConfigError(f"model.lora.targets: {' '.join(str(error).split())[:200]}") from None
     for name, parameter in model.named_parameters():

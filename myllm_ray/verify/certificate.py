@@ -12,6 +12,7 @@ from typing import Any
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import AcceleratorSection, TrainerConfig
+from myllm_ray.data.tokenizer import tokenizer_section
 from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.verify.compare import TOLERANCE, distances
 from myllm_ray.verify.diagnose import Finding, diagnose
@@ -115,6 +116,7 @@ def _compare(runner: Runner, certificate: Certificate, reference: Variant, varia
 def shrink(config: TrainerConfig, steps: int) -> tuple[TrainerConfig, str]:
     """The config with a small model, short rows, few documents and a small batch, and what became of it in words."""
     small = config.model_copy(deep=True)
+    small.tokenizer = tokenizer_section(config)
     small.model = small_model(config.model)
     small.data.sequence_length = min(config.data.sequence_length, 512)
     small.data.validation = None

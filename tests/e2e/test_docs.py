@@ -46,8 +46,15 @@ def test_the_pages_of_preferences_and_rollouts(elsewhere: Path, capsys: pytest.C
                 short = ["run.max_steps=4", "evaluation.every_steps=4", "callbacks=[jsonl]"] if " train " in line else []
                 code, _out, err = call(capsys, monkeypatch, *shlex.split(line)[1:], *short)
                 assert code == 0, (line, err)
-    assert (elsewhere / "models" / "brackets-sft" / "config.json").is_file()
+    assert (elsewhere / "runs" / "dpo-demo" / "config.yaml").is_file()
     exec(blocks("docs/preferences.md", "python")[0], {})
+
+
+def test_a_new_stage_as_the_page_says(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in next(b for b in blocks("docs/training.md", "") if "tiny_dpo" in b).splitlines():
+        code, _out, err = call(capsys, monkeypatch, *shlex.split(line)[1:], "run.max_steps=2", "callbacks=[jsonl]")
+        assert code == 0, (line, err)
+    assert "runs/tiny-sft/checkpoints/step-00000002" in (elsewhere / "runs" / "tiny-dpo" / "config.yaml").read_text()
 
 
 def test_readme_names_targets_that_exist() -> None:

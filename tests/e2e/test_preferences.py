@@ -63,6 +63,6 @@ def test_a_missing_model_is_told(elsewhere: Path, capsys: pytest.CaptureFixture[
     code, _, err = call(capsys, monkeypatch, "train", "configs/dpo.yaml")
     assert code == 2
     assert "no folder" in err
-    assert "models/brackets-sft" in err
+    assert "runs/brackets-sft" in err
     assert len(err.strip().splitlines()) == 1
     assert not (elsewhere / "runs" / "dpo-demo").exists()
