@@ -111,6 +111,11 @@ class DeepSpeedAccelerator(Accelerator):
             engine, self.optimizer, *_ = self.deepspeed.initialize(
                 model=model, optimizer=build_optimizer(model), config=self.json, dist_init_required=False)
         self.engine = engine
+        if self.stage == 3:
+            # The head is used without calling its module. DeepSpeed finds that out in the first forward pass, and then refuses the second
+            # one, whose order of parameters is another; where a backward pass comes between them, it begins anew.
+            for parameter in getattr(model, "parameters_used_directly", list)():
+                self.deepspeed.zero.register_external_parameter(model, parameter)
         self.model = cast(nn.Module, engine)
         self.schedule = build_schedule(self.optimizer)
         if self.stage > 0:

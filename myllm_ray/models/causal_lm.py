@@ -108,6 +108,10 @@ class CausalLM(nn.Module):
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
+    def parameters_used_directly(self) -> list[nn.Parameter]:
+        """Parameters that `forward` uses without calling the module that has them."""
+        return [self.model.get_output_embeddings().weight] if self.fused else []
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """`torch.compile` of all but the fused head, which picks its rows and writes its own gradients already."""
         if self.fused:

@@ -32,6 +32,7 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     import ray.train
     import torch
 
+    from myllm_ray.common import distributed
     from myllm_ray.orchestration.pools import services
     from myllm_ray.orchestration.ray_data import RayStream
     from myllm_ray.worker import absolute, build_callbacks, run_worker
@@ -43,6 +44,7 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     _use_assigned_gpu()
     launched = config.get(LAUNCHED)
     if launched is None:
+        parsed = distributed.from_main(parsed)  # a run that it begins from may get another newest checkpoint any moment
         prepared = _prepare_alone(parsed)
         return run_worker(parsed, prepared, services=services(parsed, prepared))
     prepared = launched["prepared"]
