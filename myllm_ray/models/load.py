@@ -23,6 +23,7 @@ from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, fold
 from myllm_ray.models.heads import ActorCritic, RewardModel
 from myllm_ray.models.lora import adapter_source, add_adapters
 from myllm_ray.models.routers import router_loss_weight
+from myllm_ray.models.trial_forward import check_forward, one_line
 
 WRAPPERS: dict[str, Any] = {"causal_lm": CausalLM, "reward_model": RewardModel, "actor_critic": ActorCritic, "actor_own_critic": ActorCritic}
 """Kinds of models: what stands around the one of transformers."""
@@ -103,8 +104,10 @@ def build_skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, 
     if section.factory:
         load_object(section.factory, "model.factory")
         return None
+    skeleton = _skeleton(section, tokenizer, sequence_length, kind)
+    if section.name is None:
+        check_forward(skeleton.config, section.attention, sequence_length)
     with torch.device("meta"):
-        skeleton = _skeleton(section, tokenizer, sequence_length, kind)
         if section.lora is not None:
             add_adapters(skeleton, section.lora)
         return _wrapped(section, skeleton, kind, None)
@@ -157,8 +160,8 @@ def _config_of_name(section: ModelSection) -> Any:
         folder = pretrained_folder(name, "model.name", code=section.trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code, **(section.config or {}))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name: {name!r} can't be loaded: {_one_line(error)}") from None
+    except Exception as error:  # damaged JSON, values that a class refuses, code that the folder brings along
+        raise ConfigError(f"model.name: {name!r} can't be loaded: {one_line(error)}") from None
 
 
 def _random_by_name(section: ModelSection, kind: str) -> PreTrainedModel:
@@ -176,7 +179,7 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, ki
     model_type = given.pop("model_type")
     try:
         default = AutoConfig.for_model(model_type)
-    except ValueError:
+    except (ValueError, TypeError):
         raise ConfigError(f"model.config.model_type: transformers knows no {model_type!r}; llama, qwen3, gemma3_text, "
                           "gpt2 and many more are there") from None
     for key in given:
@@ -184,7 +187,9 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, ki
             close = difflib.get_close_matches(key, [k for k in vars(default) if not k.startswith("_")], 1)
             hint = f"did you mean {close[0]}?" if close else f"{type(default).__name__} has no such setting"
             raise ConfigError(f"unknown key model.config.{key}: {hint}")
-    if given.setdefault("vocab_size", len(tokenizer)) < len(tokenizer):
+    if not isinstance(given.setdefault("vocab_size", len(tokenizer)), int):
+        raise ConfigError(f"model.config.vocab_size={given['vocab_size']!r} is not a number of tokens; leave it out for the tokenizer's")
+    if given["vocab_size"] < len(tokenizer):
         raise ConfigError(_TOO_FEW.format(given["vocab_size"], len(tokenizer)))
     given.setdefault("eos_token_id", tokenizer.eos_token_id)
     given.setdefault("bos_token_id", tokenizer.bos_token_id)
@@ -196,8 +201,8 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, ki
         config = AutoConfig.for_model(model_type, **given, **({"num_labels": 1} if kind == "reward_model" else {}))
         model: PreTrainedModel = _auto(kind).from_config(config, attn_implementation=section.attention, dtype=torch.float32)
         return model
-    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
-        raise ConfigError(f"model.config: transformers can't build this {model_type}: {_one_line(error)}") from None
+    except Exception as error:  # an architecture's code raises anything for values that it does not expect
+        raise ConfigError(f"model.config: transformers can't build this {model_type}: {one_line(error)}") from None
 
 
 def _reads(config: Any, key: str) -> bool:
@@ -224,7 +229,7 @@ def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
             folder, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=section.trust_remote_code,
             use_safetensors=True, **({"num_labels": 1} if kind == "reward_model" else {}), **(section.config or {}), output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.name: {section.name!r} can't be loaded: {_one_line(error)}") from None
+        raise ConfigError(f"model.name: {section.name!r} can't be loaded: {one_line(error)}") from None
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("score."))
     if missing:
         raise ConfigError(f"model.name: {section.name!r} lacks {len(missing)} tensors of the model, such as {missing[0]}")
@@ -250,9 +255,5 @@ def _check_fit(model: PreTrainedModel, tokenizer: Any, sequence_length: int) -> 
     if rows < len(tokenizer):
         raise ConfigError(_TOO_FEW.format(rows, len(tokenizer)))
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and sequence_length > limit:
+    if limit is not None and sequence_length > limit:
         raise ConfigError(f"data.sequence_length={sequence_length} is more than the {limit} positions that the model knows")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
