@@ -12,7 +12,8 @@ PACKAGE = ROOT / "myllm_ray"
 ON_EVERY_RANK = sorted([*(p for folder in ("engine", "accelerators", "trainers", "ops", "models", "common") for p in (PACKAGE / folder).glob("*.py")),
                         PACKAGE / "worker.py", PACKAGE / "roles.py"])
 """What runs in a worker."""
-OUTSIDE = {"pulse.py", "watch.py", "run_folder.py", "files.py", "report.py", "mirror.py", "checkpoint.py", "worker.py", "roles.py", "remote.py"}
+OUTSIDE = {"pulse.py", "watch.py", "run_folder.py", "files.py", "report.py", "mirror.py", "checkpoint.py", "worker.py", "roles.py", "remote.py",
+           "pretrained.py", "starting_weights.py"}
 """What looks at clocks and files: in the driver, in a thread of its own, or on rank 0 for all ranks."""
 _UNORDERED_CALLS = {"set", "frozenset", "iterdir", "glob", "rglob", "listdir", "scandir", "walk"}
 _SET_METHODS = {"union", "intersection", "difference", "symmetric_difference"}
