@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 
 import accelerate  # noqa: F401
+import torch._inductor.compile_fx  # noqa: F401 # DeepSpeed's first initialize
 import transformers.models.gpt2.modeling_gpt2
 import transformers.models.llama.modeling_llama  # noqa: F401
 
