@@ -25,7 +25,10 @@ quickstart: $(READY)  ## a small language model on Python's standard library, th
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest
 
-test-slow test-promise test-chaos test-hostile test-gpu: test-%: $(READY)  ## as the markers in pyproject.toml say
+test-slow: $(READY)  ## all that is slow
+	$(BIN)/python -m pytest -m 'slow or promise' --timeout 3600
+
+test-promise test-chaos test-hostile test-gpu: test-%: $(READY)  ## as the markers in pyproject.toml say
 	$(BIN)/python -m pytest -m $* --timeout 3600
 
 bench: $(READY)

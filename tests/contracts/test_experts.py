@@ -54,7 +54,7 @@ def test_the_cut_changes_nothing(make_config: MakeConfig, kind: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [
-    "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKENDS if name not in ("single", "fsdp"))])
+    "fsdp", *(pytest.param(name, marks=pytest.mark.promise) for name in BACKENDS if name not in ("single", "fsdp"))])
 def test_every_backend_trains_the_same_experts(make_config: MakeConfig, backend: str) -> None:
     single, = run_all(1, [config_of(make_config, "sft", "run.name=single")])
     options = ["accelerator.activation_checkpointing=full"] if backend in ("fsdp", "deepspeed-3") else []
@@ -62,7 +62,7 @@ def test_every_backend_trains_the_same_experts(make_config: MakeConfig, backend:
         assert_same(folder, single)
 
 
-@pytest.mark.slow
+@pytest.mark.promise
 @pytest.mark.parametrize("kind", ["dpo", "grpo", "ppo"])
 def test_every_trainer_on_sharding_backends(make_config: MakeConfig, kind: str) -> None:
     single, = run_all(1, [config_of(make_config, kind, "run.name=single")])

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import LLAMA, MakeConfig
-from spawned import leave, run_all
+from spawned import leave, run_all, start_processes
 from torch import nn
 
 from myllm_ray.accelerators.base import Accelerator
@@ -74,12 +73,12 @@ def process(rank: int, world: int, store: str, names: list[str], out: str) -> No
 
 
 def run(tmp_path: Path, names: list[str]) -> list[dict[tuple[str, str], dict[str, Any]]]:
-    mp.spawn(process, (2, str(tmp_path / "store"), names, str(tmp_path / "out")), nprocs=2)
+    start_processes(process, (2, str(tmp_path / "store"), names, str(tmp_path / "out")), 2)
     return [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("names", [pytest.param(["fsdp", "deepspeed-3"], id="two"),
-                                   pytest.param(list(SECTIONS), id="all", marks=pytest.mark.slow)])
+                                   pytest.param(list(SECTIONS), id="all", marks=pytest.mark.promise)])
 def test_a_frozen_model_is_sharded_and_equals_the_trained_one(tmp_path: Path, names: list[str]) -> None:
     """Before: whole and in fp32 on every rank, and in fp32 arithmetic under DeepSpeed and Accelerate whatever the precision."""
     for found in run(tmp_path, names):

@@ -40,7 +40,7 @@ def assert_same(folder: Path, expected: Path, tolerance: float = 2e-4) -> None:
                 assert row[name] == pytest.approx(value, rel=tolerance, abs=2e-5), (folder.name, row["step"], name)
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in ("kto", "precomputed") else []) for kind in TRAINERS])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.promise] if kind in ("kto", "precomputed") else []) for kind in TRAINERS])
 def test_every_trainer_on_every_backend(make_config: MakeConfig, kind: str) -> None:
     single, = run_all(1, [config_of(make_config, kind, "run.name=single")])
     backends = ["ddp", "fsdp", "deepspeed-3"] if kind in ("grpo", "ppo") else ["ddp", "fsdp"]

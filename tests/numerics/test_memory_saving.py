@@ -62,7 +62,7 @@ def test_activation_checkpointing_keeps_less(make_config: MakeConfig) -> None:
     assert kept["full"] < kept[2] < kept["none"]
 
 
-@pytest.mark.slow
+@pytest.mark.promise
 def test_activation_checkpointing_on_every_backend(make_config: MakeConfig) -> None:
     plain, = run_all(1, [make_config("run.name=plain", *FEW)])
     runs = [make_config(f"run.name={n}", *BACKENDS[n], "accelerator.activation_checkpointing=full", *FEW) for n in SHARED]

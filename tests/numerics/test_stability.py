@@ -105,7 +105,7 @@ def test_stop_and_too_many_interventions(make_config: MakeConfig) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("backends", [pytest.param(["fsdp", "deepspeed-2"], id="two"), pytest.param(SHARED, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backends", [pytest.param(["fsdp", "deepspeed-2"], id="two"), pytest.param(SHARED, id="all", marks=pytest.mark.promise)])
 def test_every_backend_leaves_out_the_same_step(make_config: MakeConfig, backends: list[str]) -> None:
     """Where the norm is known inside the backend's own step (ZeRO) too."""
     cases = {"skip-nan": ("skip", math.nan), "skip-spike": ("skip", 1e5), "rewind-spike": ("rewind", 1e5)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, MakeConfig
+from spawned import start_processes
 
 from myllm_ray.cli import main
 from myllm_ray.common.types import Batch
@@ -15,9 +16,17 @@ from myllm_ray.config import ConfigError
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.models.shrink import small_model
+from myllm_ray.verify import runs
 from myllm_ray.verify.certificate import verify
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.2, "embd_pdrop": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def fast_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes from the tests' fork server, but in the first test: that one starts them as `verify` does."""
+    if "sound" not in request.node.name:
+        monkeypatch.setattr(runs.mp, "spawn", lambda function, arguments, nprocs: start_processes(function, arguments, nprocs))
 
 
 def found_kinds(config: Any, workers: int = 1, backends: tuple[str, ...] = ("own",)) -> list[tuple[str, int]]:

@@ -36,9 +36,8 @@ def test_a_pool_judges_in_shares_and_survives_what_hangs() -> None:
         pool(["p"] * 2, ["?", "a"], {})
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.promise if kind in ("dpo", "ppo") else pytest.mark.slow) for kind in TRAINERS])
 def test_two_workers_killed_or_not(make_config: MakeConfig, tmp_path: Path, kind: str) -> None:
     """ddp, killed after step 6; fsdp: the losses of one process. What was killed has them bit for bit of what was not."""
     local = train(make_config(*COMMON, *TRAINERS[kind], "run.name=local")).folder
@@ -55,9 +54,8 @@ def test_two_workers_killed_or_not(make_config: MakeConfig, tmp_path: Path, kind
             assert row["loss"] == pytest.approx(other["loss"], rel=2e-4, abs=2e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+@pytest.mark.parametrize("kind", [pytest.param("grpo", marks=pytest.mark.promise), pytest.param("ppo", marks=pytest.mark.slow)])
 def test_actors_sample_ahead_and_nothing_depends_on_when(make_config: MakeConfig, tmp_path: Path, kind: str) -> None:
     """Weights one batch old, exactly; judged by a pool; killed and resumed the same bit for bit, what was sampled ahead included."""
     reward = "{function: 'helpers:variety', workers: 2}"

@@ -32,7 +32,7 @@ def drain(where: Place, node: Any) -> None:
     assert ray is not None
 
 
-@pytest.mark.slow
+@pytest.mark.promise
 @pytest.mark.timeout(280)
 def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
     """1 -> 2 -> 1 workers in one run: a node joins, and is drained. No checkpoint but those of the changes; none repeated."""
@@ -58,7 +58,7 @@ def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT", "command"])
+@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.promise), "SIGINT", "command"])
 def test_a_run_that_is_asked_saves_first(tmp_path: Path, how: str, make_config: MakeConfig,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 75, and the same run in the end; in this process (0 workers), and once on Ray."""
@@ -164,7 +164,7 @@ def test_a_rank_that_sleeps_is_named(tmp_path: Path, phase: str, ray_cluster: No
 
 
 
-@pytest.mark.slow
+@pytest.mark.promise
 @pytest.mark.timeout(280)
 def test_rewind_on_ray(tmp_path: Path, ray_cluster: None) -> None:
     """A poisoned batch in step 7: the next worker group starts from step 4 and steps over it; a failure is not counted."""
