@@ -49,7 +49,7 @@ def test_train_resume_sample_export(config: Path, capsys: pytest.CaptureFixture[
     assert re.search(r"3 steps, validation loss \d\.\d+ at step 0 -> \d\.\d+ at step 3", out)
     folder = tmp_path / "runs" / "r"
     assert {p.name for p in folder.iterdir()} == {"config.yaml", "environment.json", "metrics.jsonl", "ledger.jsonl",
-                                                 "checkpoints", "tokenizer", "report.html"}
+                                                 "checkpoints", "model", "tokenizer", "report.html"}
     assert "<polyline" in (folder / "report.html").read_text()
 
     code, _, err = call(capsys, monkeypatch, "train", config)
