@@ -131,11 +131,22 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
         if prepared.validation is not None:
             check_targets(prepared.validation, "data.validation", config.evaluation.max_batches or 2**40, each=False)
     check_starting_weights(config)
+    _warn_of_dropout(config)
     skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
     if skeleton is not None:
         check_routers(config, skeleton)
         resolve("accelerators", config.accelerator.name, "accelerator.name")(config).check_model(skeleton)
         OptimizerManager(skeleton, config).build(skeleton)
+
+
+def _warn_of_dropout(config: TrainerConfig) -> None:
+    """Dropout that the config sets and the trainer does without."""
+    given, section = config.model, model_section(config)
+    left_out = [f"model.config.{k}={v}" for k, v in (given.config or {}).items() if (section.config or {}).get(k) != v]
+    if given.lora is not None and section.lora is not None and given.lora.dropout != section.lora.dropout:
+        left_out.append(f"model.lora.dropout={given.lora.dropout}")
+    if left_out:
+        log.warning("%s: not used, trainer %s trains without dropout: it compares two passes of the model", ", ".join(left_out), config.trainer)
 
 
 def warn_of_data(prepared: PreparedData) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.accelerators.memory import check_compiled_dropout, save_memory
 from myllm_ray.accelerators.precision import DTYPES, LossScale, autocast_dtypes, check_precision, hold_in
 from myllm_ray.accelerators.sharding import largest_shard, local_bytes
 from myllm_ray.common import distributed
@@ -113,8 +113,9 @@ class Accelerator(ABC):
         """Look whether this backend can place the model (it may be on the meta device), before anything is written.
 
         Raises:
-            ConfigError: it would be sharded in part only.
+            ConfigError: it would be sharded in part only, or dropout is to be compiled.
         """
+        check_compiled_dropout(model, self.section)
 
     def setup(self) -> None:
         """Choose the device, and adopt the process group that Ray or torchrun made, or make one of one process.

@@ -45,6 +45,7 @@ class FSDPAccelerator(Accelerator):
         return max(1, world_size() // int(self.options.get("replicas", 1)))
 
     def check_model(self, model: nn.Module) -> None:
+        super().check_model(model)
         blocks_of(model, self.options.get(CLASSES))
 
     def _mesh(self) -> DeviceMesh:

@@ -110,6 +110,7 @@ class HFAccelerator(Accelerator):
         return self.model
 
     def check_model(self, model: nn.Module) -> None:
+        super().check_model(model)
         plugin = self.options.get("fsdp_plugin")
         if isinstance(plugin, Mapping) and not plugin.keys() & {"auto_wrap_policy", "transformer_cls_names_to_wrap"}:
             blocks_of(model)

@@ -25,7 +25,7 @@ def build_micro(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0)
         store: where the tokens are.
         rows: see `packing.Row`; an empty one is all padding.
         pad_id: the token id that fills up.
-        place: number of the first row within its global batch, for the fingerprint.
+        place: number of the first row within its global batch, for the fingerprint and for `places` (rows, 1).
     """
     longest = max(sum(s.length for s in row) for row in rows)
     width = max(8, -(-longest // 8) * 8)
@@ -47,7 +47,8 @@ def build_micro(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0)
             at = end
         positions[i, at:] = np.arange(width - at)
         fingerprint += row_fingerprint(place + i, ids[i, :at], labels[i, :at])
-    flat = {"input_ids": ids, "labels": labels, "position_ids": positions, "source_ids": sources}
+    places = np.arange(place, place + len(rows), dtype=np.int32)[:, None]
+    flat = {"input_ids": ids, "labels": labels, "position_ids": positions, "source_ids": sources, "places": places}
     return {"rows": len(rows), "fingerprint": wrap64(fingerprint), **{k: v.reshape(-1) for k, v in flat.items()}}
 
 

@@ -22,8 +22,8 @@ def build_pairs(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0,
     """A micro-batch of prompts with two answers each.
 
     Returns flat arrays of (rows, width): `input_ids`, `labels` (of the answers), `position_ids`, `segment_ids`; of (rows, 1):
-    `documents` (number in the store, -1: an empty row), and float32 `margins`; for unpaired preferences `desirable` instead, and `places`,
-    the number of the row within its global batch.
+    `documents` (number in the store, -1: an empty row), `places` (number of the row within its global batch), and float32 `margins`; for
+    unpaired preferences `desirable` instead.
 
     Args:
         place: number of the first row within its global batch.
@@ -56,9 +56,8 @@ def build_pairs(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0,
         fingerprint += row_fingerprint(place + i, ids[i, :at], labels[i, :at])
     documents = np.asarray([[row[0].document] if row else [-1] for row in rows], np.int32)
     arrays = {"input_ids": ids, "labels": labels, "position_ids": positions, "segment_ids": segments, "documents": documents,
+              "places": np.arange(place, place + len(rows), dtype=np.int32)[:, None],
               "margins" if batch is None else "desirable": numbers}
-    if batch is not None:
-        arrays["places"] = np.arange(place, place + len(rows), dtype=np.int32)[:, None]
     return {"rows": len(rows), "fingerprint": wrap64(fingerprint), **{k: v.reshape(-1) for k, v in arrays.items()}}
 
 

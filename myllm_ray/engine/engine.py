@@ -29,6 +29,7 @@ from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.engine.settings import EngineSettings
 from myllm_ray.engine.stability import Stability
 from myllm_ray.engine.stream import InMemoryStream
+from myllm_ray.ops.dropout import StepDropout
 from myllm_ray.trainers.base import BaseTrainer
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class TrainerEngine:
         self.stability.load_interventions()
         self.schedulers.total_steps = self.state.total_steps
         self.trainer.model = self.accelerator.prepare(self.trainer.model, self.optimizers.build, self.schedulers.build)
+        self.dropout = StepDropout(self.trainer.model, self.settings.seed)
         for name, model in self.trainer.frozen_models.items():
             setattr(self.trainer, name, self.accelerator.prepare_frozen(model))
         if self.trainer.bytes_per_token is not None:
@@ -190,8 +192,10 @@ class TrainerEngine:
             self._seed_micro(i)
             with self.accelerator.microbatch(last=i == len(micros) - 1):
                 self.pulse.enter("forward", step)
-                with self.accelerator.autocast():
-                    output = self.trainer.train_step(self.accelerator.move(micro))
+                micro = self.accelerator.move(micro)
+                rows = self.trainer.row_places(micro)
+                with self.accelerator.autocast(), self.dropout.microbatch(self.state.step, rows, micro.get("input_ids")):
+                    output = self.trainer.train_step(micro)
                 self.pulse.enter("backward", step)
                 self.accelerator.backward(output.loss_sum / max(float(weight), 1e-9))
             sums.add(output)
@@ -366,7 +370,10 @@ class TrainerEngine:
         return total
 
     def _seed_micro(self, index: int) -> None:
-        """Dropout depends on (seed, step, place of the micro-batch), so neither on world size nor on restarts."""
+        """What a model draws from torch's generators depends on (seed, step, place of the micro-batch), not on restarts.
+
+        Dropout does not draw from them (`ops/dropout.py`).
+        """
         self.last_rate = self.schedulers.learning_rate
         place = index * distributed.world_size() + distributed.rank()
         seed_all("micro", self.settings.seed, self.state.step, place)

@@ -48,7 +48,9 @@ class InMemoryStream:
             micros, fingerprint = [], 0
             for j in range(self.rank, self.batch_size // self.micro_size, self.world_size):
                 first = position.row + j * self.micro_size
-                micros.append(self._micro([self._item(int(i)) for i in order[first : first + self.micro_size]]))
+                micro = self._micro([self._item(int(i)) for i in order[first : first + self.micro_size]])
+                rows = len(micro["input_ids"])
+                micros.append({"places": torch.arange(j * self.micro_size, j * self.micro_size + rows)[:, None], **micro})
                 for place, i in enumerate(order[first : first + self.micro_size]):
                     fingerprint += derive_seed("row", first + place, *self._item(int(i))["input_ids"].tolist())
             done = position.row + self.batch_size >= len(self.dataset)

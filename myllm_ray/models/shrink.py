@@ -51,5 +51,7 @@ def without_dropout(section: ModelSection) -> tuple[ModelSection, bool]:
         return section, False
     whole = config_of(section).to_dict()
     drops = {k: v for k, v in whole.items() if (k.endswith("pdrop") or "dropout" in k) and isinstance(v, float) and v > 0}
-    config = {**(section.config or {}), **dict.fromkeys(drops, 0.0)}
-    return (section.model_copy(update={"config": config}) if drops else section), bool(drops)
+    changes: dict[str, Any] = {"config": {**(section.config or {}), **dict.fromkeys(drops, 0.0)}} if drops else {}
+    if section.lora is not None and section.lora.dropout:
+        changes["lora"] = section.lora.model_copy(update={"dropout": 0.0})
+    return section.model_copy(update=changes), bool(changes)

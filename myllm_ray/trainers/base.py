@@ -78,6 +78,13 @@ class BaseTrainer(ABC):
             TrainingError: it would.
         """
 
+    def row_places(self, micro: Micro) -> Tensor | None:
+        """(rows,) the place in the global batch of each row that `train_step` passes to the model, for dropout; None: not known.
+
+        A trainer that builds other rows from a micro-batch overrides this.
+        """
+        return micro["places"][:, 0] if "places" in micro else None
+
     @abstractmethod
     def batch_weight(self, micro: Micro) -> Tensor:
         """How much this micro-batch adds to what the loss is averaged over (target tokens, pairs, sequences)."""

@@ -99,6 +99,13 @@ class PreferenceTrainer(BaseTrainer):
             counted &= segments < 2
         return routing_inputs(self.model, torch.where(counted, numbers, -1), filled(micro).float())
 
+    def row_places(self, micro: Micro) -> Tensor | None:
+        """Of the rows of `inputs`: the answers of row r are the rows 2r and 2r + 1 where the prompt is not shared."""
+        places = super().row_places(micro)
+        if places is None or self.shared_prompt:
+            return places
+        return torch.stack([2 * places, 2 * places + 1], 1).flatten()
+
     def batch_weight(self, micro: Micro) -> Tensor:
         """Pairs. Rows that only fill up the last batch of an epoch have no prompt."""
         return filled(micro).sum()
