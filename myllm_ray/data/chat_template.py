@@ -1,4 +1,4 @@
-"""What the chat template of a tokenizer does, found out by rendering short chats once: which tokens end a turn, what begins one."""
+"""What a chat template does, found out by rendering short chats once: which tokens end a turn, what begins one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from myllm_ray.data.messages import BadRow
 from myllm_ray.data.special_tokens import SpecialTokens
 
 log = logging.getLogger(__name__)
-_ASKED, _ANSWER, _AGAIN, _TOOL, _ARGUMENT = "probe question", "probe answer", "probe question again", "probe_tool", "probe_argument"
+_ASKED, _ANSWER, _AGAIN, _TOOL, _ARGUMENT = (
+    "probe question",
+    "probe answer",
+    "probe question again",
+    "probe_tool",
+    "probe_argument",
+)
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]
@@ -31,7 +37,10 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.special = weakref.proxy(tokenizer), SpecialTokens.of(tokenizer)  # the table below must not keep it
+        self.tokenizer, self.special = (
+            weakref.proxy(tokenizer),
+            SpecialTokens.of(tokenizer),
+        )  # the table below must not keep it
         self.as_parts = self.arguments_as_text = self.needs_content = self.takes_calls = False
         self.marks_generation = bool(_GENERATION.search(tokenizer.get_chat_template() or ""))
         ends, marks = self._turn_ends()
@@ -56,14 +65,16 @@ class ChatTemplate:
         """
         given = self._as_wanted(messages)
         try:
-            text: str = self.tokenizer.apply_chat_template(given, tools=tools, tokenize=False, add_generation_prompt=generation_prompt)
+            text: str = self.tokenizer.apply_chat_template(
+                given, tools=tools, tokenize=False, add_generation_prompt=generation_prompt
+            )
         except Exception as error:  # templates raise what they like
             raise BadRow(f"the chat template refuses the messages: {' '.join(str(error).split())[:200]}") from None
         return text
 
     def _as_wanted(self, messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Messages in the form that the template reads: contents as lists of parts, arguments as JSON, an empty content beside
-        calls, where it wants them so."""
+        """Messages in the form that the template reads: contents as lists of parts, arguments as JSON, an empty content
+        beside calls, where it wants them so."""
         found = [dict(message) for message in messages]
         for message in found:
             if self.needs_content:
@@ -71,8 +82,10 @@ class ChatTemplate:
             if self.as_parts and isinstance(message.get("content"), str):
                 message["content"] = [{"type": "text", "text": message["content"]}]
             if self.arguments_as_text and message.get("tool_calls"):
-                message["tool_calls"] = [{**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
-                                         for call in message["tool_calls"]]
+                message["tool_calls"] = [
+                    {**call, "function": {**call["function"], "arguments": _json(call["function"]["arguments"])}}
+                    for call in message["tool_calls"]
+                ]
         return found
 
     def _turn_ends(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -84,7 +97,11 @@ class ChatTemplate:
                 self.as_parts = False
                 raise BadRow("the chat template does not write what the assistant says: it can't be used for training")
         ends = self._leading(self._probed([asked, answer]).rpartition(_ANSWER)[2])
-        between = self._probed([asked, answer, {"role": "user", "content": _AGAIN}]).rpartition(_AGAIN)[0].rpartition(_ANSWER)[2]
+        between = (
+            self._probed([asked, answer, {"role": "user", "content": _AGAIN}])
+            .rpartition(_AGAIN)[0]
+            .rpartition(_ANSWER)[2]
+        )
         marks = [m for m in self._leading(between)[:1] if ends and m not in ends]
         ends += self._call_ends(ends)
         return tuple(ends), tuple(marks)
@@ -93,7 +110,9 @@ class ChatTemplate:
         """What else ends a turn that calls a tool; finds out how the template reads calls."""
         call = {"type": "function", "id": "probe1234", "function": {"name": _TOOL, "arguments": {_ARGUMENT: 1}}}
         for self.needs_content, self.arguments_as_text in itertools.product((False, True), (False, True)):
-            text = self._probed([{"role": "user", "content": _ASKED}, {"role": "assistant", "tool_calls": [call]}]).rpartition(_TOOL)[2]
+            text = self._probed(
+                [{"role": "user", "content": _ASKED}, {"role": "assistant", "tool_calls": [call]}]
+            ).rpartition(_TOOL)[2]
             behind = [match.group() for match in self.special.pattern.finditer(text)]
             # With an empty content, some templates write an empty turn behind the call.
             if _ARGUMENT in text and sum(token in ends for token in behind) <= max(1, len(ends)):
@@ -124,11 +143,13 @@ class ChatTemplate:
     def _added(self) -> re.Pattern[str]:
         """All added tokens, also those that are not marked special, as some tokenizers' ends of turns are not."""
         spelled = {t.content for t in self.tokenizer.added_tokens_decoder.values()} | self.special.ids.keys()
-        return re.compile("|".join(re.escape(s) for s in sorted(spelled, key=lambda s: (-len(s), s)) if s.strip()) or "(?!)")
+        return re.compile(
+            "|".join(re.escape(s) for s in sorted(spelled, key=lambda s: (-len(s), s)) if s.strip()) or "(?!)"
+        )
 
     @cached_property
     def header(self) -> str:
-        """What begins every turn of the assistant, if it holds a special token, so that no message can spell it; else empty."""
+        """What begins every turn of the assistant, if a special token is in it, so that no message can spell it."""
         asked, answer = {"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWER}
         plain, prompt = (self._probed([asked], None, ask).rpartition(_ASKED)[2] for ask in (False, True))
         chats = [asked, answer], [asked, answer, {"role": "user", "content": _AGAIN}]
@@ -153,24 +174,36 @@ class ChatTemplate:
     @cached_property
     def takes_tools(self) -> bool:
         """Whether the template writes the definitions of tools."""
-        tool = {"type": "function", "function": {"name": _TOOL, "description": _TOOL, "parameters": {"type": "object", "properties": {}}}}
+        tool = {
+            "type": "function",
+            "function": {"name": _TOOL, "description": _TOOL, "parameters": {"type": "object", "properties": {}}},
+        }
         return _TOOL in self._probed([{"role": "user", "content": _ASKED}], [tool])
 
     def notes(self) -> list[str]:
         """What a user of the template must know, one line each."""
         names, found = " or ".join(self.turn_ends), []
         if not self.turn_ends:
-            found.append("the chat template ends the assistant's turns with no token: the end-of-text token "
-                         f"({self.tokenizer.eos_token}) is put behind the last answer of each chat, or the model would not learn to stop")
+            found.append(
+                "the chat template ends the assistant's turns with no token: the end-of-text token "
+                f"({self.tokenizer.eos_token}) is put behind the last answer of each chat, "
+                "or the model would not learn to stop"
+            )
         elif self.marks_generation:
             asked = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWER}]
             text, spans = self.generated(asked, None)
             if not any(self.ends_turn(text[a:b]) for a, b in spans):
-                found.append(f"the chat template's {{% generation %}} leaves out the token that ends a turn ({names}): it is trained on "
-                             "all the same, or the model would not learn to stop")
+                found.append(
+                    f"the chat template's {{% generation %}} leaves out the token that ends a turn ({names}): "
+                    "it is trained on "
+                    "all the same, or the model would not learn to stop"
+                )
         if "strftime_now" in str(self.tokenizer.get_chat_template()):
-            found.append("the chat template can write today's date: data prepared on another day may have other tokens; put a fixed date "
-                         "into the template")
+            found.append(
+                "the chat template can write today's date: data prepared on another day may have other tokens; "
+                "put a fixed date "
+                "into the template"
+            )
         return found
 
     def generated(self, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[Span]]:
@@ -181,8 +214,12 @@ class ChatTemplate:
         found: Any
         try:
             found = render_jinja_template(
-                conversations=[conversation], tools=tools, chat_template=self.tokenizer.get_chat_template(None, tools),
-                return_assistant_tokens_mask=True, **self.tokenizer.special_tokens_map)
+                conversations=[conversation],
+                tools=tools,
+                chat_template=self.tokenizer.get_chat_template(None, tools),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
         except Exception as error:  # templates raise what they like
             raise BadRow(f"the chat template refuses the messages: {' '.join(str(error).split())[:200]}") from None
         (text,), (spans,) = found
@@ -197,14 +234,16 @@ _made: WeakKeyDictionary[Any, tuple[Any, ChatTemplate]] = WeakKeyDictionary()
 
 
 def end_tokens(tokenizer: Any, others: Iterable[int] = ()) -> tuple[int, ...]:
-    """The ids of the tokens that end an answer: the end-of-text token, first, then those that end the assistant's turns in the chat
-    template, then those of `others` (of the generation config of the base model) that are special tokens of this tokenizer.
+    """The ids of the tokens that end an answer: the end-of-text token, first, then those that end the assistant's turns
+    in the chat template, then those of `others` (of the base model's generation config) that are special tokens here.
     """
     special = SpecialTokens.of(tokenizer)
     found = [int(tokenizer.eos_token_id)]
     if tokenizer.chat_template is not None:
         try:
-            found += [int(tokenizer.convert_tokens_to_ids(spelling)) for spelling in ChatTemplate.of(tokenizer).turn_ends]
+            found += [
+                int(tokenizer.convert_tokens_to_ids(spelling)) for spelling in ChatTemplate.of(tokenizer).turn_ends
+            ]
         except BadRow as error:
             log.warning("%s", error)
     # Ids of a base model with another tokenizer mean something else here.

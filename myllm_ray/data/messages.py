@@ -1,4 +1,4 @@
-"""Chats as people have them: rows of OpenAI's, ShareGPT's and the Hugging Face layout, as the messages that chat templates read.
+"""Chats as people have them: rows of OpenAI's, ShareGPT's and Hugging Face's layout, as messages for templates.
 
     OpenAI, Hugging Face   {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}
     ShareGPT               {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
@@ -14,8 +14,17 @@ from typing import Any
 
 from myllm_ray.config.errors import DataError
 
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-         "function_call": "assistant", "observation": "tool", "function_response": "tool", "tool_response": "tool"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
 """ShareGPT's names of roles; every other name is kept."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of what a model thinks before it answers; transformers hands each to templates under all of these names."""
@@ -34,8 +43,12 @@ class Messages(list[dict[str, Any]]):
         trained: for each message, whether the loss is on it; default: on the assistant's.
     """
 
-    def __init__(self, messages: Iterable[Mapping[str, Any]] = (), tools: list[dict[str, Any]] | None = None,
-                 trained: Iterable[bool] | None = None):
+    def __init__(
+        self,
+        messages: Iterable[Mapping[str, Any]] = (),
+        tools: list[dict[str, Any]] | None = None,
+        trained: Iterable[bool] | None = None,
+    ):
         super().__init__(dict(message) for message in messages)
         self.tools = tools
         self.trained = [m["role"] == "assistant" for m in self] if trained is None else list(trained)
@@ -95,12 +108,17 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
         raise BadRow(f"{where} has no text content")
     if found["role"] == "assistant" and not calls and not (text or "").strip():
         raise BadRow(f"{where}: the assistant's content is empty, and it calls no tool: there is nothing to train on")
-    # Without the key rather than with null: templates that ask whether there is content answer no, and others fail loudly.
-    return {**found, **({} if calls and not text else {"content": text}), **({"tool_calls": calls} if calls else {}), **given}, trained
+    # Without the key rather than with null: templates that ask for content find none, others fail.
+    return {
+        **found,
+        **({} if calls and not text else {"content": text}),
+        **({"tool_calls": calls} if calls else {}),
+        **given,
+    }, trained
 
 
 def _is_trained(given: dict[str, Any], role: str, where: str) -> bool:
-    """Takes `train` and `weight` out of a message. The loss is on the assistant's messages unless one says otherwise."""
+    """Takes `train` and `weight` out of a message; the loss is on the assistant's unless one says otherwise."""
     weight, train = given.pop("weight", None), given.pop("train", None)
     if weight is not None and weight not in (0, 1):
         raise BadRow(f"{where}.weight is {weight!r}: 1 trains on a message of the assistant, 0 does not")
@@ -138,21 +156,32 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     for call in calls if isinstance(calls, list) else [calls]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRow(f"{where}.tool_calls: a call needs the name of a function, as {{function: {{name, arguments}}}}")
+            raise BadRow(
+                f"{where}.tool_calls: a call needs the name of a function, as {{function: {{name, arguments}}}}"
+            )
         arguments = function.get("arguments", function.get("parameters"))
-        arguments = _parsed(arguments, f"{where}.tool_calls: the arguments") if isinstance(arguments, str) else arguments
-        found.append({"type": "function", **{k: v for k, v in call.items() if k in ("id", "type") and v is not None},
-                      "function": {"name": function["name"], "arguments": {} if arguments is None else arguments}})
+        arguments = (
+            _parsed(arguments, f"{where}.tool_calls: the arguments") if isinstance(arguments, str) else arguments
+        )
+        found.append(
+            {
+                "type": "function",
+                **{k: v for k, v in call.items() if k in ("id", "type") and v is not None},
+                "function": {"name": function["name"], "arguments": {} if arguments is None else arguments},
+            }
+        )
     return found
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Tool definitions from a list or its JSON; None where there are none. Null values, which Parquet fills in, are left out."""
+    """Tool definitions from a list or its JSON; None without any. Null values, which Parquet fills in, are left out."""
     tools = _parsed(tools, "field 'tools'") if isinstance(tools, str) and tools.strip() else tools
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow("field 'tools' must be a list of tool definitions {type: function, function: {name, description, parameters}}")
+        raise BadRow(
+            "field 'tools' must be a list of definitions {type: function, function: {name, description, parameters}}"
+        )
     return [_without_nulls(tool) for tool in tools]
 
 

@@ -1,13 +1,14 @@
 """Special tokens come from the chat template, never from the data: text that spells one is tokenised as text.
 
-A tokenizer looks for the spellings of its special tokens before anything else, so a document with `<|endoftext|>` in it would
-hold the end-of-text token, and a message with `<|im_end|>` in it would end its turn. Text without such a spelling is tokenised
-as always. Text with one is tokenised by a copy of the tokenizer in which every special token has another spelling of the same
-length, in private-use characters (`_respelled`). In a rendered chat the template's special tokens are written in the
-copy's spelling, and those in the messages as they are, so both get the ids that are meant.
+A tokenizer looks for the spellings of its special tokens before anything else, so a document with `<|endoftext|>` in
+it would hold the end-of-text token, and a message with `<|im_end|>` in it would end its turn. Text without such a
+spelling is tokenised as always. Text with one is tokenised by a copy of the tokenizer in which every special token
+has another spelling of the same length, in private-use characters (`_respelled`). In a rendered chat the template's
+special tokens are written in the copy's spelling, and those in the messages as they are, so both get the ids that are
+meant.
 
-Added tokens that are not marked special (`<think>`, `<tool_call>` of Qwen3) remain tokens wherever they are written: that is
-what they are for.
+Added tokens that are not marked special (`<think>`, `<tool_call>` of Qwen3) remain tokens wherever they are written:
+that is what they are for.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class SpecialTokens:
         """Spelling -> id."""
         self.spellings = sorted(self.ids, key=lambda s: (-len(s), s))
         self.pattern = re.compile("|".join(map(re.escape, self.spellings)) or "(?!)")
-        # The unknown token is also what text gives that the vocabulary has no token for. (GPT-2 calls its end-of-text token so.)
+        # Text that the vocabulary has no token for gives the unknown one. (GPT-2 calls its end-of-text token so.)
         unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
         self._reserved = frozenset(self.ids.values()) - unknown
         self._backend: Tokenizer = tokenizer.backend_tokenizer
@@ -79,7 +80,7 @@ class SpecialTokens:
         return ids
 
     def shield(self, value: Any) -> Any:
-        """A value of JSON with every special token in its strings written so that a chat template passes it on as text."""
+        """A value of JSON with every special token in its strings written so that a template passes it on as text."""
         if isinstance(value, str):
             if _SHIELDS.search(value):
                 raise BadRow("a message has private-use characters (from U+100000 on), which mark special tokens here")
@@ -112,11 +113,13 @@ class SpecialTokens:
 
     @cached_property
     def _copy(self) -> Tokenizer:
-        """The tokenizer with other spellings of its special tokens: in its added tokens, its vocabulary, its unknown token."""
+        """The tokenizer with other spellings of its special tokens: added tokens, vocabulary, unknown token."""
         from tokenizers import Tokenizer
 
         raw = json.loads(self._backend.to_str())
-        raw["post_processor"] = raw["post_processor"] if (raw["post_processor"] or {}).get("type") == "ByteLevel" else None
+        raw["post_processor"] = (
+            raw["post_processor"] if (raw["post_processor"] or {}).get("type") == "ByteLevel" else None
+        )
         raw["padding"] = raw["truncation"] = None
         for token in raw["added_tokens"]:
             token["content"] = self._respelled.get(token["content"], token["content"])
@@ -135,4 +138,3 @@ class SpecialTokens:
 
 
 _made: WeakKeyDictionary[Any, SpecialTokens] = WeakKeyDictionary()
-

@@ -26,8 +26,13 @@ def dtype_of_base(section: ModelSection) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path, generation: GenerationConfig | None = None,
-                    dtype: torch.dtype = torch.float32) -> None:
+def save_pretrained(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    generation: GenerationConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write model, its adapters merged, and tokenizer beside and rename into place.
 
     Args:
@@ -38,7 +43,9 @@ def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path, generation: 
         ConfigError: the model is not one of transformers, or the folder exists.
     """
     if not isinstance(model, (CausalLM, RewardModel)):
-        raise ConfigError(f"export writes models of transformers; this one is {type(model).__name__}, of your own factory")
+        raise ConfigError(
+            f"export writes models of transformers; this one is {type(model).__name__}, of your own factory"
+        )
     if folder.exists():
         raise ConfigError(f"{folder} exists: choose another folder, or remove it first")
     inner: Any = model.model
@@ -56,7 +63,10 @@ def save_pretrained(model: nn.Module, tokenizer: Any, folder: Path, generation: 
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    kept = [*(getattr(model, "_keep_in_fp32_modules", None) or []), *(getattr(model, "_keep_in_fp32_modules_strict", None) or [])]
+    kept = [
+        *(getattr(model, "_keep_in_fp32_modules", None) or []),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or []),
+    ]
     stays = re.compile("|".join(rf"(?:^|\.){re.escape(name)}(?:\.|$)" for name in kept) or "(?!)")
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not stays.search(name):

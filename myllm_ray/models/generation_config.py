@@ -1,4 +1,4 @@
-"""The generation config of a model: what the base model brings (temperature, top_p, ...), with every token that ends an answer."""
+"""The generation config of a model: the base model's (temperature, top_p, ...), with every end token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from myllm_ray.common.pretrained import checkpoint_in, tokenizer_folder
 
 
 def base_generation_config(name: str | None) -> GenerationConfig | None:
-    """The generation config of a hub id, a folder in Hugging Face format, or the folder of a run; None where there is none.
+    """The generation config of a hub id, a folder in Hugging Face format, or a run's folder; None where there is none.
 
     A hub id is looked for among the files that loading its weights has brought here: call this afterwards.
     """
@@ -19,7 +19,8 @@ def base_generation_config(name: str | None) -> GenerationConfig | None:
         return None
     checkpoint = checkpoint_in(name)
     try:
-        return GenerationConfig.from_pretrained(name if checkpoint is None else str(tokenizer_folder(checkpoint)), local_files_only=True)
+        folder = name if checkpoint is None else str(tokenizer_folder(checkpoint))
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError):
         return None
 
@@ -30,12 +31,16 @@ def ends_of(config: GenerationConfig | None) -> list[int]:
     return [] if given is None else [int(i) for i in (given if isinstance(given, (list, tuple)) else [given])]
 
 
-def trained_generation_config(base: GenerationConfig | None, tokenizer: Any, end_tokens: Sequence[int]) -> GenerationConfig:
-    """The generation config of a model trained with a tokenizer: the base model's, where there is one, with these end tokens."""
+def trained_generation_config(
+    base: GenerationConfig | None, tokenizer: Any, end_tokens: Sequence[int]
+) -> GenerationConfig:
+    """The generation config of a model trained with a tokenizer: the base model's, if any, with these end tokens."""
     given = {} if base is None else base.to_dict()
     try:
         return _completed(given, tokenizer, end_tokens)
-    except ValueError:  # published configs have a temperature without do_sample; transformers does not write such a config again
+    except (
+        ValueError
+    ):  # published configs have a temperature without do_sample; transformers does not write such a config again
         return _completed({**given, "do_sample": True}, tokenizer, end_tokens)
 
 
