@@ -26,7 +26,7 @@ config = {"num_epochs": 3, "gradient_clip": 1.0, "optimizer": {"name": "adamw", 
 accelerator = SingleGPUAccelerator(config)
 optimizers = OptimizerManager(trainer.model, config)
 schedulers = SchedulerManager(optimizers.optimizer, config)
-checkpoints = CheckpointManager(trainer.model)
+checkpoints = CheckpointManager(trainer.model)  # with folder="..." the run saves there at its end
 engine = TrainerEngine(trainer, accelerator, optimizers, scheduler_manager=schedulers,
                        checkpoint_manager=checkpoints, callbacks=[PrintCallback()], config=config)
 engine.setup()

@@ -11,7 +11,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 from myllm_ray import worker  # noqa: F401
 from myllm_ray.accelerators import ddp, deepspeed, fsdp, hf_accelerate  # noqa: F401
-from myllm_ray.accelerators.deepspeed_config import quieten
+from myllm_ray.common.quiet import quieten
 from myllm_ray.trainers import causal_lm, preference, sft  # noqa: F401
 
 quieten(cuda=False)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
-from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config, frozen_config, quieten
+from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config, frozen_config
 from myllm_ray.accelerators.memory import save_memory
 from myllm_ray.accelerators.precision import DTYPES, autocast_forward, hold_in
 from myllm_ray.accelerators.zero_state import ZeroLossScale, ZeroState
@@ -28,6 +28,7 @@ from myllm_ray.common.extras import require
 from myllm_ray.common.files import why_not_writable
 from myllm_ray.common.materialize import Filled, Source, fill, materialize, source_of
 from myllm_ray.common.modules import whole_shape
+from myllm_ray.common.quiet import quieten
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.load import merge
 

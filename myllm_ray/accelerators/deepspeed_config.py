@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -144,8 +142,3 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _without_auto(options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _without_auto(v) if isinstance(v, Mapping) else v for k, v in options.items() if v != "auto"}
 
-
-def quieten(cuda: bool) -> None:
-    """Before the first import: DeepSpeed looks for devices then, and says so."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    warnings.filterwarnings("ignore", "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)

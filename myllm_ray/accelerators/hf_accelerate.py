@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, StepResult
-from myllm_ray.accelerators.deepspeed_config import quieten
 from myllm_ray.accelerators.fsdp import FSDPAccelerator
 from myllm_ray.accelerators.memory import save_memory
 from myllm_ray.accelerators.options import keyword_options
@@ -22,6 +21,7 @@ from myllm_ray.common.distributed import world_size
 from myllm_ray.common.extras import require
 from myllm_ray.common.materialize import materialize
 from myllm_ray.common.modules import repeated_blocks
+from myllm_ray.common.quiet import quieten
 from myllm_ray.config.errors import ConfigError
 
 _DECIDED = {

@@ -43,7 +43,8 @@ class CheckpointManager:
 
     Args:
         model: kept for runs wired by hand; the tensors come from the accelerator.
-        folder: where the `step-…` directories stand.
+        folder: where the `step-…` directories stand. None: `checkpoints` in the current folder, and the engine writes there only what it is
+            asked for: by `checkpoint` in its config, by a callback, or by `save`.
         keep_last: how many of the newest to keep; None keeps all.
         keep_best: name of a metric; the checkpoint with its lowest value is kept as well.
         background: write from a copy while training goes on; one at a time.
@@ -51,11 +52,11 @@ class CheckpointManager:
         mirror: URL of a folder where the same checkpoints are to stand, too.
     """
 
-    def __init__(self, model: nn.Module | None = None, folder: str | Path = "checkpoints", keep_last: int | None = 2,
+    def __init__(self, model: nn.Module | None = None, folder: str | Path | None = None, keep_last: int | None = 2,
                  keep_best: str | None = None, background: bool = False, keep_every: int | None = None,
                  mirror: str | None = None):
         self.model = model
-        self.folder = Path(folder)
+        self.folder, self.on_request = Path("checkpoints" if folder is None else folder), folder is None
         self.keep_last, self.keep_best, self.keep_every = keep_last, keep_best, keep_every
         self.background = background
         self.mirror = Mirror(mirror) if mirror else None

@@ -16,7 +16,7 @@ import torch
 from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.common import distributed
 from myllm_ray.common.seeds import seed_all
-from myllm_ray.common.types import Batch, BatchStream, Micro, Position, RunState
+from myllm_ray.common.types import Batch, BatchStream, Micro, Position, RunState, as_mapping
 from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
 from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpoint import CheckpointManager
@@ -63,6 +63,8 @@ class TrainerEngine:
         self.optimizers, self.schedulers = optimizer_manager, scheduler_manager or SchedulerManager(config=config)
         self.checkpoints = checkpoint_manager
         self.settings = EngineSettings.from_config(config)
+        if checkpoint_manager is not None and checkpoint_manager.on_request and not as_mapping(config).get("checkpoint"):
+            self.settings.save_at_end = False
         self.stream, self.validation = stream, validation
         self.manifest, self.constants = manifest or {}, constants or {}
         self.pulse = pulse or Pulse()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from myllm_ray.common.quiet import quieten, without_progress_bars
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
@@ -55,7 +56,9 @@ def save_pretrained(
         inner.generation_config = generation
     beside = folder.with_name(f".{folder.name}.tmp")
     try:
-        inner.save_pretrained(beside)
+        quieten(cuda=torch.cuda.is_available())
+        with without_progress_bars():
+            inner.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         beside.rename(folder)
     finally:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from myllm_ray.common.materialize import Source, attach_source, materialize
 from myllm_ray.common.pretrained import architecture_folder, checkpoint_in, pretrained_folder
+from myllm_ray.common.quiet import without_progress_bars
 from myllm_ray.common.seeds import seed_all
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
@@ -225,9 +226,11 @@ def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
         return model
     folder = pretrained_folder(section.name or "", "model.name", weights=True, code=section.trust_remote_code)
     try:
-        model, info = _auto(kind).from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=section.trust_remote_code,
-            use_safetensors=True, **({"num_labels": 1} if kind == "reward_model" else {}), **(section.config or {}), output_loading_info=True)
+        with without_progress_bars():
+            model, info = _auto(kind).from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=section.trust_remote_code,
+                use_safetensors=True, **({"num_labels": 1} if kind == "reward_model" else {}), **(section.config or {}),
+                output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {section.name!r} can't be loaded: {one_line(error)}") from None
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("score."))

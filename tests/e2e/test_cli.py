@@ -200,6 +200,10 @@ def test_the_originals_example_as_it_stands(tmp_path: Path) -> None:
                             check=False)
     assert result.returncode == 0, result.stderr
     assert "done: 24 steps" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["by_hand.py"], "nothing is written without being asked for"
+    saving = code.replace("CheckpointManager(trainer.model)", "CheckpointManager(trainer.model, folder='kept')")
+    subprocess.run([sys.executable, "-c", saving], cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "kept" / "step-00000024" / "manifest.json").is_file()
 
 
 def test_local_mode_never_imports_ray(config: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import re
 import shlex
 import sys
@@ -11,6 +13,8 @@ import pytest
 from conftest import ROOT
 
 from e2e.test_cli import call
+from myllm_ray.common.types import RunState
+from myllm_ray.engine.callbacks import Callback
 
 
 def blocks(path: str, language: str) -> list[str]:
@@ -55,6 +59,17 @@ def test_a_new_stage_as_the_page_says(elsewhere: Path, capsys: pytest.CaptureFix
         code, _out, err = call(capsys, monkeypatch, *shlex.split(line)[1:], "run.max_steps=2", "callbacks=[jsonl]")
         assert code == 0, (line, err)
     assert "runs/tiny-sft/checkpoints/step-00000002" in (elsewhere / "runs" / "tiny-dpo" / "config.yaml").read_text()
+
+
+def test_the_page_lists_every_hook_and_every_field_of_the_state() -> None:
+    """With the arguments that the hooks have."""
+    page = (ROOT / "docs" / "training.md").read_text().partition("## Callbacks")[2].partition("\n## ")[0]
+    hooks, state = page.split("`state` is a `RunState`")
+    listed = [name for row in re.findall(r"^\| (`.*?) \|", hooks, re.M) for name in re.findall(r"`([^`]+)`", row)]
+    own = [(name, method) for name, method in vars(Callback).items() if inspect.isfunction(method)]
+    assert listed == [f"{name}({', '.join(list(inspect.signature(method).parameters)[1:])})" for name, method in own]
+    fields = [name for row in re.findall(r"^\| (`.*?) \|", state, re.M) for name in re.findall(r"`([^`]+)`", row)]
+    assert sorted(fields) == sorted([*(field.name for field in dataclasses.fields(RunState)), "request(what, reason)"])
 
 
 def test_readme_names_targets_that_exist() -> None:
