@@ -227,3 +227,27 @@ def test_a_frozen_model_in_half_precision_keeps_what_autocast_keeps() -> None:
         ids = torch.arange(64)[None]
         with torch.no_grad(), accelerator.autocast():
             assert torch.equal(frozen(input_ids=ids, labels=ids).nll, trained(input_ids=ids, labels=ids).nll)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ranks")
+def test_every_causal_lm_of_transformers_is_sharded() -> None:
+    """At the sizes of its default config, on the meta device; named are those that can't be built without settings or packages."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    wrong, done = {}, 0
+    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name), dtype=torch.float32)
+        except Exception:  # a default config that is no model, or a package that is not here
+            continue
+        done += 1
+        try:
+            blocks = repeated_blocks(model)
+            check_sharded(*(lambda m, a, b=blocks: (m, b, a))(*sharded(model)))
+        except Exception as error:
+            wrong[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    assert wrong == {}
+    assert done > 150

@@ -1,0 +1,89 @@
+"""An accelerator device without an accelerator: tensors that say they are on `gpu:0` and compute on the CPU.
+
+Under `TwoDevices` an operation on tensors of both devices fails as it would on a machine with a GPU, and everything else gives
+its result. So whole runs can be looked through for tensors that were made on the wrong device.
+
+The device is registered for the whole process, so these tests run in one of their own. It is not `cuda`: autograd asks a CUDA build
+of torch for its streams.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_setup_privateuseone_for_python_backend("gpu")
+GPU = torch.device("gpu", 0)
+aten = torch.ops.aten
+_ANY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+"""Indices may be on the CPU where the tensor is on the GPU."""
+_BETWEEN = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor, aten.is_same_size.default}
+
+
+class OnGPU(Tensor):
+    """A tensor on the GPU; `inner` holds its values, on the CPU."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnGPU:
+        made: OnGPU = Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
+                                                     dtype=inner.dtype, device=GPU)
+        made.inner = inner
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"OnGPU({self.inner!r})"
+
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert gpu:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Where the mode is not on: within another one, or in a thread of autograd's.
+        return _run(func, args, kwargs or {})
+
+
+class TwoDevices(TorchDispatchMode):
+    """Every operation, on tensors of either device."""
+
+    def __enter__(self) -> Any:
+        # `torch.tensor(..., device="gpu")` then makes its tensor on the CPU and moves it, which is seen here.
+        torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    on_gpu = any(isinstance(t, OnGPU) for t in tensors)
+    if on_gpu and func not in _BETWEEN:
+        looked_at = tensors[:1] if func in _ANY_INDEX else tensors
+        wrong = [t for t in looked_at if not isinstance(t, OnGPU) and t.dim() > 0]
+        if wrong:
+            raise RuntimeError(f"{func}: tensors of {GPU} and of the CPU, of shapes {[tuple(t.shape) for t in wrong]}")
+    device = kwargs.get("device")
+    if device is not None:
+        on_gpu, kwargs = torch.device(device).type == "gpu", {**kwargs, "device": torch.device("cpu") if torch.device(device).type == "gpu" else device}
+    elif func in _BETWEEN:
+        on_gpu = isinstance(args[0], OnGPU)
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    wrapped = {id(t.inner): t for t in tensors if isinstance(t, OnGPU)}
+    result = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+    return tree_map(lambda t: wrapped.get(id(t), OnGPU(t) if on_gpu else t) if isinstance(t, Tensor) else t, result)
+
+
+def _unwrap(value: Any) -> Any:
+    return value.inner if isinstance(value, OnGPU) else value
+
