@@ -180,16 +180,16 @@ def verify(config: Config, overrides: Overrides = None,
 
 def _print_certificate(certificate: Any) -> None:
     table = Table(title=f"shrunk: {certificate.shrunk}", title_justify="left")
-    for column in ("backend", "workers", "micro", "loss", "grad norm", "lr", "weights", ""):
+    for column in ("backend", "workers", "micro", "loss", "grad norm", "lr", "weights", "kB/rank", ""):
         table.add_column(column, justify="left" if column in ("backend", "") else "right", no_wrap=True)
     bad = {f.variant for f in certificate.findings}
     for variant, apart in certificate.rows:
         shown = [f"{apart[name]:.1e}" for name in ("loss", "grad_norm", "learning_rate", "weights")]
-        table.add_row(variant.backend, str(variant.workers), str(variant.micro_size), *shown,
+        table.add_row(variant.backend, str(variant.workers), str(variant.micro_size), *shown, f"{apart['bytes_per_rank'] / 1000:.0f}",
                       "[red]differs[/red]" if variant in bad else "same")
     out.print(table)
     out.print("(largest relative differences from one process with the whole batch at once; "
-              f"loss and gradient norm may differ by {certificate.tolerance:g})")
+              f"loss and gradient norm may differ by {certificate.tolerance:g}; kB of parameters that the fullest rank holds)")
     for variant, reason in certificate.left_out:
         out.print(Text(f"left out: {variant}: {reason}", style="dim"))
     for finding in certificate.findings:

@@ -172,7 +172,8 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
 
     Returns:
         `step`, `metrics` (the last that were logged), `folder`, `checkpoint` (the newest); `left`: why the run was left before
-        its end, or None; `rewound`: to go on at once, from the checkpoint before a bad step; `abandoned`: left without saving.
+        its end, or None; `rewound`: to go on at once, from the checkpoint before a bad step; `abandoned`: left without saving; `parameter_bytes`: of each model, what
+        this rank holds and the most that it should hold.
     """
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     accelerator.setup()
@@ -200,13 +201,14 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
         start = start or resume_point(config)
     try:
         engine.setup(resume=distributed.from_main(start))
+        held = {name: accelerator.parameter_bytes(placed) for name, placed in {"model": trainer.model, **trainer.frozen_models}.items()}
         state = engine.train()
     finally:
         pulse.close()
     newest = checkpoints.all()
     return {"step": state.step, "metrics": engine.metrics, "folder": state.folder,
             "checkpoint": str(newest[-1]) if newest else None, "left": state.left, "rewound": state.rewound,
-            "abandoned": state.abandoned}
+            "abandoned": state.abandoned, "parameter_bytes": held}
 
 
 def _pulse(config: TrainerConfig, watched: dict[str, Any] | None) -> Pulse:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from myllm_ray.accelerators.base import StepResult
+from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.accelerators.ddp import DDPAccelerator
+from myllm_ray.accelerators.fsdp import FSDPAccelerator
 from myllm_ray.accelerators.single import SingleGPUAccelerator
 from myllm_ray.common.types import Micro, StepOutput
 from myllm_ray.trainers.sft import SFTTrainer
@@ -54,6 +55,13 @@ class Unclipped(SingleGPUAccelerator):
 
     def clip(self, gradient_clip: float | None) -> float:
         return super().clip(None)
+
+
+class UnshardedReference(FSDPAccelerator):
+    """Shards what it trains, and keeps frozen models whole on every rank."""
+
+    def prepare_frozen(self, model: nn.Module) -> nn.Module:
+        return Accelerator.prepare_frozen(self, model)
 
 
 class NoDropout(SingleGPUAccelerator):

@@ -14,8 +14,8 @@ from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import AcceleratorSection, TrainerConfig
 from myllm_ray.data.tokenizer import tokenizer_section
 from myllm_ray.models.shrink import small_model, without_dropout
-from myllm_ray.verify.compare import TOLERANCE, distances
-from myllm_ray.verify.diagnose import Finding, diagnose
+from myllm_ray.verify.compare import TOLERANCE, distances, held_too_much
+from myllm_ray.verify.diagnose import KINDS, Finding, diagnose
 from myllm_ray.verify.runs import Runner, Variant
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -103,7 +103,11 @@ def _compare(runner: Runner, certificate: Certificate, reference: Variant, varia
         if trace.error:
             certificate.left_out.append((variant, trace.error))
             continue
-        certificate.rows.append((variant, distances(trace, expected)))
+        held = max((sum(held for held, _ in models.values()) for models in trace.parameter_bytes), default=0)
+        certificate.rows.append((variant, {**distances(trace, expected), "bytes_per_rank": float(held)}))
+        if (unsharded := held_too_much(trace)) is not None:
+            certificate.findings.append(Finding(variant, unsharded, "sharding", KINDS["sharding"]))
+            continue
         finding = diagnose(runner, reference, variant, certificate.tolerance, off)
         if finding:
             certificate.findings.append(finding)

@@ -68,3 +68,12 @@ def first_difference(found: Trace, expected: Trace, tolerance: float) -> Differe
 
 def _value(row: dict[str, float], name: str) -> float:
     return float(row.get(name, math.nan if name != "grad_norm" else math.inf))  # a skipped step has no norm
+
+
+def held_too_much(trace: Trace) -> Difference | None:
+    """The first rank that holds more of a model's parameters than its backend's share."""
+    for rank, models in enumerate(trace.parameter_bytes):
+        for name, (held, expected) in models.items():
+            if held > expected:
+                return Difference(0, f"bytes of the parameters of {name} on rank {rank}", float(expected), float(held))
+    return None

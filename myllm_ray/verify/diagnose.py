@@ -21,6 +21,7 @@ KINDS = {
     "clipping": "the weights move as if gradients were not clipped",
     "dropout": "without dropout the runs agree: other random numbers are drawn, or dropout is on in one and off in the other",
     "precision": "everything is off by a little from the first step: something computes in a lower precision",
+    "sharding": "a rank holds more of the model than the backend's share of it: it was not sharded, or in a larger dtype",
     "unknown": "no experiment explains it",
 }
 
@@ -38,7 +39,8 @@ class Finding:
         d = self.difference
         numbers = (f"off by {d.found:.1e} of its largest value" if d.quantity == "weights"
                    else f"{_shown(d.found)} instead of {_shown(d.expected)}")
-        return f"{self.variant}: step {d.step}, {d.quantity} {numbers}: {self.kind}: {self.reason}"
+        when = f"step {d.step}" if d.step else "at the start"
+        return f"{self.variant}: {when}, {d.quantity} {numbers}: {self.kind}: {self.reason}"
 
 
 def _shown(value: float | str) -> str:

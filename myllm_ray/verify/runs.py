@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from myllm_ray.common import distributed
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.load import apply_override, validate
@@ -56,6 +57,8 @@ class Trace:
     folder: Path
     rows: list[dict[str, Any]]
     error: str | None = None
+    parameter_bytes: list[dict[str, tuple[int, int]]] = field(default_factory=list)
+    """By rank: what it held of each model's parameters, and the most that it should have held."""
     _weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     def weights(self, step: int) -> dict[str, Tensor]:
@@ -119,6 +122,7 @@ class Runner:
             return
         hashes = {row["step"]: row["tokens_hash"] for row in read_jsonl(trace.folder / "ledger.jsonl")}
         rows = [row for row in read_jsonl(trace.folder / "metrics.jsonl") if "learning_rate" in row]
+        trace.parameter_bytes = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(trace.folder.glob("bytes-*.json"))]
         trace.rows = [{**row, "tokens_hash": hashes[row["step"]]} for row in rows]
 
 
@@ -148,7 +152,9 @@ def _run(jobs: list[tuple[dict[str, Any], PreparedData]]) -> None:
     for raw, prepared in jobs:
         config = validate(raw)
         try:
-            run_worker(config, prepared)
+            summary = run_worker(config, prepared)
+            path = folder_of(config) / f"bytes-{distributed.rank():05d}.json"
+            path.write_text(json.dumps(summary["parameter_bytes"]), encoding="utf-8")
         except Exception as error:  # one way that does not work is a line of the certificate, not the end of it
             text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             (folder_of(config) / "error.txt").write_text(text, encoding="utf-8")

@@ -93,3 +93,13 @@ def test_public_names() -> None:
     for name in myllm_ray.__all__:
         if name not in ("train", "pretrain_loop", "sft_loop"):  # these need Ray, and are used in tests/ray
             assert getattr(myllm_ray, name) is not None
+
+
+def test_the_tests_for_gpus_can_be_imported_and_are_marked() -> None:
+    """CI has no GPU: it collects and type-checks tests/gpu, and skips what it finds."""
+    import importlib
+
+    tests = importlib.import_module("gpu.test_gpu")
+    assert tests.pytestmark.name == "gpu"
+    assert sum(name.startswith("test_") for name in vars(tests)) > 10
+    assert '"tests/gpu"' in (ROOT / "pyproject.toml").read_text()

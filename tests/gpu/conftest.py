@@ -1,6 +1,6 @@
 """What the tests of this folder share. They need one CUDA device, and are skipped without it.
 
-`MYLLM_RAY_TEST_DEVICE=cpu` runs the same tests on the CPU, but for what only a GPU has: to see that the tests themselves work.
+`TEST_DEVICE=cpu` runs the same tests on the CPU, but for what only a GPU has: to see that the tests themselves work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from spawned import run_all
 
 from myllm_ray.config import TrainerConfig
 
-DEVICE = os.environ.get("MYLLM_RAY_TEST_DEVICE", "cuda")
+DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
 Run = Callable[..., list[dict[str, Any]]]
 

@@ -136,7 +136,7 @@ def test_a_resumed_run_goes_on(train: Run, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["single", "fsdp", "deepspeed-3"])
 def test_a_frozen_model_takes_half_the_memory_in_bf16(name: str) -> None:
-    section = {"name": name.partition("-")[0], "device": DEVICE, "precision": "bf16", **({"stage": 3} if "-" in name else {})}
+    section: dict[str, Any] = {"name": name.partition("-")[0], "device": DEVICE, "precision": "bf16", **({"stage": 3} if "-" in name else {})}
     config = {"accelerator": section, "optimizer": OptimizerSection().model_dump(), "max_steps": 1, "batch": {"micro_size": 1, "global_size": 1}}
 
     def deferred() -> nn.Module:

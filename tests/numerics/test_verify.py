@@ -85,6 +85,18 @@ def test_a_planted_fault_is_named(make_config: MakeConfig, fault: str, kind: str
     assert set(found) == {(kind, step)}
 
 
+def test_an_unsharded_reference_is_named(make_config: MakeConfig) -> None:
+    """Its losses are right; only what a rank holds is not."""
+    config = make_config("dpo.beta=0.5", "data={train: {source: brackets, format: preference}, sequence_length: 32}", "model.config.vocab_size=260",
+                         "accelerator.name=faults:UnshardedReference", trainer="dpo")
+    certificate = verify(config, steps=2, backends=("own", "fsdp"), workers=2)
+    assert {(f.kind, f.variant.backend, f.variant.workers) for f in certificate.findings} == {("sharding", "own", 2)}
+    assert "at the start, bytes of the parameters of reference on rank 0 " in str(certificate.findings[0])
+    held = {(v.backend, v.workers): row["bytes_per_rank"] for v, row in certificate.rows}
+    assert held["fsdp", 2] == pytest.approx(held["fsdp", 1] / 2, rel=0.02)
+    assert held["own", 2] == pytest.approx(0.75 * held["fsdp", 1], rel=0.02)
+
+
 def test_another_order_of_the_data_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches of one row come from the next batch: what a stream does that counts in micro-batches."""
     batches = LocalStream.batches
