@@ -70,7 +70,10 @@ def test_no_trainer_mixes_devices(make_config: MakeConfig, kinds: list[str]) -> 
     failed = on_the_gpu({kind: config.model_dump(mode="json") for kind, config in configs.items()})
     assert failed == {}, "\n".join(failed.values())
     for kind, folder in zip(kinds, run_all(1, [config_of(make_config, kind, "cpu") for kind in kinds]), strict=True):
-        assert comparable(folder) == comparable(folder.parent / f"{kind}-gpu"), kind
+        found, expected = comparable(folder.parent / f"{kind}-gpu"), comparable(folder)
+        assert [row["step"] for row in found] == [row["step"] for row in expected]
+        for row, other in zip(found, expected, strict=True):  # some operations are taken apart on the simulated device
+            assert (row["loss"], row["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-3, abs=1e-4), kind
 
 
 def test_the_simulation_tells_devices_apart() -> None:

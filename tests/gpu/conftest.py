@@ -35,8 +35,9 @@ def train(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> Run:
 
     Without a clock's values; the speed of the last step is printed. `device="cpu"` for a run to compare with.
     """
-    def run(name: str, *overrides: str, device: str = DEVICE) -> list[dict[str, Any]]:
-        config: TrainerConfig = make_config("data.validation=null", "checkpoint.at_end=false", "run.max_steps=4", f"run.name={name}-{device}",
+    def run(name: str, *overrides: str, device: str | None = None) -> list[dict[str, Any]]:
+        name, device = name if device is None else f"{name}-compared", device or DEVICE
+        config: TrainerConfig = make_config("data.validation=null", "checkpoint.at_end=false", "run.max_steps=4", f"run.name={name}",
                                             f"accelerator.device={device}", *overrides)
         folder, = run_all(1, [config])
         with capsys.disabled():
