@@ -7,20 +7,17 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from myllm_ray.common.pretrained import checkpoint_in, tokenizer_folder
+from myllm_ray.common.pretrained import checkpoint_in, pretrained_folder, tokenizer_folder
 
 
 def base_generation_config(name: str | None) -> GenerationConfig | None:
-    """The generation config of a hub id, a folder in Hugging Face format, or a run's folder; None where there is none.
-
-    A hub id is looked for among the files that loading its weights has brought here: call this afterwards.
-    """
+    """The generation config of a hub id, a folder in Hugging Face format, or a run's folder; None where there is none."""
     if name is None:
         return None
     checkpoint = checkpoint_in(name)
     try:
-        folder = name if checkpoint is None else str(tokenizer_folder(checkpoint))
-        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        folder = pretrained_folder(name, "model.name") if checkpoint is None else tokenizer_folder(checkpoint)
+        return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError):
         return None
 

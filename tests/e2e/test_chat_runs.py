@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from e2e.test_cli import call
 from myllm_ray.data.tokenizer import byte_tokenizer
+from myllm_ray.worker import open_trained
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ok"}]}
 
@@ -100,6 +101,10 @@ def test_export_keeps_what_the_base_model_brings(raw: dict[str, Any], capsys: py
     assert again.do_sample
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+    second = {**config, "model": {"name": str(tmp_path / "runs" / "chat")}, "run": {**config["run"], "name": "second"}}
+    assert call(capsys, monkeypatch, "train", write(tmp_path / "second.json", second))[0] == 0
+    opened = open_trained(tmp_path / "runs" / "second")
+    assert (opened.dtype, opened.end_tokens, opened.generation.top_k) == (torch.bfloat16, (256, 259, 257), 20), "over stages, too"
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert reloaded.dtype == torch.bfloat16
     assert reloaded.generation_config.temperature == 0.6
