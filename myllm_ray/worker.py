@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common import distributed
 from myllm_ray.common.allocator import keep_large_blocks
+from myllm_ray.common.determinism import check_determinism, determinism
 from myllm_ray.common.secrets import mask
 from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import BatchStream
@@ -114,6 +115,7 @@ def check_names(config: TrainerConfig) -> None:
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     if not config.scaling.gpus_per_worker:  # else it is for the workers to look: this machine may have no GPU
         accelerator.check()
+    check_determinism(config.model_dump(mode="json"), samples="sampler" in resolve("trainers", config.trainer, "trainer").uses)
     build_callbacks(config)
     SchedulerManager(config=config)
 
@@ -175,6 +177,12 @@ def run_worker(config: TrainerConfig, prepared: PreparedData, stream: BatchStrea
         its end, or None; `rewound`: to go on at once, from the checkpoint before a bad step; `abandoned`: left without saving; `parameter_bytes`: of each model, what
         this rank holds and the most that it should hold.
     """
+    with determinism(config.run.determinism):
+        return _run(config, prepared, stream, callbacks, start, watched, services)
+
+
+def _run(config: TrainerConfig, prepared: PreparedData, stream: BatchStream | None, callbacks: Sequence[Callback] | None, start: Path | None,
+         watched: dict[str, Any] | None, services: Mapping[str, Any] | None) -> dict[str, Any]:
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     accelerator.setup()
     if accelerator.device.type == "cpu":

@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from myllm_ray.accelerators.single import SingleGPUAccelerator as SingleDevice
 from myllm_ray.common.distributed import rank
 from myllm_ray.common.types import Micro, RunState, StepOutput
 from myllm_ray.engine.callbacks import Callback
@@ -181,9 +183,24 @@ class AskDifferently(Callback):
             state.request(self.what[0 if state.is_main else -1], f"test {rank()}")
 
 
+class Putting(SFTTrainer):
+    """Calls an operation that has no deterministic form on any device."""
+
+    def train_step(self, micro: Micro) -> StepOutput:
+        output = super().train_step(micro)
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+        return output
+
+
 class RankMetrics(SFTTrainer):
     """Returns a metric on rank 1 only."""
 
     def train_step(self, micro: Micro) -> StepOutput:
         output = super().train_step(micro)
         return output if rank() == 0 else StepOutput(output.loss_sum, {**output.metrics, "extra": (1.0, 1.0)})
+
+
+class AnyDevice(SingleDevice):
+    """Asks for no device."""
+
+    def check(self) -> None: ...

@@ -254,6 +254,8 @@ class RunSection(Section):
     max_steps: PositiveInt | None = None
     epochs: PositiveInt | None = None
     seed: int = Field(0, ge=0)
+    determinism: Literal["default", "strict"] = Field(
+        "default", description="strict: deterministic algorithms of torch only; without it, runs on CUDA agree within rounding")
     overwrite: bool = Field(False, description="replace an earlier run of the same name")
 
 

@@ -73,8 +73,8 @@ def test_reward_models_drop_by_answer(make_config: MakeConfig, tmp_path: Path, s
         assert other == pytest.approx(whole, rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.promise
+@pytest.mark.timeout(600)
 def test_every_backend_and_number_of_workers(make_config: MakeConfig) -> None:
     expected = curve(run_all(1, [cut(make_config, "reference", 8)])[0])
     for world in (1, 2):
