@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.hostile, pytest.mark.timeout(900)]
 PART = ["tests/unit", "tests/contracts/test_accelerators.py", "tests/contracts/test_backend_options.py", "tests/e2e/test_cli.py",
         "tests/e2e/test_docs.py", "tests/numerics/test_losses.py", "tests/numerics/test_sampling.py"]
 EXPRESSION = "not micro_size and not generation and not hybrid and not options_change and not takes_the_same and not between and " \
-             "not ray_and_sweeps and not preferences_and_rollouts"
+             "not ray_and_sweeps and not preferences_and_rollouts and not readme_commands"
 DROP = ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner,-chown,-sys_admin", "--inh-caps=-all"]
 STRANGER = 65534
 
@@ -124,6 +124,7 @@ def test_the_suite_passes_and_a_run_trains(name: str, place: Path) -> None:
 
     command = [python, str(where / "tests/hostile/product.py"), "train", str(where / "configs/tiny_sft.yaml"), "accelerator.name=ddp",
                "scaling.workers=1", "run.max_steps=3", f"run.storage={place / 'a run'}", "data.train.limit=40"]
+    variables["TEST_CORES"] = str(min(4, int(variables["TEST_CORES"])))  # Ray starts an idle process for each core that is reported
     out = run([*prefix, *command], place, variables, 200)
     assert "done: 3 steps" in out
     rows = read_jsonl(place / "a run" / "tiny-sft" / "metrics.jsonl")
