@@ -199,9 +199,10 @@ class CheckpointManager:
             return None
         scored = []
         for path in self.all():
-            with suppress(CheckpointError):  # a damaged one is nobody's best
-                metrics = read_manifest(path).get("metrics", {})
-                if math.isfinite(value := metrics.get(self.keep_best, math.nan)):
+            # A damaged one is nobody's best, nor one whose metrics are no mapping or whose value is no number.
+            with suppress(CheckpointError, LookupError, TypeError, ValueError, OverflowError):
+                value = float(read_manifest(path)["metrics"][self.keep_best])
+                if math.isfinite(value):
                     scored.append((value, path))
         return min(scored)[1] if scored else None
 

@@ -28,8 +28,8 @@ def norms(folder: str | Path) -> list[float]:
     return [r["grad_norm"] for r in comparable(folder)]
 
 
-FEW = [("fsdp", 4)]
-SEVEN = [("single", 1), ("ddp", 0), ("ddp", 2), ("fsdp", 1), ("accelerate", 4), ("deepspeed", 0), ("deepspeed", 2)]
+FEW = [("fsdp", 2)]
+SEVEN = [("single", 1), ("ddp", 0), ("ddp", 2), ("fsdp", 4), ("accelerate", 4), ("deepspeed", 0), ("deepspeed", 2)]
 ALL = [("single", 1), *((name, workers) for name in ("ddp", "fsdp", "accelerate", "deepspeed") for workers in (0, 1, 2, 4))]
 
 
