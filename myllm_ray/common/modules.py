@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +79,15 @@ def forward_names(module: nn.Module) -> set[str] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return {p.name for p in parameters}
+
+
+def logits_of(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(B, S, V) logits of any model: called with those inputs that its `forward` takes, without a cache."""
+    given: dict[str, Any] = {**inputs, "use_cache": False}
+    accepted = forward_names(getattr(module, "module", module))
+    output = module(**{k: v for k, v in given.items() if accepted is None or k in accepted})
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
 
 
 def adapted_modules(module: nn.Module) -> Iterator[tuple[str, Any]]:

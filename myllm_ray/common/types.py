@@ -95,6 +95,23 @@ class TokenScores(NamedTuple):
     """Where the model was given `sequences` and has routers."""
 
 
+@dataclass(frozen=True)
+class Isolation:
+    """Whether documents that share a row are independent of each other in a model, as `models/isolation.py` found."""
+
+    isolated: bool | None
+    """None: it could not be found out, and has to be treated as no."""
+    reason: str
+    """In words, for a log line."""
+    leak: float = 0.0
+    """By how many nats the log-probability of a token differs from that in a row without other documents, at most."""
+    causal: bool = True
+    """Whether a token is predicted from what precedes it alone: false for models that look ahead, whatever shares the row."""
+
+    def __str__(self) -> str:
+        return self.reason
+
+
 class Samples(NamedTuple):
     """N sampled answers."""
 

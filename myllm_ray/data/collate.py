@@ -13,6 +13,7 @@ from myllm_ray.common.types import IGNORE, Micro
 from myllm_ray.data.packing import Row
 from myllm_ray.data.store import TokenStore
 from myllm_ray.data.tokenize import decode
+from myllm_ray.ops.segments import restarting_positions
 
 
 def build_micro(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def build_micro(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0)
     width = max(8, -(-longest // 8) * 8)
     ids = np.full((len(rows), width), pad_id, np.int32)
     labels = np.full((len(rows), width), IGNORE, np.int32)
-    positions = np.zeros((len(rows), width), np.int32)
+    positions = np.stack([restarting_positions([s.length for s in row], width) for row in rows])
     sources = np.full((len(rows), width), -1, np.int32)
     fingerprint = 0
     for i, row in enumerate(rows):
@@ -42,10 +43,8 @@ def build_micro(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0)
             ids[i, at:end] = tokens
             labels[i, at:end] = np.where(trained, tokens, IGNORE)
             labels[i, at] = IGNORE
-            positions[i, at:end] = np.arange(segment.length)
             sources[i, at:end] = store.source_of(np.asarray([segment.document]))[0]
             at = end
-        positions[i, at:] = np.arange(width - at)
         fingerprint += row_fingerprint(place + i, ids[i, :at], labels[i, :at])
     places = np.arange(place, place + len(rows), dtype=np.int32)[:, None]
     flat = {"input_ids": ids, "labels": labels, "position_ids": positions, "source_ids": sources, "places": places}

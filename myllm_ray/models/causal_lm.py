@@ -29,7 +29,7 @@ class CausalLM(nn.Module):
         self.config = model.config
         head = model.get_output_embeddings()
         changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES)
-        self.fused = isinstance(head, nn.Linear) and head.bias is None and not changed
+        self.fused = isinstance(head, nn.Linear) and head.bias is None and not changed and model.base_model is not model
         """Whether the logits are exactly `hidden @ head.T`, so that the fused head may stand in for the model's own."""
         self.routers = Routers([model.base_model])
         self.router_loss_weight = 0.0

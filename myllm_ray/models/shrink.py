@@ -1,19 +1,47 @@
-"""The same architecture, small: for checks that must take seconds."""
+"""The same architecture, small: for checks that must take seconds.
+
+A small model keeps every kind of layer that the whole one has (full, sliding, linear, convolutional, sparse, ...). What is
+true of the small one, such as which tokens a layer looks at, is then true of the whole one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.models.load import config_of
 
-_SIZES = {
-    "num_hidden_layers": 2, "n_layer": 2, "num_layers": 2, "hidden_size": 64, "n_embd": 64, "d_model": 64,
-    "intermediate_size": 96, "n_inner": 96, "ffn_dim": 96, "d_ff": 96, "moe_intermediate_size": 32, "word_embed_proj_dim": 64,
-    "num_attention_heads": 4, "n_head": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "num_blocks", "num_decoder_layers")
+_LEAST_LAYERS = 2
+_WIDTH, _STATE_WIDTH = 64, 16
+_CAPS: dict[int, tuple[str, ...]] = {
+    _LEAST_LAYERS: ("encoder_layers", "num_encoder_layers", "num_layers_per_stack"),
+    # Width of the residual stream, and of what is inside a layer.
+    _WIDTH: ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "embedding_dim", "dim_model", "lru_width",
+             "emb_dim", "index_topk"),
+    96: ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "dim_ff", "dff", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim",
+         "intermediate_size_mlp", "shared_intermediate_size"),
+    32: ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
+         "shared_experts_intermediate_size", "moe_latent_size", "q_lora_rank", "kv_lora_rank", "o_lora_rank"),
+    16: ("head_dim", "dim_head", "global_head_dim", "v_head_dim", "qk_nope_head_dim", "index_head_dim", "hidden_size_per_layer_input",
+         "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_d_state", "state_size", "ssm_state_size"),
+    8: ("qk_rope_head_dim", "rotary_dim", "time_step_rank", "mamba_dt_rank"),
+    4: ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads",
+        "num_encoder_attention_heads", "linear_num_value_heads", "linear_num_heads",
+        "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"),
+    2: ("num_key_value_heads", "num_global_key_value_heads", "index_n_heads", "linear_num_key_heads", "mamba_n_groups", "n_groups",
+        "mamba_ngroups", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "n_group",
+        "num_expert_group"),
+    1: ("topk_group", "first_k_dense_replace", "num_dense_layers"),
 }
-"""What the sizes of a transformer are called in the configs of transformers, and how small they become at most."""
+"""What the sizes of a transformer are called in the configs of transformers, by how large they are at most in a small one."""
+_SIZES = {name: most for most, names in _CAPS.items() for name in names}
+_STATE_HEADS = {"num_heads": ("head_dim", "expand"), "mamba_num_heads": ("mamba_head_dim", "expand"),
+                "mamba_n_heads": ("mamba_d_head", "mamba_expand")}
+"""Number of state-space heads: (their width, how many times the hidden size all of them have together)."""
+_NESTED = ("text_config", "decoder")
+_NOT_SETTINGS = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config", "vocab_size")
 
 
 def small_model(section: ModelSection) -> ModelSection:
@@ -24,25 +52,106 @@ def small_model(section: ModelSection) -> ModelSection:
     if section.factory:
         return section
     whole = config_of(section)
-    given = dict(section.config or {"model_type": whole.model_type})
+    given = dict(section.config) if section.config is not None else _settings(whole)
     given.pop("vocab_size", None)
-    for key, most in _SIZES.items():
-        value = getattr(whole, key, None)
-        if isinstance(value, int):
-            given[key] = min(value, most)
-    layers = next((given[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if k in given), None)
-    for key, value in whole.to_dict().items():
-        if isinstance(value, list) and layers and key.startswith("layer"):
-            given[key] = _varied(value, layers)
-    if whole.tie_word_embeddings:
+    given.update(small_sizes(whole))
+    if getattr(whole, "tie_word_embeddings", False):
         given["tie_word_embeddings"] = True
     return section.model_copy(update={"name": None, "config": given})
 
 
-def _varied(kinds: list[Any], layers: int) -> list[Any]:
-    """So many entries with as many different kinds among them as fit."""
-    first_of_each = [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]]
-    return (first_of_each + kinds)[:layers]
+def _settings(whole: Any) -> dict[str, Any]:
+    """What the config of a folder or hub model says besides the defaults of its type."""
+    own = {k: v for k, v in whole.to_diff_dict().items() if k not in _NOT_SETTINGS and not k.startswith("_") and hasattr(whole, k)}
+    return {"model_type": whole.model_type, **own}
+
+
+def small_sizes(whole: Any) -> dict[str, Any]:
+    """The settings of a transformers config that make it small, `model_type` and the vocabulary left out."""
+    known = {k: v for k, v in whole.to_dict().items() if v is not None}
+    small = {k: min(v, _SIZES[k]) for k, v in known.items() if k in _SIZES and type(v) is int}
+    small.update(_small_heads(known, small))
+    small.update(_small_layers(known))
+    if any(isinstance(v, list) for v in _leaves(known.get("rope_parameters"))):  # factors for each dimension of a wider head
+        small["rope_parameters"] = _plain_rope(known["rope_parameters"])
+    for name in _NESTED:
+        if hasattr(getattr(whole, name, None), "to_dict"):
+            inner = getattr(whole, name)
+            small[name] = {**_settings(inner), **small_sizes(inner)}
+    return small
+
+
+def _small_heads(known: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of heads that follow from others."""
+    heads: dict[str, Any] = {}
+    if "num_key_value_heads" in small and known["num_key_value_heads"] == known.get("num_attention_heads"):
+        heads["num_key_value_heads"] = small["num_attention_heads"]
+    if "qk_rope_head_dim" in small:  # latent attention: a head has a part that is rotated, and one that is not
+        if known.get("head_dim") == known["qk_rope_head_dim"]:
+            heads["head_dim"] = small["qk_rope_head_dim"]
+        if "qk_head_dim" in known:
+            heads["qk_head_dim"] = small["qk_rope_head_dim"] + small["qk_nope_head_dim"]
+    for number, (width, factor) in _STATE_HEADS.items():
+        if number in known and factor in known:
+            heads[width] = _STATE_WIDTH
+            heads[number] = int(known[factor] * _WIDTH) // _STATE_WIDTH
+            if "mamba_d_ssm" in known:
+                heads["mamba_d_ssm"] = heads[number] * _STATE_WIDTH
+    return heads
+
+
+def _small_layers(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of layers, and all that is listed layer by layer: as few as hold every kind."""
+    names = [k for k in _LAYERS if type(known.get(k)) is int]
+    many = {known[k] for k in names}
+    listed = {k: v for k, v in known.items() if isinstance(v, list) and len(v) in many and not _are_indices(v)}
+    indices = {k: v for k, v in known.items() if isinstance(v, list) and v and k not in listed and _are_indices(v)}
+    pattern = {k: v for k, v in known.items() if "block_type" in k and isinstance(v, list) and k not in listed}
+    shared = bool(known.get("num_kv_shared_layers"))
+    if indices:  # which layers are of a kind is said by their numbers: the first layers, as they are
+        kept = {k: _prefix(v) for k, v in listed.items()}
+    else:
+        kept = {k: _kinds(v) * (1 + shared) for k, v in listed.items()}
+    count = max([_LEAST_LAYERS, *map(len, kept.values()), *map(len, pattern.values()), *(min(v) + 1 for v in indices.values()),
+                 *(known[k.replace("_period", "_offset")] + 1 for k in known if k.endswith("_layer_period"))])
+    count = min(count, *many) if many else count
+    small: dict[str, Any] = dict.fromkeys(names, count)
+    for key, value in listed.items():
+        cut = (value if indices else kept[key] + value)[:count]
+        small[key] = [min(v, _SIZES[key]) for v in cut] if key in _SIZES else cut
+    small.update({k: [i for i in v if i < count] for k, v in indices.items()})
+    if shared:
+        small["num_kv_shared_layers"] = count // 2
+    if "attention_types" in known:  # GPT-Neo: [[[kinds of a few layers], how often]]
+        small["attention_types"] = [[known["attention_types"][0][0], -(-count // len(known["attention_types"][0][0]))]]
+    if "num_attention_heads_per_layer" in small:
+        small["num_attention_heads_per_layer"] = [_SIZES["num_attention_heads"]] * count
+    return small
+
+
+def _are_indices(values: list[Any]) -> bool:
+    """Whether a list names layers by number, rather than what each layer is."""
+    return all(type(v) is int for v in values) and all(a < b for a, b in zip(values, values[1:], strict=False)) and values != [0, 1]
+
+
+def _kinds(values: list[Any]) -> list[Any]:
+    """The first of each kind, in order."""
+    return [kind for i, kind in enumerate(values) if kind not in values[:i]]
+
+
+def _prefix(values: list[Any]) -> list[Any]:
+    """As much of the beginning as has every kind."""
+    return values[: max(values.index(kind) for kind in _kinds(values)) + 1]
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [leaf for v in value.values() for leaf in _leaves(v)] if isinstance(value, Mapping) else [value]
+
+
+def _plain_rope(given: Mapping[str, Any]) -> dict[str, Any]:
+    if any(isinstance(v, Mapping) for v in given.values()):  # by kind of layer
+        return {k: _plain_rope(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+    return {"rope_type": "default", **{k: v for k, v in given.items() if k in ("rope_theta", "partial_rotary_factor")}}
 
 
 def without_dropout(section: ModelSection) -> tuple[ModelSection, bool]:

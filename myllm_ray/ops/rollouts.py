@@ -87,3 +87,11 @@ def packed(micro: Micro) -> tuple[Micro, Tensor]:
         positions[homes[row] : homes[row] + size] = micro["position_ids"][row, :size]
     starts = torch.tensor([homes[row] for row in range(len(sizes))], device=ids.device)
     return {"input_ids": ids.view(-1, width), "position_ids": positions.view(-1, width), "sequences": sequences.view(-1, width)}, starts
+
+
+def packed_answers(micro: Micro) -> tuple[Micro, Scored]:
+    """`packed` training rows, and their answer tokens with `predictors` in them."""
+    scored = answer_tokens(micro)
+    inputs, starts = packed(micro)
+    predictors = starts[scored.rows] + micro["prompt_lengths"][scored.rows, 0] + scored.steps - 1
+    return inputs, scored._replace(predictors=predictors)

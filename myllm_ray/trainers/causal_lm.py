@@ -9,12 +9,10 @@ micro-batch; the engine divides, once, by the denominator summed over micro-batc
 from __future__ import annotations
 
 import math
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from myllm_ray.common.modules import forward_names
+from myllm_ray.common.modules import logits_of
 from myllm_ray.common.types import IGNORE, MetricPairs, Micro, StepOutput, TokenLosses, shifted_targets
 from myllm_ray.ops.cross_entropy import cross_entropy_from_logits
 from myllm_ray.trainers.base import BaseTrainer
@@ -30,17 +28,11 @@ def token_losses(model: nn.Module, micro: Micro, routing: dict[str, Tensor] | No
     Args:
         routing: see `trainers/routing.py`.
     """
-    inner = getattr(model, "module", model)
-    inputs: dict[str, Any] = {k: micro[k] for k in ("input_ids", "position_ids") if k in micro}
-    if getattr(inner, "computes_token_losses", False):
+    inputs: Micro = {k: micro[k] for k in ("input_ids", "position_ids") if k in micro}
+    if getattr(getattr(model, "module", model), "computes_token_losses", False):
         result: TokenLosses = model(labels=micro["labels"], **inputs, **(routing or {}))
         return result
-    inputs["use_cache"] = False
-    accepted = forward_names(inner)
-    if accepted is not None:
-        inputs = {k: v for k, v in inputs.items() if k in accepted}
-    output = model(**inputs)
-    return cross_entropy_from_logits(getattr(output, "logits", output), shifted_targets(micro["labels"]))
+    return cross_entropy_from_logits(logits_of(model, inputs), shifted_targets(micro["labels"]))
 
 
 def token_metrics(losses: TokenLosses, targets: Tensor, sources: Tensor | None, names: list[str],

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from myllm_ray.common.modules import forward_names
+from myllm_ray.common.modules import logits_of
 from myllm_ray.common.types import Batch, Micro, RouterLosses, TokenScores
 from myllm_ray.ops.log_probs import log_probs_from_logits
 from myllm_ray.ops.pairs import Answers, answers, one_answer_per_row, shared_prompt_mask, sum_by
@@ -24,17 +24,12 @@ def score_tokens(model: nn.Module, inputs: Micro, predictors: Tensor, targets: T
         predictors, targets: (T,), see `CausalLM.forward`.
         routing: see `trainers/routing.py`.
     """
-    inner = getattr(model, "module", model)
     inputs = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
-    if getattr(inner, "computes_token_losses", False):
+    if getattr(getattr(model, "module", model), "computes_token_losses", False):
         scores: TokenScores = model(predictors=predictors, targets=targets, temperature=temperature, entropy=entropy, **inputs,
                                     **(routing or {}))
         return scores
-    accepted = forward_names(inner)
-    given: dict[str, Any] = {**inputs, "use_cache": False}
-    output = model(**{k: v for k, v in given.items() if accepted is None or k in accepted})
-    logits = getattr(output, "logits", output).flatten(0, 1)[predictors]
-    return log_probs_from_logits(logits, targets, temperature, entropy)
+    return log_probs_from_logits(logits_of(model, inputs).flatten(0, 1)[predictors], targets, temperature, entropy)
 
 
 class AnswerScores(NamedTuple):

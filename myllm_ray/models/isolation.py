@@ -1,0 +1,229 @@
+"""Whether documents that share a row are independent of each other in a model: tried on a small model of the same kind.
+
+transformers keeps packed documents apart by `position_ids` that restart, but only in attention whose mask it builds itself.
+Linear attention, state spaces, convolutions over tokens and ALiBi look across the boundary. No list of architectures says
+which is which; this probe does, for the config at hand. It runs rows as the trainers do, and every document by itself, and
+compares log-probabilities, gradients of all parameters, and what changes when another document of the row is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from myllm_ray.common.materialize import materialize
+from myllm_ray.common.modules import logits_of
+from myllm_ray.common.types import Isolation, Micro, Samples, TokenScores
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.resolve import load_object
+from myllm_ray.config.schema import ModelSection
+from myllm_ray.models.load import build_deferred, config_of
+from myllm_ray.models.shrink import small_model, without_dropout
+from myllm_ray.ops.log_probs import log_probs_from_logits
+from myllm_ray.ops.rollouts import packed_answers, training_rows
+from myllm_ray.ops.segments import restarting_positions
+
+PROBE_VERSION = 1
+"""Part of the key under which verdicts are cached: raise it when the probe changes."""
+LAYOUTS = ("documents", "rollouts", "padded")
+"""documents: several in a row; rollouts: prompts with their answers, several in a row; padded: one in a row."""
+FACTORY_PARAMETERS = 20_000_000
+"""Models of a factory, which can't be made small, are tried as they are up to this size."""
+DECLARATION = "isolates_packed_documents"
+"""Attribute by which a factory, or the module it gives, says that `position_ids` that restart keep documents apart."""
+
+_SAME = 1e-3
+"""Nats, and shares of the largest gradient, that sums in another order may change in fp32."""
+_MOVED = 1e-2
+"""Nats by which a document must at least react to a change of its own beginning: else the small model shows nothing."""
+_STD = 0.15
+"""Of the weights of the small model: distributions that are nearly flat would hide what they depend on."""
+_VOCABULARY, _WIDTH, _WINDOW = 32, 48, 8
+_ROWS = ((11, 19, 10), (22, 26))
+"""Lengths of the documents in the rows: with padding behind them, and filled. To a model a row of continuous packing, which begins
+within a document, is one like the second: its positions begin at 0 too."""
+_WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention", "attention_chunk_size",
+            "chunk_size", "mamba_chunk_size", "block_size", "index_block_size", "keep_window_size", "index_topk")
+"""Settings that say how far a layer looks: made shorter than the documents."""
+
+
+class _NoTokenizer:
+    """As much of a tokenizer as a model is built with."""
+
+    eos_token_id = bos_token_id = 0
+
+    def __len__(self) -> int:
+        return _VOCABULARY
+
+
+class _Laid(NamedTuple):
+    """Documents as the input of one forward pass: where their targets are predicted, and of which document each is."""
+
+    inputs: Micro
+    predictors: Tensor
+    targets: Tensor
+    document: Tensor
+
+
+def probe_isolation(section: ModelSection, kind: str = "causal_lm", layout: str = "documents") -> Isolation:
+    """Try a layout on a small model of the same kind; a pure function of the section and the code.
+
+    Args:
+        kind: see `build_deferred`.
+        layout: one of `LAYOUTS`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = _small(section, kind)
+            if isinstance(model, Isolation):
+                return model
+            return _compare(model, layout, has_critic=kind.startswith("actor"))
+        except Exception as error:  # an architecture may fail in any way; what can't be tried counts as leaking
+            text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            return Isolation(None, f"it could not be tried on a small model ({' '.join(text.split())[:160]})")
+
+
+def _small(section: ModelSection, kind: str) -> nn.Module | Isolation:
+    if section.factory:
+        return _of_factory(section, kind)
+    small = small_model(section)
+    whole = config_of(small).to_dict()
+    windows = {name: _WINDOW for name in _WINDOWS if type(whole.get(name)) is int and whole[name] > _WINDOW}
+    small = small.model_copy(update={"config": {**(small.config or {}), **windows}, "lora": None})
+    small, _ = without_dropout(small)
+    model = materialize(build_deferred(small, _NoTokenizer(), _WIDTH, 0, kind)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, _STD)
+    return model
+
+
+def _of_factory(section: ModelSection, kind: str) -> nn.Module | Isolation:
+    factory = load_object(section.factory or "", "model.factory")
+    if getattr(factory, DECLARATION, None) is not None:
+        said = bool(getattr(factory, DECLARATION))
+        return Isolation(said, f"its factory says {DECLARATION} = {said}")
+    with torch.device("meta"):
+        skeleton = factory(**section.options)
+    if getattr(skeleton, DECLARATION, None) is not None:
+        said = bool(getattr(skeleton, DECLARATION))
+        return Isolation(said, f"it says {DECLARATION} = {said}")
+    size = sum(p.numel() for p in skeleton.parameters())
+    if size > FACTORY_PARAMETERS:
+        return Isolation(None, f"a factory's model of {size:,} parameters is too large to be tried: give it {DECLARATION} = True if "
+                               "position_ids that restart keep documents apart in it")
+    return build_deferred(section, _NoTokenizer(), _WIDTH, 0, kind).eval()
+
+
+def _compare(model: nn.Module, layout: str, has_critic: bool) -> Isolation:
+    documents = [torch.randint(1, _VOCABULARY, (length,)) for row in _ROWS for length in row]
+    first = [len(d) // 2 if layout == "rollouts" else 1 for d in documents]
+    weights = torch.rand(sum(len(d) - f for d, f in zip(documents, first, strict=True))) + 0.5
+
+    def scores(lay: Any, given: Sequence[Tensor]) -> Tensor:
+        """(targets, 1 or 2): log-probabilities, and values of the critic, document by document."""
+        found = []
+        for laid in lay(given, first):
+            scored = _score(model, laid)
+            columns = [scored.log_probs] + ([scored.values] if has_critic and scored.values is not None else [])
+            found.append((torch.stack(columns, 1), laid.document))
+        order = torch.cat([document for _, document in found]).argsort(stable=True)
+        return torch.cat([s for s, _ in found])[order]
+
+    def gradients(of: Tensor) -> list[Tensor]:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        given = torch.autograd.grad((of * weights[:, None]).sum(), parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, given, strict=True)]
+
+    lay = {"documents": _lay_packed, "rollouts": _lay_rollouts, "padded": _lay_padded}[layout]
+    alone, together = scores(_lay_alone, documents), scores(lay, documents)
+    leak = _largest(alone - together)
+    expected, found = gradients(alone), gradients(together)
+    with torch.no_grad():
+        scale = max(_largest(g) for g in expected)
+        off = max(_largest(a - b) for a, b in zip(expected, found, strict=True)) / max(scale, 1e-12)
+        owner = torch.cat([torch.full((len(d) - f,), n) for n, (d, f) in enumerate(zip(documents, first, strict=True))])
+        for changed in ({0, len(_ROWS[0])}, {len(_ROWS[0]) - 1, len(documents) - 1}):  # the first, and the last, of each row
+            other = [(d + 7) % (_VOCABULARY - 1) + 1 if n in changed else d for n, d in enumerate(documents)]
+            kept = torch.tensor([int(n) not in changed for n in owner])
+            leak = max(leak, _largest((scores(lay, other) - together)[kept]))
+        ahead, reaction = _own_influence(scores, documents, first, owner)
+    if not ahead <= _SAME:
+        return Isolation(False, "a token is predicted from tokens behind it: this is no causal language model", ahead, causal=False)
+    if leak != leak or off != off:
+        return Isolation(None, "the small model gives NaN")
+    if leak > _SAME or off > _SAME:
+        return Isolation(False, f"documents in one row see each other ({leak:.2g} nats in a small model of its kind)"
+                         if layout != "padded" else f"a row's padding changes it ({leak:.2g} nats in a small model of its kind)", leak)
+    if 0 < reaction < _MOVED:
+        return Isolation(None, f"the small model hardly reacts to its input ({reaction:.2g} nats)")
+    return Isolation(True, "documents in one row do not see each other", leak)
+
+
+def _own_influence(scores: Any, documents: list[Tensor], first: list[int], owner: Tensor) -> tuple[float, float]:
+    """By how many nats a document's tokens change with its last token, which none of them may see; and with its first one."""
+    alone = scores(_lay_alone, documents)
+    last = torch.cat([owner[1:] != owner[:-1], torch.tensor([True])])
+    ends = [torch.cat([d[:-1], (d[-1:] + 7) % (_VOCABULARY - 1) + 1]) for d in documents]
+    begins = [torch.cat([(d[:1] + 7) % (_VOCABULARY - 1) + 1, d[1:]]) for d in documents]
+    ahead = _largest((scores(_lay_alone, ends) - alone)[~last])
+    later = torch.cat([torch.arange(f, len(d)) > 1 for d, f in zip(documents, first, strict=True)])
+    return ahead, _largest((scores(_lay_alone, begins) - alone)[later])
+
+
+def _largest(values: Tensor) -> float:
+    """NaN where there is one."""
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+def _score(model: nn.Module, laid: _Laid) -> TokenScores:
+    if getattr(model, "computes_token_losses", False):
+        scores: TokenScores = model(predictors=laid.predictors, targets=laid.targets, **laid.inputs)
+        return scores
+    return log_probs_from_logits(logits_of(model, laid.inputs).flatten(0, 1)[laid.predictors], laid.targets)
+
+
+def _lay(rows: Sequence[Sequence[int]], documents: Sequence[Tensor], first: Sequence[int], width: int) -> _Laid:
+    """Documents in rows as the collator of texts lays them (data/collate.py)."""
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    positions = torch.stack([torch.from_numpy(restarting_positions([len(documents[n]) for n in row], width)).long() for row in rows])
+    predictors, targets, owner = [], [], []
+    for i, row in enumerate(rows):
+        at = 0
+        for n in row:
+            document = documents[n]
+            ids[i, at : at + len(document)] = document
+            predictors.append(torch.arange(first[n] - 1, len(document) - 1) + i * width + at)
+            targets.append(document[first[n] :])
+            owner.append(torch.full((len(document) - first[n],), n))
+            at += len(document)
+    return _Laid({"input_ids": ids, "position_ids": positions}, torch.cat(predictors), torch.cat(targets), torch.cat(owner))
+
+
+def _lay_packed(documents: Sequence[Tensor], first: Sequence[int]) -> list[_Laid]:
+    numbers = iter(range(len(documents)))
+    return [_lay([[next(numbers) for _ in row] for row in _ROWS], documents, first, _WIDTH)]
+
+
+def _lay_padded(documents: Sequence[Tensor], first: Sequence[int]) -> list[_Laid]:
+    return [_lay([[n] for n in range(len(documents))], documents, first, _WIDTH)]
+
+
+def _lay_alone(documents: Sequence[Tensor], first: Sequence[int]) -> list[_Laid]:
+    return [laid._replace(document=torch.full_like(laid.document, n)) for n, d in enumerate(documents)
+            for laid in [_lay([[0]], [d], [first[n]], len(d))]]
+
+
+def _lay_rollouts(documents: Sequence[Tensor], first: Sequence[int]) -> list[_Laid]:
+    """As PPO and GRPO score answers to prompts."""
+    prompts = nn.utils.rnn.pad_sequence([d[:f] for d, f in zip(documents, first, strict=True)], batch_first=True)
+    answers = nn.utils.rnn.pad_sequence([d[f:] for d, f in zip(documents, first, strict=True)], batch_first=True)
+    lengths = torch.tensor([len(d) - f for d, f in zip(documents, first, strict=True)])
+    mask = torch.arange(prompts.shape[1]) < torch.tensor(list(first))[:, None]
+    inputs, scored = packed_answers(training_rows(prompts, mask, Samples(answers, lengths, lengths > 0)))
+    return [_Laid(inputs, scored.predictors, scored.targets, scored.rows)]
