@@ -100,14 +100,14 @@ def data(config: Config, overrides: Overrides = None,
          rows: Annotated[int | None, typer.Option(min=0, help="how many rows to show; default: 2, or all of the step's")] = None) -> None:
     """Show what training will see: documents, lengths, packing, and rows with the loss mask coloured."""
     from myllm_ray.data.inspect import describe, rows_of_step
-    from myllm_ray.data.prepare import prepare
     from myllm_ray.data.tokenizer import open_tokenizer
-    from myllm_ray.worker import absolute
+    from myllm_ray.worker import absolute, prepare_run
 
-    prepared = prepare(absolute(load_config(config, overrides or [])))
+    prepared = prepare_run(absolute(load_config(config, overrides or [])))
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     if step is None:
         _print_report(describe(prepared, tokenizer), prepared.train.plan.packing.size)
+        out.print(Text(f"packing: {prepared.packing}; {prepared.isolation}"))
         _print_rows(prepared.train, prepared.train.plan.rows(0, 0, 2 if rows is None else rows), tokenizer)
         return
     position, batch, fingerprint = rows_of_step(prepared.train, step)
@@ -180,16 +180,19 @@ def verify(config: Config, overrides: Overrides = None,
 
 def _print_certificate(certificate: Any) -> None:
     table = Table(title=f"shrunk: {certificate.shrunk}", title_justify="left")
-    for column in ("backend", "workers", "micro", "loss", "grad norm", "lr", "weights", "kB/rank", ""):
+    for column in ("backend", "workers", "micro", "loss", "grad norm", "lr", "weights", "packing", "kB/rank", ""):
         table.add_column(column, justify="left" if column in ("backend", "") else "right", no_wrap=True)
     bad = {f.variant for f in certificate.findings}
     for variant, apart in certificate.rows:
         shown = [f"{apart[name]:.1e}" for name in ("loss", "grad_norm", "learning_rate", "weights")]
+        shown.append(f"{apart['packing']:.1e}" if "packing" in apart else "–")
         table.add_row(variant.backend, str(variant.workers), str(variant.micro_size), *shown, f"{apart['bytes_per_rank'] / 1000:.0f}",
                       "[red]differs[/red]" if variant in bad else "same")
     out.print(table)
     out.print("(largest relative differences from one process with the whole batch at once; "
-              f"loss and gradient norm may differ by {certificate.tolerance:g}; kB of parameters that the fullest rank holds)")
+              f"loss and gradient norm may differ by {certificate.tolerance:g}; packing: of the first step from the same documents "
+              "each in a row of its own; kB of parameters that the fullest rank holds)")
+    out.print(Text(f"packing: {certificate.packing}"))
     for variant, reason in certificate.left_out:
         out.print(Text(f"left out: {variant}: {reason}", style="dim"))
     for finding in certificate.findings:
@@ -197,18 +200,21 @@ def _print_certificate(certificate: Any) -> None:
     if certificate.holds:
         out.print(f"certified: {len(certificate.rows)} ways to train this config are the same run")
     else:
-        out.print(f"not certified: {len(certificate.findings)} of {len(certificate.rows)} runs differ")
+        differ = sum(finding.kind != "packing" for finding in certificate.findings)
+        out.print(f"not certified: {differ} of {len(certificate.rows)} runs differ"
+                  + ("; packing changes the loss" if differ < len(certificate.findings) else ""))
 
 
 @app.command()
-def doctor() -> None:
-    """Tell which backends, precisions and devices work here, by a training step each, and why the others do not."""
+def doctor(config: Annotated[Path | None, typer.Argument(help="a YAML or JSON file: packing is tried with its model")] = None,
+           overrides: Overrides = None) -> None:
+    """Tell which backends, precisions and devices work here, by a training step each, which models are packed, and why the others are not."""
     from myllm_ray.verify.doctor import examine
 
     table = Table(title_justify="left")
     for column in ("", "works", "why not"):
         table.add_column(column)
-    for line in examine():
+    for line in examine(None if config is None else load_config(config, overrides or [])):
         table.add_row(line.what, "[green]yes[/green]" if line.works else "[red]no[/red]", Text(line.detail))
     out.print(table)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from myllm_ray.common.pretrained import checkpoint_in, tokenizer_folder
-from myllm_ray.common.types import Reward, RolloutPool
+from myllm_ray.common.types import Isolation, Reward, RolloutPool
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
@@ -25,6 +25,7 @@ from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.engine.checkpoint import read_manifest
 from myllm_ray.models.generate import HFSampler
 from myllm_ray.models.generation_config import base_generation_config, ends_of
+from myllm_ray.models.isolation import find_isolation
 from myllm_ray.models.load import build_deferred, build_skeleton, config_of
 from myllm_ray.models.sharing import shares_prompts
 from myllm_ray.models.shrink import without_dropout
@@ -57,6 +58,38 @@ def model_section(config: TrainerConfig) -> ModelSection:
 def stop_tokens(section: ModelSection, tokenizer: Any) -> tuple[int, ...]:
     """The ids that end an answer of a model: of the tokenizer, its chat template, and the generation config that the model began with."""
     return end_tokens(tokenizer, ends_of(base_generation_config(section.name)))
+
+
+def isolation_of(config: TrainerConfig) -> Isolation:
+    """Whether the documents, or answers, that the config's trainer puts in one row are independent in the config's model.
+
+    Raises:
+        ConfigError: not even one document a row is computed as it should be, or `data.packing: required` can't be kept.
+    """
+    cls: type[BaseTrainer] = resolve("trainers", config.trainer, "trainer")
+    section, cache = model_section(config), Path(config.data.cache or Path(config.run.storage) / ".data")
+    if config.data.packing == "required" and cls.layout == "padded":
+        raise ConfigError(f"data.packing: required: trainer {config.trainer} has one record a row; leave data.packing out")
+    if cls.layout != "padded" and config.data.packing:
+        kind = kind_of_model(config) if cls.layout == "rollouts" else "causal_lm"
+        asked = [(section, kind), *((s, "causal_lm") for s in _other_policies(config, cls))]
+        found = [find_isolation(s, kind, cls.layout, cache) for s, kind in asked]
+        verdict = next((v for v in found if v.isolated is not True), found[0])
+        if verdict.isolated:
+            return verdict
+        if config.data.packing == "required":
+            raise ConfigError(f"data.packing: required, but {verdict}; with data.packing: true each has a row of its own")
+    alone = find_isolation(section, "causal_lm", "padded", cache)
+    if alone.isolated is False:
+        hint = "; models with an encoder's attention need model.config.is_decoder: true" if not alone.causal else ""
+        raise ConfigError(f"model: {alone}, so it can't be trained to predict the next token{hint}")
+    return verdict if cls.layout != "padded" and config.data.packing else alone
+
+
+def _other_policies(config: TrainerConfig, cls: type[BaseTrainer]) -> list[ModelSection]:
+    """Models besides the trained one that score packed answers."""
+    name = getattr(knobs_of(config), "reference_model", None) if cls.layout == "rollouts" else None
+    return [] if name is None else [ModelSection(name=name, attention=config.model.attention)]
 
 
 def check_roles(config: TrainerConfig, kind: str) -> None:
@@ -143,6 +176,7 @@ def roles_of(config: TrainerConfig, tokenizer: Any, prepared: PreparedData, serv
         "shared_prompt": build.shared_prompt, "reference": build.reference, "reference_table": build.reference_table,
         "validation_table": build.validation_table,
         "reward_model": build.reward_model, "rewards": lambda: [_reward(r, services or {}) for r in getattr(knobs, "reward", [])],
+        "packs_rows": lambda: prepared.packs_answers,
         "pool": lambda: _pool(config, services or {}), "max_lag": lambda: getattr(config, "rollout", RolloutSection()).max_lag,
         "sampler": lambda: HFSampler(tokenizer, getattr(config, "rollout", RolloutSection()), stop_tokens(config.model, tokenizer)),
         "columns": lambda: partial(_reward_fields, prepared.train.plan.store),

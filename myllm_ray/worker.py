@@ -9,7 +9,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
 from myllm_ray.data.chat_template import end_tokens
 from myllm_ray.data.inspect import end_warnings
-from myllm_ray.data.prepare import PreparedData, prepare
+from myllm_ray.data.prepare import MapUnits, PreparedData, prepare
+from myllm_ray.data.records import PROMPTS, TOKENS
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.data.targets import check_targets, target_warnings
 from myllm_ray.data.tokenizer import bytes_per_token, has_own_template, open_tokenizer, tokenizer_section, trained_template
@@ -46,7 +47,7 @@ from myllm_ray.engine.watch import Watch
 from myllm_ray.models.export import dtype_of_base
 from myllm_ray.models.generation_config import base_generation_config, ends_of, trained_generation_config
 from myllm_ray.models.load import build_deferred, build_model, build_skeleton, config_of, save_architecture
-from myllm_ray.roles import check_frozen, check_roles, check_routers, kind_of_model, knobs_of, model_section, roles_of
+from myllm_ray.roles import check_frozen, check_roles, check_routers, isolation_of, kind_of_model, knobs_of, model_section, roles_of
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.causal_lm import CausalLMTrainer
 
@@ -93,7 +94,7 @@ def run_local(config: TrainerConfig, callbacks: Sequence[Callback] | None = None
     config = absolute(config)
     check_names(config)
     torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
-    prepared = prepare(config)
+    prepared = prepare_run(config)
     check_model(config, prepared)
     warn_of_data(prepared)
     claim(config, prepared.identity)
@@ -118,6 +119,21 @@ def check_names(config: TrainerConfig) -> None:
     check_determinism(config.model_dump(mode="json"), samples="sampler" in resolve("trainers", config.trainer, "trainer").uses)
     build_callbacks(config)
     SchedulerManager(config=config)
+
+
+def prepare_run(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
+    """The config's data, in rows that its model keeps apart; a log line says what shares a row.
+
+    Raises:
+        DataError, ConfigError: see `prepare` and `roles.isolation_of`.
+    """
+    isolation = isolation_of(config)
+    prepared = prepare(config, map_units, isolation)
+    if config.data.packing and not isolation.isolated and prepared.train.plan.store.kind in (TOKENS, PROMPTS):
+        log.warning("data.packing: %s, since %s; packing: false asks for that and ends this line", prepared.packing, isolation)
+    else:
+        log.info("packing: %s; %s", prepared.packing, isolation)
+    return prepared
 
 
 def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
@@ -202,7 +218,8 @@ def _run(config: TrainerConfig, prepared: PreparedData, stream: BatchStream | No
         trainer, accelerator, optimizers, schedulers, checkpoints,
         callbacks=build_callbacks(config) if callbacks is None else callbacks, config=config, stream=stream,
         validation=validation, folder=str(folder), constants=data_counts(prepared), pulse=pulse,
-        manifest={"identity": prepared.identity, "weights": starting_weights(config), "config": mask(config.model_dump(mode="json"))})
+        manifest={"identity": prepared.identity, "isolation": prepared.isolation and asdict(prepared.isolation),
+                  "weights": starting_weights(config), "config": mask(config.model_dump(mode="json"))})
     if distributed.is_main():
         save_architecture(model, config.model, folder / "model")
         save_tokenizer(config, prepared, tokenizer, folder / "tokenizer")

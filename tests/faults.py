@@ -79,3 +79,10 @@ class Broken(SingleGPUAccelerator):
 
     def backward(self, loss: Tensor) -> None:
         raise ZeroDivisionError("planted")
+
+
+class Forgetful(SFTTrainer):
+    """Calls the model without the positions that say where documents begin."""
+
+    def train_step(self, micro: Micro) -> StepOutput:
+        return super().train_step({name: value for name, value in micro.items() if name != "position_ids"})

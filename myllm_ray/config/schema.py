@@ -109,7 +109,9 @@ class DataSection(Section):
     train: SourceSection | list[SourceSection]
     validation: ValidationSection | None = None
     sequence_length: int = Field(1024, ge=2, description="tokens in a row")
-    packing: bool = Field(True, description="put several documents in one row; none attends to another")
+    packing: bool | Literal["required"] = Field(
+        True, description="put several documents in one row; none attends to another. Where the model does not keep them apart, "
+                          "true has one document a row, and required is an error")
     shuffle: Literal["full", "window", "none"] = Field("full", description="order of documents, by seed and epoch")
     shuffle_window: PositiveInt = Field(65536, description="for `window`: documents shuffled together")
     overflow: Literal["truncate", "split", "error"] | None = Field(

@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from myllm_ray.common.types import Isolation
 from myllm_ray.config.errors import DataError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import SourceSection, TrainerConfig
@@ -27,7 +28,7 @@ from myllm_ray.data.chat_template import ChatTemplate
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
 from myllm_ray.data.order import Order
 from myllm_ray.data.plan import Packing, RowPlan
-from myllm_ray.data.records import TOKENS, Room
+from myllm_ray.data.records import PROMPTS, TOKENS, Room
 from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import FORMAT_VERSION, TokenStore, write_store
 from myllm_ray.data.stream import StreamSpec
@@ -62,16 +63,32 @@ class PreparedData:
     skipped: int
     notes: tuple[str, ...] = ()
     """What a user should know about how the data became tokens, one line each."""
+    isolation: Isolation | None = None
+    """Whether the model keeps the documents of a row apart; None: not asked, rows are as the config says."""
+    packs_answers: bool = True
+    """Whether trainers that sample put several answers in one row."""
+
+    @property
+    def packing(self) -> str:
+        """What shares a row, in words."""
+        kind = self.train.plan.packing.kind
+        if self.train.plan.store.kind == PROMPTS:
+            return "several answers a row" if self.packs_answers else "one answer a row"
+        return {"record": "one record a row", "none": "one document a row"}.get(kind, f"several documents a row ({kind})")
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must not change when a run goes on: the tokens and the order of rows."""
         return {"tokens": self.train.plan.store.content_hash, "rows": self.train.plan.key,
-                "batch.global_size": self.train.global_size}
+                "batch.global_size": self.train.global_size, "packing": self.packing}
 
 
-def prepare(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
+def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolation | None = None) -> PreparedData:
     """Tokenise what is not yet in the cache, and lay the streams over it.
+
+    Args:
+        isolation: whether the model keeps the documents of a row apart (`roles.isolation_of`): if not, each has a row of its own.
+            None: rows are as the config says.
 
     Raises:
         DataError, ConfigError: as the parts below it do; nothing half-written stays behind.
@@ -89,7 +106,7 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
     order = Order(config.run.seed, data.shuffle, data.shuffle_window, weights, share)
 
     def spec(store: TokenStore, order: Order) -> StreamSpec:
-        plan = RowPlan(store, order, packing_of(config) if store.kind == TOKENS else Packing("record", config.data.sequence_length))
+        plan = RowPlan(store, order, packing_of(config, isolation) if store.kind == TOKENS else Packing("record", config.data.sequence_length))
         return StreamSpec(plan, config.batch.global_size, config.batch.micro_size, pad_id)
 
     validation = None
@@ -99,7 +116,8 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
     elif share:
         validation = spec(train, Order(config.run.seed, "none", held_out=share, validation=True))
     prepared = PreparedData(spec(train, order), validation, str(tokenizer_folder),
-                            sum(s["skipped"] for s in train.meta["sources"]), tuple(_notes(config, tokenizer, train)))
+                            sum(s["skipped"] for s in train.meta["sources"]), tuple(_notes(config, tokenizer, train)), isolation,
+                            packs(config, isolation))
     for stream in filter(None, (prepared.train, prepared.validation)):
         stream.plan.rows_in_epoch(0)  # written before workers start, so that they find it, and errors come early
     return prepared
@@ -123,11 +141,17 @@ def _notes(config: TrainerConfig, tokenizer: Any, store: TokenStore) -> Iterator
                "as often as it is in the data")
 
 
-def packing_of(config: TrainerConfig) -> Packing:
-    """Continuous for text that is trained on whole; best-fit, which never cuts a document, for everything else."""
+def packs(config: TrainerConfig, isolation: Isolation | None) -> bool:
+    """Whether several documents, or answers, share a row: where the config asks for it and the model keeps them apart."""
+    return bool(config.data.packing) and (isolation is None or isolation.isolated is True)
+
+
+def packing_of(config: TrainerConfig, isolation: Isolation | None = None) -> Packing:
+    """Continuous for text that is trained on whole; best-fit, which never cuts a document, for everything else; none where
+    `packs` says no."""
     whole_text = config.trainer == "pretrain"
     overflow = config.data.overflow or ("split" if whole_text else "truncate")
-    kind = "none" if not config.data.packing else "continuous" if whole_text and overflow == "split" else "best_fit"
+    kind = "none" if not packs(config, isolation) else "continuous" if whole_text and overflow == "split" else "best_fit"
     return Packing(kind, config.data.sequence_length, overflow)
 
 

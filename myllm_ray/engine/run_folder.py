@@ -71,7 +71,8 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
     pulse.remove(folder)  # what processes that were killed left behind
     write_atomic(folder / "config.yaml", to_yaml(mask(config.model_dump(mode="json"))))
     write_json(folder / "environment.json", {**versions(), "platform": platform.platform(),
-                                             "command": [mask_text(word) for word in sys.argv], "cpus": os.cpu_count()})
+                                             "command": [mask_text(word) for word in sys.argv], "cpus": os.cpu_count(),
+                                             "packing": identity.get("packing")})
 
 
 def _refuse_two_at_once(folder: Path) -> None:
@@ -112,9 +113,10 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
     if then["run"]["seed"] != config.run.seed:
         raise CheckpointError(f"can't go on from {checkpoint}: run.seed was {then['run']['seed']}, now it is {config.run.seed}")
     for key, what in (("tokens", "the data itself (files, format or tokenizer)"), ("batch.global_size", "batch.global_size"),
-                      ("rows", "the order or packing of the data")):
-        if saved["identity"][key] != identity[key]:
-            change = _first_change("data", then.get("data"), now["data"]) or what
+                      ("packing", "what shares a row"), ("rows", "the order or packing of the data")):
+        before = saved["identity"].get(key, identity[key])  # checkpoints of versions before lack `packing`
+        if before != identity[key]:
+            change = _first_change("data", then.get("data"), now["data"]) or (f"{before}, now {identity[key]}" if key == "packing" else what)
             raise CheckpointError(f"can't go on from {checkpoint}: {what} has changed ({change}), so its place in the data "
                                   "means nothing any more; undo the change, or start a new run (run.name)")
 

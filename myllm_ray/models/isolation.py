@@ -8,12 +8,21 @@ compares log-probabilities, gradients of all parameters, and what changes when a
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import re
+import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 
+from myllm_ray.common.files import write_json
 from myllm_ray.common.materialize import materialize
 from myllm_ray.common.modules import logits_of
 from myllm_ray.common.types import Isolation, Micro, Samples, TokenScores
@@ -25,6 +34,8 @@ from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.ops.log_probs import log_probs_from_logits
 from myllm_ray.ops.rollouts import packed_answers, training_rows
 from myllm_ray.ops.segments import restarting_positions
+
+log = logging.getLogger(__name__)
 
 PROBE_VERSION = 1
 """Part of the key under which verdicts are cached: raise it when the probe changes."""
@@ -68,6 +79,37 @@ class _Laid(NamedTuple):
     document: Tensor
 
 
+def find_isolation(section: ModelSection, kind: str, layout: str, cache: Path) -> Isolation:
+    """`probe_isolation`, kept in a file of the data cache: a run, its restarts and the trials of a sweep ask once.
+
+    The key is the small config, the versions of torch and transformers, and that of the probe. A factory's code may change under
+    the same name, so its model is tried each time.
+
+    Raises:
+        ConfigError: the section names a model that can't be found.
+    """
+    if section.factory:
+        return probe_isolation(section, kind, layout)
+    try:
+        small = small_model(section).model_dump(mode="json")
+    except ConfigError:
+        raise
+    except Exception as error:  # a config that makes no model; whoever builds it says what is wrong
+        return _untried(error)
+    described = [PROBE_VERSION, torch.__version__, transformers.__version__, kind, layout, small]
+    path = cache / f"isolation-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}.json"
+    try:
+        return Isolation(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        found = probe_isolation(section, kind, layout)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(found))
+    except OSError as error:
+        log.debug("%s can't be written: %s", path, error)
+    return found
+
+
 def probe_isolation(section: ModelSection, kind: str = "causal_lm", layout: str = "documents") -> Isolation:
     """Try a layout on a small model of the same kind; a pure function of the section and the code.
 
@@ -75,7 +117,8 @@ def probe_isolation(section: ModelSection, kind: str = "causal_lm", layout: str 
         kind: see `build_deferred`.
         layout: one of `LAYOUTS`.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sizes and settings of the small model
         torch.manual_seed(0)
         try:
             model = _small(section, kind)
@@ -83,24 +126,31 @@ def probe_isolation(section: ModelSection, kind: str = "causal_lm", layout: str 
                 return model
             return _compare(model, layout, has_critic=kind.startswith("actor"))
         except Exception as error:  # an architecture may fail in any way; what can't be tried counts as leaking
-            text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-            return Isolation(None, f"it could not be tried on a small model ({' '.join(text.split())[:160]})")
+            return _untried(error)
+
+
+def _untried(error: Exception) -> Isolation:
+    text = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    return Isolation(None, f"it could not be tried on a small model ({' '.join(text.split())[:300]})")
 
 
 def _small(section: ModelSection, kind: str) -> nn.Module | Isolation:
     if section.factory:
         return _of_factory(section, kind)
-    small = small_model(section)
-    whole = config_of(small).to_dict()
-    windows = {name: _WINDOW for name in _WINDOWS if type(whole.get(name)) is int and whole[name] > _WINDOW}
-    small = small.model_copy(update={"config": {**(small.config or {}), **windows}, "lora": None})
-    small, _ = without_dropout(small)
-    model = materialize(build_deferred(small, _NoTokenizer(), _WIDTH, 0, kind)).eval()
+    model = materialize(build_deferred(_small_section(section), _NoTokenizer(), _WIDTH, 0, kind)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, _STD)
     return model
+
+
+def _small_section(section: ModelSection) -> ModelSection:
+    """Small, with windows shorter than the documents, without dropout and adapters."""
+    small = small_model(section)
+    whole = config_of(small).to_dict()
+    windows = {name: _WINDOW for name in _WINDOWS if type(whole.get(name)) is int and whole[name] > _WINDOW}
+    return without_dropout(small.model_copy(update={"config": {**(small.config or {}), **windows}, "lora": None}))[0]
 
 
 def _of_factory(section: ModelSection, kind: str) -> nn.Module | Isolation:
@@ -158,8 +208,10 @@ def _compare(model: nn.Module, layout: str, has_critic: bool) -> Isolation:
     if leak != leak or off != off:
         return Isolation(None, "the small model gives NaN")
     if leak > _SAME or off > _SAME:
-        return Isolation(False, f"documents in one row see each other ({leak:.2g} nats in a small model of its kind)"
-                         if layout != "padded" else f"a row's padding changes it ({leak:.2g} nats in a small model of its kind)", leak)
+        size = f"{leak:.2g} nats in a small model of its kind" if leak > _SAME else f"{off:.2g} of the gradient in a small model of its kind"
+        if layout == "padded":
+            return Isolation(False, f"the padding of a row changes what is computed of its document ({size})", leak)
+        return Isolation(False, f"documents in one row see each other ({size}){_missing_kernels(model)}", leak)
     if 0 < reaction < _MOVED:
         return Isolation(None, f"the small model hardly reacts to its input ({reaction:.2g} nats)")
     return Isolation(True, "documents in one row do not see each other", leak)
@@ -176,9 +228,27 @@ def _own_influence(scores: Any, documents: list[Tensor], first: list[int], owner
     return ahead, _largest((scores(_lay_alone, begins) - alone)[later])
 
 
+def _missing_kernels(model: nn.Module) -> str:
+    """Packages with which the architecture would keep documents apart by `seq_idx` or `cu_seq_lens_q`: CUDA kernels, which
+    transformers names in its refusal to compute without them."""
+    base: Any = getattr(getattr(model, "model", None), "base_model", None)
+    ids = torch.ones(1, 8, dtype=torch.long)
+    bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
+    forms = ({"seq_idx": torch.tensor([[0] * 4 + [1] * 4], dtype=torch.int32)},
+             {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 4, "max_length_k": 4})
+    missing = []
+    for form in forms if base is not None else ():
+        try:
+            base(input_ids=ids, use_cache=False, **form)
+        except Exception as error:
+            missing += re.findall(r"can't keep packed sequences apart without `([^`]+)`", str(error))
+    names = " and ".join(dict.fromkeys(missing))
+    return f"; sequence boundaries keep them apart only in the CUDA kernels of {names}, which are not supported" if names else ""
+
+
 def _largest(values: Tensor) -> float:
     """NaN where there is one."""
-    return float(values.abs().max()) if values.numel() else 0.0
+    return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
 def _score(model: nn.Module, laid: _Laid) -> TokenScores:

@@ -7,6 +7,7 @@ true of the small one, such as which tokens a layer looks at, is then true of th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from myllm_ray.config.schema import ModelSection
@@ -24,13 +25,14 @@ _CAPS: dict[int, tuple[str, ...]] = {
          "intermediate_size_mlp", "shared_intermediate_size"),
     32: ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
          "shared_experts_intermediate_size", "moe_latent_size", "q_lora_rank", "kv_lora_rank", "o_lora_rank"),
-    16: ("head_dim", "dim_head", "global_head_dim", "v_head_dim", "qk_nope_head_dim", "index_head_dim", "hidden_size_per_layer_input",
+    # Many heads of an indexer: few would give many keys the same score, 0, and the choice among them would be by chance.
+    16: ("index_n_heads", "head_dim", "dim_head", "global_head_dim", "v_head_dim", "qk_nope_head_dim", "index_head_dim", "hidden_size_per_layer_input",
          "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_d_state", "state_size", "ssm_state_size"),
     8: ("qk_rope_head_dim", "rotary_dim", "time_step_rank", "mamba_dt_rank"),
     4: ("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads", "encoder_attention_heads", "num_decoder_attention_heads",
         "num_encoder_attention_heads", "linear_num_value_heads", "linear_num_heads",
         "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"),
-    2: ("num_key_value_heads", "num_global_key_value_heads", "index_n_heads", "linear_num_key_heads", "mamba_n_groups", "n_groups",
+    2: ("num_key_value_heads", "num_global_key_value_heads", "linear_num_key_heads", "mamba_n_groups", "n_groups",
         "mamba_ngroups", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "n_group",
         "num_expert_group"),
     1: ("topk_group", "first_k_dense_replace", "num_dense_layers"),
@@ -68,8 +70,8 @@ def _settings(whole: Any) -> dict[str, Any]:
 
 def small_sizes(whole: Any) -> dict[str, Any]:
     """The settings of a transformers config that make it small, `model_type` and the vocabulary left out."""
-    known = {k: v for k, v in whole.to_dict().items() if v is not None}
-    small = {k: min(v, _SIZES[k]) for k, v in known.items() if k in _SIZES and type(v) is int}
+    known = {k: v for k, v in whole.to_dict().items() if v is not None and _is_plain(whole, k)}
+    small: dict[str, Any] = {k: min(v, _SIZES[k]) for k, v in known.items() if k in _SIZES and type(v) is int}
     small.update(_small_heads(known, small))
     small.update(_small_layers(known))
     if any(isinstance(v, list) for v in _leaves(known.get("rope_parameters"))):  # factors for each dimension of a wider head
@@ -79,6 +81,14 @@ def small_sizes(whole: Any) -> dict[str, Any]:
             inner = getattr(whole, name)
             small[name] = {**_settings(inner), **small_sizes(inner)}
     return small
+
+
+def _is_plain(whole: Any, key: str) -> bool:
+    """Whether a setting has one value, rather than one for each layer that only `per_layer_config` tells."""
+    try:
+        return hasattr(whole, key)
+    except Exception:  # transformers' AmbiguousGlobalPerLayerAttributeError is no AttributeError
+        return False
 
 
 def _small_heads(known: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,10 +118,8 @@ def _small_layers(known: Mapping[str, Any]) -> dict[str, Any]:
     indices = {k: v for k, v in known.items() if isinstance(v, list) and v and k not in listed and _are_indices(v)}
     pattern = {k: v for k, v in known.items() if "block_type" in k and isinstance(v, list) and k not in listed}
     shared = bool(known.get("num_kv_shared_layers"))
-    if indices:  # which layers are of a kind is said by their numbers: the first layers, as they are
-        kept = {k: _prefix(v) for k, v in listed.items()}
-    else:
-        kept = {k: _kinds(v) * (1 + shared) for k, v in listed.items()}
+    # Where numbers say which layers are of a kind, the first layers are kept as they are; else one of each kind.
+    kept = {k: _prefix(v) if indices else _kinds(v) * (1 + shared) for k, v in listed.items()}
     count = max([_LEAST_LAYERS, *map(len, kept.values()), *map(len, pattern.values()), *(min(v) + 1 for v in indices.values()),
                  *(known[k.replace("_period", "_offset")] + 1 for k in known if k.endswith("_layer_period"))])
     count = min(count, *many) if many else count
@@ -131,7 +139,7 @@ def _small_layers(known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _are_indices(values: list[Any]) -> bool:
     """Whether a list names layers by number, rather than what each layer is."""
-    return all(type(v) is int for v in values) and all(a < b for a, b in zip(values, values[1:], strict=False)) and values != [0, 1]
+    return all(type(v) is int for v in values) and all(a < b for a, b in pairwise(values)) and values != [0, 1]
 
 
 def _kinds(values: list[Any]) -> list[Any]:

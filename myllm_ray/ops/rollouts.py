@@ -95,3 +95,10 @@ def packed_answers(micro: Micro) -> tuple[Micro, Scored]:
     inputs, starts = packed(micro)
     predictors = starts[scored.rows] + micro["prompt_lengths"][scored.rows, 0] + scored.steps - 1
     return inputs, scored._replace(predictors=predictors)
+
+
+def padded_answers(micro: Micro) -> tuple[Micro, Scored]:
+    """Training rows as they are, one answer in each, with `sequences` as in `packed`; and their answer tokens."""
+    rows = torch.arange(len(micro["input_ids"]), device=micro["input_ids"].device)[:, None]
+    filled = torch.arange(micro["input_ids"].shape[1], device=rows.device) < micro["prompt_lengths"] + micro["lengths"]
+    return {**micro, "sequences": torch.where(filled, rows, -1)}, answer_tokens(micro)

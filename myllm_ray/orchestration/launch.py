@@ -83,14 +83,13 @@ def make_ready(config: TrainerConfig, map_units: Any = map) -> tuple[TrainerConf
     Returns:
         The config with absolute paths, and its data.
     """
-    from myllm_ray.data.prepare import prepare
     from myllm_ray.engine.run_folder import claim
     from myllm_ray.orchestration.failures import clearly
-    from myllm_ray.worker import absolute, check_model, check_names, warn_of_data
+    from myllm_ray.worker import absolute, check_model, check_names, prepare_run, warn_of_data
 
     config = absolute(config)
     check_names(config)
-    prepared: PreparedData = clearly(lambda: prepare(config, map_units))
+    prepared: PreparedData = clearly(lambda: prepare_run(config, map_units))
     check_model(config, prepared)
     warn_of_data(prepared)
     claim(config, prepared.identity)

@@ -77,13 +77,15 @@ def _prepare_alone(config: TrainerConfig) -> PreparedData:
     from myllm_ray.common import distributed
     from myllm_ray.data.prepare import prepare
     from myllm_ray.engine.run_folder import claim
-    from myllm_ray.worker import check_model, check_names
+    from myllm_ray.worker import check_model, check_names, prepare_run
 
     problem: Exception | None = None
+    isolation = None
     if distributed.is_main():
         try:
             check_names(config)
-            prepared = prepare(config)
+            prepared = prepare_run(config)
+            isolation = prepared.isolation
             check_model(config, prepared)
             claim(config, prepared.identity)
         except Exception as error:  # told on every rank, or the others would wait for ever
@@ -91,7 +93,7 @@ def _prepare_alone(config: TrainerConfig) -> PreparedData:
     problem = distributed.from_main(problem)
     if problem is not None:
         raise problem
-    return prepare(config)
+    return prepare(config, isolation=distributed.from_main(isolation))  # decided once, by rank 0
 
 
 def pretrain_loop(config: Mapping[str, Any]) -> dict[str, Any]:

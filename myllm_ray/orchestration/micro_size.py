@@ -121,12 +121,11 @@ def _free_memory() -> int:
 def _try(raw: dict[str, Any], size: int, folder: str) -> None:
     """Two steps of `size` rows with the longest of the data among them."""
     from myllm_ray.data.plan import RowPlan
-    from myllm_ray.data.prepare import prepare
     from myllm_ray.data.records import TOKENS
     from myllm_ray.data.stream import LocalStream, make_batch
     from myllm_ray.data.targets import check_targets, count_targets
     from myllm_ray.engine.run_folder import claim
-    from myllm_ray.worker import absolute, run_worker
+    from myllm_ray.worker import absolute, prepare_run, run_worker
 
     class Longest(RowPlan):
         """The longest row with its neighbours, as the first rows of each batch."""
@@ -156,7 +155,7 @@ def _try(raw: dict[str, Any], size: int, folder: str) -> None:
     config.run.storage, config.run.max_steps, config.run.epochs = folder, _STEPS * config.steps_per_batch, None
     config.checkpoint.every_steps, config.checkpoint.at_end, config.checkpoint.resume, config.checkpoint.mirror = None, False, "never", None
     config.evaluation.every_steps, config.callbacks = None, []
-    prepared = prepare(config)
+    prepared = prepare_run(config)
     check_targets(prepared.train, "data.train", 2**40, each=False)
     claim(config, prepared.identity)
     prepared.validation = None

@@ -34,6 +34,8 @@ class BaseTrainer(ABC):
     """Why a global batch may have the weight 0, which is an error otherwise; its gradient is zero."""
     trains_routers: ClassVar[bool] = False
     """Whether the loss has the term that balances the experts of a mixture-of-experts model (`trainers/routing.py`)."""
+    layout: ClassVar[str] = "documents"
+    """What it puts in a row (models/isolation.py): documents, or rollouts, several; padded: one, with padding behind it."""
     steps_per_batch = 1
     """Optimizer steps that `expand` makes of a global batch."""
 

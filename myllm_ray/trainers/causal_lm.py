@@ -9,6 +9,7 @@ micro-batch; the engine divides, once, by the denominator summed over micro-batc
 from __future__ import annotations
 
 import math
+
 import torch
 from torch import Tensor, nn
 

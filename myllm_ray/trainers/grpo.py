@@ -88,12 +88,12 @@ class GRPOTrainer(OnlineTrainer):
     def __init__(self, model: nn.Module, dataset: Any = None, *, sampler: Sampler, rewards: list[Reward],
                  knobs: GRPOKnobs | None = None, columns: Any = None, reference: nn.Module | None = None, seed: int = 0,
                  micro_size: int | None = None, pool: RolloutPool | None = None, max_lag: int = 1,
-                 validation_columns: Any = None, bytes_per_token: Any = None, sources: Any = (), **options: Any):
+                 validation_columns: Any = None, packs_rows: bool = True, bytes_per_token: Any = None, sources: Any = (), **options: Any):
         self.knobs = knobs or GRPOKnobs(**{"reward": [{"function": r.name} for r in rewards], **options})
         if self.knobs.mask_truncated and self.knobs.loss == "dapo":  # averaged over the tokens that count: there may be none
             self.empty_batch_reason = "none of its answers has ended, and grpo.mask_truncated leaves such answers out"
         super().__init__(model, dataset, sampler=sampler, rewards=rewards, columns=columns, reference=reference, seed=seed,
-                         validation_columns=validation_columns,
+                         validation_columns=validation_columns, packs_rows=packs_rows,
                          micro_size=micro_size, pool=pool, max_lag=max_lag, epochs=self.knobs.epochs, minibatches=self.knobs.minibatches,
                          group=self.knobs.group_size, bytes_per_token=bytes_per_token, sources=sources)
 

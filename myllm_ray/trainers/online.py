@@ -25,7 +25,7 @@ from myllm_ray.common.types import (
     StepOutput,
     TokenScores,
 )
-from myllm_ray.ops.rollouts import Scored, answer_tokens, packed, training_rows
+from myllm_ray.ops.rollouts import Scored, packed_answers, padded_answers, training_rows
 from myllm_ray.trainers import self_checks
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.preference import filled, score_tokens
@@ -65,17 +65,20 @@ class OnlineTrainer(BaseTrainer):
         pool: samples elsewhere, while this process trains; None: this process samples.
         max_lag: with a pool: the answers to a batch are sampled with the weights of so many batches before it. Always of exactly
             as many, so that a run is the same however fast its parts are.
+        packs_rows: answers share rows in training, without padding: for models that keep packed documents apart. Only models that
+            compute token scores themselves are packed.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("prompts",)
     trains_routers = True
+    layout: ClassVar[str] = "rollouts"
     uses: ClassVar[tuple[str, ...]] = ("knobs", "sampler", "rewards", "columns", "reference", "seed", "micro_size", "pool", "max_lag",
-                                     "validation_columns")
+                                     "validation_columns", "packs_rows")
 
     def __init__(self, model: nn.Module, dataset: Any = None, *, sampler: Sampler, rewards: Sequence[Reward] = (),
                  columns: Columns | None = None, reference: nn.Module | None = None, seed: int = 0, micro_size: int | None = None,
                  epochs: int = 1, minibatches: int = 1, group: int = 1, pool: RolloutPool | None = None, max_lag: int = 1,
-                 validation_columns: Columns | None = None, **named: Any):
+                 validation_columns: Columns | None = None, packs_rows: bool = True, **named: Any):
         super().__init__(model, dataset, **named)
         self.sampler, self.rewards, self.columns, self.seed = sampler, list(rewards), columns or (lambda _: {}), seed
         self.validation_columns = validation_columns or self.columns
@@ -83,7 +86,7 @@ class OnlineTrainer(BaseTrainer):
         self.epochs, self.minibatches = epochs, minibatches
         self.steps_per_batch = epochs * minibatches
         self._to_check = False
-        self.pool, self.max_lag = pool, max_lag
+        self.pool, self.max_lag, self.packs_rows = pool, max_lag, packs_rows
         self._asked: dict[str, Any] = {}
         """What is being sampled elsewhere, by the place of its micro-batch in the data."""
         self._saved: dict[str, Sampled] = {}
@@ -106,6 +109,8 @@ class OnlineTrainer(BaseTrainer):
         with self.autocast():
             (first, scored), (second, _) = self.score(self.model, piece), self.score(self.model, piece)
             self_checks.ratio_is_one(first.log_probs, second.log_probs)
+            if self.packs_rows:
+                self_checks.packing_has_no_influence(first, self.score(self.model, piece, packs_rows=False)[0])
             if "old_log_probs" in piece:
                 self_checks.ratio_is_one(first.log_probs, piece["old_log_probs"][scored.rows, scored.steps])
             if self.reference is not None and self.starts_at_reference:
@@ -231,20 +236,20 @@ class OnlineTrainer(BaseTrainer):
                 "prompt": prompts[i], "response": texts[i], "reward": float(rows["reward"][i]), "tokens": int(rows["lengths"][i]),
                 "ended": bool(rows["ended"][i]), **(parts if len(parts) > 1 else {})})
 
-    def score(self, model: nn.Module, rows: Micro, entropy: bool = False, weights: Tensor | None = None) -> tuple[TokenScores, Scored]:
-        """Scores of the answers' tokens under a model, at the temperature that they were sampled at. Padding is not computed.
+    def score(self, model: nn.Module, rows: Micro, entropy: bool = False, weights: Tensor | None = None,
+              packs_rows: bool | None = None) -> tuple[TokenScores, Scored]:
+        """Scores of the answers' tokens under a model, at the temperature that they were sampled at.
 
         Args:
             weights: (N,) what each answer adds to `batch_weight`: also gives the loss of the routers, of a model that has any.
+            packs_rows: compute the rows without their padding, several in one; default: the trainer's.
         """
-        scored, inputs = answer_tokens(rows), rows
-        predictors, routing = scored.predictors, None
-        if getattr(getattr(model, "module", model), "computes_token_losses", False):  # other models may not keep packed rows apart
-            inputs, starts = packed(rows)
-            predictors = starts[scored.rows] + rows["prompt_lengths"][scored.rows, 0] + scored.steps - 1
-            if weights is not None:
-                routing = routing_inputs(model, inputs["sequences"], weights)
-        return score_tokens(model, inputs, predictors, scored.targets, self.sampler.temperature, entropy, routing), scored
+        routing, computes = None, getattr(getattr(model, "module", model), "computes_token_losses", False)
+        packs_rows = computes and (self.packs_rows if packs_rows is None else packs_rows)
+        inputs, scored = packed_answers(rows) if packs_rows else padded_answers(rows)
+        if computes and weights is not None:
+            routing = routing_inputs(model, inputs["sequences"], weights)
+        return score_tokens(model, inputs, scored.predictors, scored.targets, self.sampler.temperature, entropy, routing), scored
 
     def minibatches_of(self, micros: list[Micro]) -> Iterator[list[Micro]]:
         """`epochs` times: the micro-batches in `minibatches` equal parts, those too large for a forward pass cut up."""

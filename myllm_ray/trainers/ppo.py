@@ -73,11 +73,11 @@ class PPOTrainer(OnlineTrainer):
     def __init__(self, model: nn.Module, dataset: Any = None, *, sampler: Sampler, rewards: list[Reward],
                  knobs: PPOKnobs | None = None, columns: Any = None, reference: nn.Module | None = None,
                  reward_model: nn.Module | None = None, seed: int = 0, micro_size: int | None = None,
-                 pool: RolloutPool | None = None, max_lag: int = 1, validation_columns: Any = None, bytes_per_token: Any = None,
+                 pool: RolloutPool | None = None, max_lag: int = 1, validation_columns: Any = None, packs_rows: bool = True, bytes_per_token: Any = None,
                  sources: Any = (), **options: Any):
         self.knobs = knobs or PPOKnobs(**{"reward": [{"function": r.name} for r in rewards], **options})
         super().__init__(model, dataset, sampler=sampler, rewards=rewards, columns=columns, reference=reference, seed=seed,
-                         validation_columns=validation_columns,
+                         validation_columns=validation_columns, packs_rows=packs_rows,
                          micro_size=micro_size, pool=pool, max_lag=max_lag, epochs=self.knobs.epochs, minibatches=self.knobs.minibatches,
                          bytes_per_token=bytes_per_token, sources=sources)
         self.reward_model, self.kl_weight = reward_model, self.knobs.kl_weight

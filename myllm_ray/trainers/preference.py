@@ -64,6 +64,7 @@ class PreferenceTrainer(BaseTrainer):
 
     reads: ClassVar[tuple[str, ...]] = ("pairs",)
     trains_routers = True
+    layout: ClassVar[str] = "padded"
 
     def __init__(self, model: nn.Module, dataset: Any = None, *, shared_prompt: bool = False, **named: Any):
         super().__init__(model, dataset, **named)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from myllm_ray.common.types import Micro, StepOutput
+from myllm_ray.common.types import Micro, StepOutput, TokenScores
 from myllm_ray.config.errors import TrainingError
 from myllm_ray.ops.advantages import token_mask
 from myllm_ray.ops.rollouts import answer_tokens
@@ -25,6 +25,16 @@ def ratio_is_one(first: Tensor, second: Tensor) -> None:
     if len(first) and (worst := float((first - second).abs().mean())) > SAME:
         raise TrainingError(f"before the first step the importance ratio is not 1: two passes over the same answers differ by {worst:.3g} "
                             "nats a token; set the model's dropout to 0 (model.config: attention_dropout, resid_pdrop, ...)")
+
+
+def packing_has_no_influence(packed: TokenScores, alone: TokenScores) -> None:
+    """Scores of the same answers from rows that hold several, and from rows of their own."""
+    for name, first, second in (("log-probabilities", packed.log_probs, alone.log_probs), ("values", packed.values, alone.values)):
+        if first is None or second is None or not len(first):
+            continue
+        if not (apart := float((first - second).abs().mean())) <= SAME:
+            raise TrainingError(f"answers that share a row see each other in this model: their {name} differ by {apart:.3g} a token from "
+                                "those of answers in rows of their own; set data.packing: false (by hand: packs_rows=False)")
 
 
 def reference_is_near(policy: Tensor, reference: Tensor) -> None:

@@ -15,7 +15,8 @@ from myllm_ray.config.schema import AcceleratorSection, TrainerConfig
 from myllm_ray.data.tokenizer import tokenizer_section
 from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.verify.compare import TOLERANCE, distances, held_too_much
-from myllm_ray.verify.diagnose import KINDS, Finding, diagnose
+from myllm_ray.verify.diagnose import KINDS, Finding, diagnose, leak_finding
+from myllm_ray.verify.packing import PackingCheck, check_packing
 from myllm_ray.verify.runs import Runner, Variant
 
 BACKENDS: dict[str, dict[str, Any]] = {
@@ -35,6 +36,9 @@ class Certificate:
     """Runs that were compared, with the largest differences of each quantity."""
     left_out: list[tuple[Variant, str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    packing: str = ""
+    """What shares a row, and why. In `rows`, `packing` is how far loss and gradient norm of the first step are from those of the
+    same documents each in a row of its own; absent where nothing shares a row, and with dropout."""
 
     @property
     def holds(self) -> bool:
@@ -42,7 +46,7 @@ class Certificate:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, for a file beside the run."""
-        return {"holds": self.holds, "shrunk": self.shrunk, "tolerance": self.tolerance,
+        return {"holds": self.holds, "shrunk": self.shrunk, "tolerance": self.tolerance, "packing": self.packing,
                 "runs": [{"backend": v.backend, "workers": v.workers, "micro_size": v.micro_size, **d} for v, d in self.rows],
                 "left_out": [{"run": str(v), "reason": reason} for v, reason in self.left_out],
                 "findings": [{"run": str(f.variant), "step": f.difference.step, "quantity": f.difference.quantity,
@@ -84,8 +88,12 @@ def verify(config: TrainerConfig, steps: int = 5, backends: Iterable[str] | None
                            if small.batch.global_size % (w * m) == 0 and (w == 1 or _is_distributed(section))]
         _, dropout = without_dropout(small.model)
         off = _dropout_off(small) if dropout else ()
+        packing = check_packing(small)
+        certificate.packing = packing.text
+        if packing.leaks:
+            certificate.findings.append(leak_finding(reference, packing))
         tell(f"{len(variants) + 1} runs of {steps} steps")
-        _compare(runner, certificate, reference, variants, off)
+        _compare(runner, certificate, reference, variants, off, None if dropout else packing)
         if config.accelerator.precision != "fp32" and not certificate.findings:
             certificate.tolerance = TOLERANCE[config.accelerator.precision]
             precise = [replace(v, accelerator=_text({**json.loads(v.accelerator), "precision": config.accelerator.precision}),
@@ -95,7 +103,8 @@ def verify(config: TrainerConfig, steps: int = 5, backends: Iterable[str] | None
     return certificate
 
 
-def _compare(runner: Runner, certificate: Certificate, reference: Variant, variants: list[Variant], off: tuple[str, ...]) -> None:
+def _compare(runner: Runner, certificate: Certificate, reference: Variant, variants: list[Variant], off: tuple[str, ...],
+             packing: PackingCheck | None = None) -> None:
     expected, *traces = runner.run([reference, *variants])
     if expected.error:
         raise ConfigError(expected.error)
@@ -104,7 +113,9 @@ def _compare(runner: Runner, certificate: Certificate, reference: Variant, varia
             certificate.left_out.append((variant, trace.error))
             continue
         held = max((sum(held for held, _ in models.values()) for models in trace.parameter_bytes), default=0)
-        certificate.rows.append((variant, {**distances(trace, expected), "bytes_per_rank": float(held)}))
+        apart = packing.distance(trace.rows[0]) if packing is not None and trace.rows else None
+        certificate.rows.append((variant, {**distances(trace, expected), "bytes_per_rank": float(held),
+                                           **({} if apart is None else {"packing": apart})}))
         if (unsharded := held_too_much(trace)) is not None:
             certificate.findings.append(Finding(variant, unsharded, "sharding", KINDS["sharding"]))
             continue

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from myllm_ray.verify.compare import Difference, distance, first_difference
+from myllm_ray.verify.packing import PackingCheck
 from myllm_ray.verify.runs import Runner, Trace, Variant
 
 KINDS = {
@@ -19,6 +20,7 @@ KINDS = {
     "normalisation": "the loss or the gradient depends on how the batch is cut: something is averaged per micro-batch or per "
                      "worker, and not once over the global batch",
     "clipping": "the weights move as if gradients were not clipped",
+    "packing": "documents in one row see each other, or the trainer does not say where one ends: alone in a row they have another loss",
     "dropout": "without dropout the runs agree: other random numbers are drawn, or dropout is on in one and off in the other",
     "precision": "everything is off by a little from the first step: something computes in a lower precision",
     "sharding": "a rank holds more of the model than the backend's share of it: it was not sharded, or in a larger dtype",
@@ -45,6 +47,14 @@ class Finding:
 
 def _shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def leak_finding(reference: Variant, packing: PackingCheck) -> Finding:
+    """Packing that changes the loss, or else the gradient, of the first batch."""
+    assert packing.packed is not None
+    assert packing.alone is not None
+    name = max(packing.alone, key=lambda n: distance(packing.packed[n], packing.alone[n]))  # type: ignore[index]
+    return Finding(reference, Difference(1, name, packing.alone[name], packing.packed[name]), "packing", KINDS["packing"])
 
 
 def diagnose(runner: Runner, reference: Variant, variant: Variant, tolerance: float, no_dropout: tuple[str, ...]) -> Finding | None:

@@ -16,9 +16,11 @@ from torch import nn
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.resolve import names, resolve
+from myllm_ray.config.schema import ModelSection, TrainerConfig
 from myllm_ray.engine.checkpoint import versions
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.models.isolation import probe_isolation
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,16 @@ class _Blocks(nn.Module):
         return x
 
 
-def examine() -> Iterator[Line]:
-    """Devices, then every backend in every precision on every device by one step, then what else a config can ask for."""
+PACKED = (("llama", "sdpa"), ("qwen3", "sdpa"), ("gemma3_text", "sdpa"), ("gpt2", "sdpa"), ("qwen3_5_text", "sdpa"), ("mamba2", "eager"))
+"""Model types whose packing is tried without a config, with their attention."""
+
+
+def examine(config: TrainerConfig | None = None) -> Iterator[Line]:
+    """Devices, then every backend in every precision on every device by one step, then what else a config can ask for.
+
+    Args:
+        config: packing is tried with its model; default: with a few kinds of models.
+    """
     yield Line("versions", True, ", ".join(f"{k} {v}" for k, v in versions().items()))
     yield Line("cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     cuda = torch.cuda.is_available()
@@ -57,9 +67,20 @@ def examine() -> Iterator[Line]:
                     section = {"name": name, "precision": precision, "device": device, "stage": stage}
                     label = f"{name}{'' if stage is None else f' stage {stage}'}, {precision}, {device}"
                     yield _try(label, section)
+    if config is not None:
+        yield _packing(config.model)
+    else:
+        yield from (_packing(ModelSection(config={"model_type": name}, attention=attention)) for name, attention in PACKED)  # type: ignore[arg-type]
     yield _disk_offload()
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     yield Line("torch.compile on the CPU", compiler is not None, "" if compiler else "no C++ compiler (Debian: apt install g++)")
+
+
+def _packing(section: ModelSection) -> Line:
+    """Whether several documents share a row."""
+    name = section.factory or section.name or (section.config or {})["model_type"]
+    found = probe_isolation(section)
+    return Line(f"packing, {name}", found.isolated is True, "" if found.isolated else f"one document a row: {found}")
 
 
 def _disk_offload() -> Line:

@@ -22,10 +22,10 @@ from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.load import apply_override, validate
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.data.prepare import PreparedData, prepare
+from myllm_ray.data.prepare import PreparedData
 from myllm_ray.engine.checkpoint import read_tensors
 from myllm_ray.engine.run_folder import claim, folder_of
-from myllm_ray.worker import absolute, check_model, check_names, run_worker
+from myllm_ray.worker import absolute, check_model, check_names, prepare_run, run_worker
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Runner:
                 try:
                     config = self._configure(variant)
                     check_names(config)
-                    prepared = prepare(config)
+                    prepared = prepare_run(config)
                     check_model(config, prepared)
                     claim(config, prepared.identity)
                     jobs.append((config.model_dump(mode="json"), prepared))

@@ -11,13 +11,14 @@ from conftest import ROOT, MakeConfig
 from spawned import start_processes
 
 from myllm_ray.cli import main
-from myllm_ray.common.types import Batch
+from myllm_ray.common.types import Batch, Isolation
 from myllm_ray.config import ConfigError
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.models.shrink import small_model
 from myllm_ray.verify import runs
 from myllm_ray.verify.certificate import verify
+from myllm_ray.verify.packing import check_packing
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.2, "embd_pdrop": 0.1}
 
@@ -43,6 +44,8 @@ def test_a_sound_config_is_certified(make_config: MakeConfig) -> None:
     assert len(certificate.rows) == 2 + 3
     assert all(0 <= apart["loss"] < 1e-5 for _, apart in certificate.rows)
     assert max(apart["weights"] for _, apart in certificate.rows) > 0, "something was compared"
+    assert all(0 < apart["packing"] < 1e-5 for _, apart in certificate.rows)
+    assert certificate.packing == "several documents a row (best_fit); documents in one row do not see each other"
 
 
 def test_dropout_and_half_precision_are_certified_too(make_config: MakeConfig) -> None:
@@ -109,6 +112,20 @@ def test_another_order_of_the_data_is_named(make_config: MakeConfig, monkeypatch
     assert found_kinds(make_config(), backends=()) == [("data order", 1)]
 
 
+def test_a_trainer_that_forgets_where_documents_begin_is_named(make_config: MakeConfig) -> None:
+    assert found_kinds(make_config(trainer="faults:Forgetful"), backends=()) == [("packing", 1)]
+
+
+def test_a_leak_in_the_model_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask without boundaries: rows fall back to one document each; where the verdict is wrong as well, the losses tell."""
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
+    check = check_packing(make_config())
+    assert "one document a row; documents in one row see each other" in check.text
+    assert check.distance({"loss": 1.0, "grad_norm": 1.0}) is None, "nothing to compare"
+    monkeypatch.setattr("myllm_ray.models.isolation._compare", lambda *_, **__: Isolation(True, "planted"))
+    assert found_kinds(make_config(), backends=()) == [("packing", 1)]
+
+
 def test_the_command(make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str],
                      monkeypatch: pytest.MonkeyPatch) -> None:
     import yaml
@@ -126,6 +143,7 @@ def test_the_command(make_config: MakeConfig, tmp_path: Path, capsys: pytest.Cap
     code, out, _ = call("--backend", "single", "--output", str(tmp_path / "certificate.json"))
     assert code == 0, out
     assert "certified: 2 ways to train this config are the same run" in out
+    assert "packing: several documents a row" in out
     assert json.loads((tmp_path / "certificate.json").read_text())["holds"] is True
     code, out, _ = call("--backend", "own", "--workers", "2", "accelerator.name=faults:SteppedTwice")
     assert code == 1
