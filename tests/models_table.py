@@ -123,6 +123,8 @@ def main() -> None:
     import torch
     import transformers
 
+    import myllm_ray.models.isolation  # noqa: F401  (once, not in each fork)
+
     torch.set_num_threads(1)  # a process with threads can't be forked safely
     transformers.logging.set_verbosity_error()
     names = [name for name in sys.argv[1:] if not name.startswith("--")]
