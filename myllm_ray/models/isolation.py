@@ -91,7 +91,7 @@ def find_isolation(section: ModelSection, kind: str, layout: str, cache: Path) -
     if section.factory:
         return probe_isolation(section, kind, layout)
     try:
-        small = small_model(section).model_dump(mode="json")
+        small = _small_section(section).model_dump(mode="json")
     except ConfigError:
         raise
     except Exception as error:  # a config that makes no model; whoever builds it says what is wrong
@@ -146,11 +146,11 @@ def _small(section: ModelSection, kind: str) -> nn.Module | Isolation:
 
 
 def _small_section(section: ModelSection) -> ModelSection:
-    """Small, with windows shorter than the documents, without dropout and adapters."""
+    """Small, with windows shorter than the documents; without dropout, adapters and a weight for the loss of its routers."""
     small = small_model(section)
     whole = config_of(small).to_dict()
     windows = {name: _WINDOW for name in _WINDOWS if type(whole.get(name)) is int and whole[name] > _WINDOW}
-    return without_dropout(small.model_copy(update={"config": {**(small.config or {}), **windows}, "lora": None}))[0]
+    return without_dropout(small.model_copy(update={"config": {**(small.config or {}), **windows}, "lora": None, "router_loss_weight": None}))[0]
 
 
 def _of_factory(section: ModelSection, kind: str) -> nn.Module | Isolation:

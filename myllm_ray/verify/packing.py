@@ -11,7 +11,7 @@ from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.data.collate import build_micro, to_tensors
 from myllm_ray.data.prepare import PreparedData
 from myllm_ray.data.tokenizer import open_tokenizer
-from myllm_ray.models.load import build_model
+from myllm_ray.models.load import build_model, build_skeleton
 from myllm_ray.models.shrink import without_dropout
 from myllm_ray.roles import kind_of_model, model_section, roles_of
 from myllm_ray.verify.compare import distance
@@ -23,12 +23,17 @@ SAME = 1e-4
 
 @dataclass(frozen=True)
 class PackingCheck:
-    """`text`: what shares a row, and why. The others are of the first batch before any step; None where nothing shares a row."""
+    """`text`: what shares a row, and why. The others are of the first batch before any step; None where nothing shares a row.
+
+    The loss of routers is left out: experts are balanced over rows, whatever is in them (trainers/routing.py).
+    """
 
     text: str
     packed: dict[str, float] | None = None
     alone: dict[str, float] | None = None
     """Loss and gradient norm."""
+    has_router_loss: bool = False
+    """The losses of runs have a term that these have not."""
 
     def distance(self, found: dict[str, Any] | None) -> float | None:
         """How far a first step's loss and gradient norm are from those of the documents by themselves, relatively."""
@@ -54,11 +59,14 @@ def check_packing(config: TrainerConfig) -> PackingCheck:
     segments = [[segment] for row in rows for segment in row]
     packed, alone = (_first_step(config, prepared, [build_micro(spec.plan.store, [row], spec.pad_id) for row in given])
                      for given in (rows, segments))
-    return PackingCheck(text, packed, alone)
+    tokenizer = open_tokenizer(prepared.tokenizer_folder)
+    skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
+    return PackingCheck(text, packed, alone, has_router_loss=getattr(skeleton, "router_loss_weight", 0.0) > 0)
 
 
 def _first_step(config: TrainerConfig, prepared: PreparedData, micros: list[dict[str, Any]]) -> dict[str, float]:
     section, _ = without_dropout(model_section(config))
+    section = section.model_copy(update={"router_loss_weight": None if section.factory else 0.0})  # a router's loss is one of rows
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     model = build_model(section, tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
     trainer = build_trainer(config, model, tokenizer, prepared.train.plan.store.sources, roles_of(config, tokenizer, prepared))
