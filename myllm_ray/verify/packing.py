@@ -57,16 +57,18 @@ def check_packing(config: TrainerConfig) -> PackingCheck:
         return PackingCheck(text)
     rows = spec.plan.rows(0, 0, spec.global_size)
     segments = [[segment] for row in rows for segment in row]
-    packed, alone = (_first_step(config, prepared, [build_micro(spec.plan.store, [row], spec.pad_id) for row in given])
-                     for given in (rows, segments))
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
-    return PackingCheck(text, packed, alone, has_router_loss=getattr(skeleton, "router_loss_weight", 0.0) > 0)
+    has_router_loss = getattr(skeleton, "router_loss_weight", 0.0) > 0
+    if has_router_loss:
+        config.model = config.model.model_copy(update={"router_loss_weight": 0.0})
+    packed, alone = (_first_step(config, prepared, [build_micro(spec.plan.store, [row], spec.pad_id) for row in given])
+                     for given in (rows, segments))
+    return PackingCheck(text, packed, alone, has_router_loss)
 
 
 def _first_step(config: TrainerConfig, prepared: PreparedData, micros: list[dict[str, Any]]) -> dict[str, float]:
     section, _ = without_dropout(model_section(config))
-    section = section.model_copy(update={"router_loss_weight": None if section.factory else 0.0})  # a router's loss is one of rows
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     model = build_model(section, tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
     trainer = build_trainer(config, model, tokenizer, prepared.train.plan.store.sources, roles_of(config, tokenizer, prepared))
