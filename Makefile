@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-slow test-promise test-chaos test-hostile test-gpu bench check schema clean
+.PHONY: quickstart test test-slow test-promise test-chaos test-hostile test-gpu bench check schema models-supported clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "myllm_ray needs Python 3.11 or later: make PYTHON=python3.11")'
@@ -41,6 +41,9 @@ check: $(READY)  ## lint, types, layers
 
 schema: $(READY)  ## after a change of the config's schema
 	$(BIN)/myllm-ray schema > configs/schema.json
+
+models-supported: $(READY)  ## after an upgrade of transformers: the table of models that keep packed documents apart
+	$(BIN)/python tests/models_table.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -73,13 +73,13 @@ def isolation_of(config: TrainerConfig) -> Isolation:
     if cls.layout != "padded" and config.data.packing:
         kind = kind_of_model(config) if cls.layout == "rollouts" else "causal_lm"
         asked = [(section, kind), *((s, "causal_lm") for s in _other_policies(config, cls))]
-        found = [find_isolation(s, kind, cls.layout, cache) for s, kind in asked]
+        found = [find_isolation(s, kind, cls.layout, config.data.sequence_length, cache) for s, kind in asked]
         verdict = next((v for v in found if v.isolated is not True), found[0])
         if verdict.isolated:
             return verdict
         if config.data.packing == "required":
             raise ConfigError(f"data.packing: required, but {verdict}; with data.packing: true each has a row of its own")
-    alone = find_isolation(section, "causal_lm", "padded", cache)
+    alone = find_isolation(section, "causal_lm", "padded", config.data.sequence_length, cache)
     if alone.isolated is False:
         hint = "; models with an encoder's attention need model.config.is_decoder: true" if not alone.causal else ""
         raise ConfigError(f"model: {alone}, so it can't be trained to predict the next token{hint}")

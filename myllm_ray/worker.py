@@ -47,7 +47,16 @@ from myllm_ray.engine.watch import Watch
 from myllm_ray.models.export import dtype_of_base
 from myllm_ray.models.generation_config import base_generation_config, ends_of, trained_generation_config
 from myllm_ray.models.load import build_deferred, build_model, build_skeleton, config_of, save_architecture
-from myllm_ray.roles import check_frozen, check_roles, check_routers, isolation_of, kind_of_model, knobs_of, model_section, roles_of
+from myllm_ray.roles import (
+    check_frozen,
+    check_roles,
+    check_routers,
+    isolation_of,
+    kind_of_model,
+    knobs_of,
+    model_section,
+    roles_of,
+)
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.causal_lm import CausalLMTrainer
 

@@ -41,6 +41,8 @@ PROBE_VERSION = 1
 """Part of the key under which verdicts are cached: raise it when the probe changes."""
 LAYOUTS = ("documents", "rollouts", "padded")
 """documents: several in a row; rollouts: prompts with their answers, several in a row; padded: one in a row."""
+LONG = 2**31
+"""A row longer than any window."""
 FACTORY_PARAMETERS = 20_000_000
 """Models of a factory, which can't be made small, are tried as they are up to this size."""
 DECLARATION = "isolates_packed_documents"
@@ -79,7 +81,7 @@ class _Laid(NamedTuple):
     document: Tensor
 
 
-def find_isolation(section: ModelSection, kind: str, layout: str, cache: Path) -> Isolation:
+def find_isolation(section: ModelSection, kind: str, layout: str, sequence_length: int, cache: Path) -> Isolation:
     """`probe_isolation`, kept in a file of the data cache: a run, its restarts and the trials of a sweep ask once.
 
     The key is the small config, the versions of torch and transformers, and that of the probe. A factory's code may change under
@@ -89,9 +91,9 @@ def find_isolation(section: ModelSection, kind: str, layout: str, cache: Path) -
         ConfigError: the section names a model that can't be found.
     """
     if section.factory:
-        return probe_isolation(section, kind, layout)
+        return probe_isolation(section, kind, layout, sequence_length)
     try:
-        small = _small_section(section).model_dump(mode="json")
+        small = _small_section(section, sequence_length).model_dump(mode="json")
     except ConfigError:
         raise
     except Exception as error:  # a config that makes no model; whoever builds it says what is wrong
@@ -101,7 +103,7 @@ def find_isolation(section: ModelSection, kind: str, layout: str, cache: Path) -
     try:
         return Isolation(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        found = probe_isolation(section, kind, layout)
+        found = probe_isolation(section, kind, layout, sequence_length)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(found))
@@ -110,18 +112,20 @@ def find_isolation(section: ModelSection, kind: str, layout: str, cache: Path) -
     return found
 
 
-def probe_isolation(section: ModelSection, kind: str = "causal_lm", layout: str = "documents") -> Isolation:
+def probe_isolation(section: ModelSection, kind: str = "causal_lm", layout: str = "documents",
+                    sequence_length: int = LONG) -> Isolation:
     """Try a layout on a small model of the same kind; a pure function of the section and the code.
 
     Args:
         kind: see `build_deferred`.
         layout: one of `LAYOUTS`.
+        sequence_length: of the rows to be trained on. Windows that they do not exceed are left out of account.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about sizes and settings of the small model
         torch.manual_seed(0)
         try:
-            model = _small(section, kind)
+            model = _small(section, kind, sequence_length)
             if isinstance(model, Isolation):
                 return model
             return _compare(model, layout, has_critic=kind.startswith("actor"))
@@ -134,10 +138,10 @@ def _untried(error: Exception) -> Isolation:
     return Isolation(None, f"it could not be tried on a small model ({' '.join(text.split())[:300]})")
 
 
-def _small(section: ModelSection, kind: str) -> nn.Module | Isolation:
+def _small(section: ModelSection, kind: str, sequence_length: int) -> nn.Module | Isolation:
     if section.factory:
         return _of_factory(section, kind)
-    model = materialize(build_deferred(_small_section(section), _NoTokenizer(), _WIDTH, 0, kind)).eval()
+    model = materialize(build_deferred(_small_section(section, sequence_length), _NoTokenizer(), _WIDTH, 0, kind)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -145,11 +149,12 @@ def _small(section: ModelSection, kind: str) -> nn.Module | Isolation:
     return model
 
 
-def _small_section(section: ModelSection) -> ModelSection:
+def _small_section(section: ModelSection, sequence_length: int) -> ModelSection:
     """Small, with windows shorter than the documents; without dropout, adapters and a weight for the loss of its routers."""
     small = small_model(section)
-    whole = config_of(small).to_dict()
-    windows = {name: _WINDOW for name in _WINDOWS if type(whole.get(name)) is int and whole[name] > _WINDOW}
+    whole = config_of(section).to_dict()
+    known = {name: whole[name] for name in _WINDOWS if type(whole.get(name)) is int}
+    windows = {name: min(value, _WINDOW) if value < sequence_length else value for name, value in known.items()}
     return without_dropout(small.model_copy(update={"config": {**(small.config or {}), **windows}, "lora": None, "router_loss_weight": None}))[0]
 
 

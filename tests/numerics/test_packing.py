@@ -72,9 +72,16 @@ def test_positions_that_do_not_restart_are_found(monkeypatch: pytest.MonkeyPatch
 def test_windows_are_shorter_than_the_documents() -> None:
     gemma = {"model_type": "gemma3_text", "num_hidden_layers": 12}
     assert probe_isolation(ModelSection(config=gemma)).isolated is True
-    built = build_model(isolation._small_section(ModelSection(config=gemma)), isolation._NoTokenizer(), 48, 0)
+    built = build_model(isolation._small_section(ModelSection(config=gemma), 10_000), isolation._NoTokenizer(), 48, 0)
     assert built.config.sliding_window == 8  # type: ignore[union-attr]
     assert sorted(built.config.layer_types) == ["full_attention", "sliding_attention"]  # type: ignore[union-attr, arg-type]
+
+
+def test_a_window_counts_where_rows_are_longer() -> None:
+    """Doge chooses keys among all, those behind as well; in rows that its window holds it has nothing to choose."""
+    doge = section_of("doge", config={"keep_window_size": 128})
+    assert probe_isolation(doge, sequence_length=128).isolated is True
+    assert probe_isolation(doge, layout="padded", sequence_length=256).isolated is False
 
 
 def test_a_model_that_looks_ahead_is_refused(make_config: MakeConfig) -> None:
@@ -92,11 +99,11 @@ def test_a_type_that_cannot_be_built_counts_as_leaking() -> None:
 
 
 def test_the_verdict_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = find_isolation(ModelSection(config=LLAMA), "causal_lm", "documents", tmp_path)
+    first = find_isolation(ModelSection(config=LLAMA), "causal_lm", "documents", 64, tmp_path)
     monkeypatch.setattr(isolation, "probe_isolation", lambda *_: pytest.fail("asked again"))
-    assert find_isolation(ModelSection(config=LLAMA), "causal_lm", "documents", tmp_path) == first
+    assert find_isolation(ModelSection(config=LLAMA), "causal_lm", "documents", 64, tmp_path) == first
     # A deeper model of the same kind is the same small model.
-    assert find_isolation(ModelSection(config={**LLAMA, "num_hidden_layers": 9}), "causal_lm", "documents", tmp_path) == first
+    assert find_isolation(ModelSection(config={**LLAMA, "num_hidden_layers": 9}), "causal_lm", "documents", 64, tmp_path) == first
 
 
 def leaking(model_type: str) -> dict[str, Any]:
