@@ -45,7 +45,7 @@ class _Blocks(nn.Module):
         return x
 
 
-PACKED = (("llama", "sdpa"), ("qwen3", "sdpa"), ("gemma3_text", "sdpa"), ("gpt2", "sdpa"), ("qwen3_5_text", "sdpa"), ("mamba2", "eager"))
+PACKED = (("llama", "sdpa"), ("gpt2", "sdpa"), ("qwen3_5_text", "sdpa"), ("mamba2", "eager"))
 """Model types whose packing is tried without a config, with their attention."""
 
 
