@@ -54,7 +54,7 @@ def small_model(section: ModelSection) -> ModelSection:
     if section.factory:
         return section
     whole = config_of(section)
-    given = dict(section.config) if section.config is not None else _settings(whole)
+    given = dict(section.config or {}) if section.name is None else _settings(whole)
     given.pop("vocab_size", None)
     given.update(small_sizes(whole))
     if getattr(whole, "tie_word_embeddings", False):

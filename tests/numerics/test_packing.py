@@ -15,6 +15,7 @@ from conftest import LLAMA, ROOT, MakeConfig, comparable
 from models_table import BY_POSITION, NO, UNKNOWN, all_names, written
 from rl_helpers import Given, Scripted, prompts
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from myllm_ray.common.types import Batch, Position
 from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
@@ -23,7 +24,7 @@ from myllm_ray.engine.checkpoint import read_manifest
 from myllm_ray.models import isolation
 from myllm_ray.models.isolation import find_isolation, probe_isolation
 from myllm_ray.models.load import build_model
-from myllm_ray.models.shrink import small_model
+from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.roles import isolation_of
 from myllm_ray.trainers.grpo import GRPOTrainer
 from myllm_ray.worker import absolute, prepare_run, run_local
@@ -90,6 +91,20 @@ def test_a_model_that_looks_ahead_is_refused(make_config: MakeConfig) -> None:
         prepare_run(absolute(make_config(model={"config": bert})))
     decoder = {**bert, "is_decoder": True}
     assert prepare_run(absolute(make_config(model={"config": decoder}, tokenizer={"kind": "bytes"}))).isolation is not None
+
+
+def test_the_config_of_a_folder_is_kept(tmp_path: Path) -> None:
+    """Its kinds of layers, and that there is no dropout left in it."""
+    layers = ["conv", "full_attention"]
+    AutoConfig.for_model("lfm2", layer_types=layers * 4, num_hidden_layers=8, hidden_size=128).save_pretrained(tmp_path)
+    section = without_dropout(ModelSection(name=str(tmp_path)))[0]
+    assert small_model(section).config["layer_types"] == layers  # type: ignore[index]
+    assert probe_isolation(section).isolated is False
+    AutoConfig.for_model("gpt2", n_layer=3).save_pretrained(tmp_path / "gpt2")
+    section, had = without_dropout(ModelSection(name=str(tmp_path / "gpt2")))
+    assert had
+    assert small_model(section).config["resid_pdrop"] == 0.0  # type: ignore[index]
+    assert probe_isolation(section).isolated is True
 
 
 def test_a_type_that_cannot_be_built_counts_as_leaking() -> None:
