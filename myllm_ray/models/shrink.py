@@ -43,7 +43,8 @@ _STATE_HEADS = {"num_heads": ("head_dim", "expand"), "mamba_num_heads": ("mamba_
                 "mamba_n_heads": ("mamba_d_head", "mamba_expand")}
 """Number of state-space heads: (their width, how many times the hidden size all of them have together)."""
 _NESTED = ("text_config", "decoder")
-_NOT_SETTINGS = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config", "vocab_size")
+_NOT_SETTINGS = ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "quantization_config", "vocab_size",
+                 "per_layer_config")  # sizes by the number of the layer; the kinds of layers are in lists
 
 
 def small_model(section: ModelSection) -> ModelSection:
@@ -63,8 +64,9 @@ def small_model(section: ModelSection) -> ModelSection:
 
 
 def _settings(whole: Any) -> dict[str, Any]:
-    """What the config of a folder or hub model says besides the defaults of its type."""
-    own = {k: v for k, v in whole.to_diff_dict().items() if k not in _NOT_SETTINGS and not k.startswith("_") and hasattr(whole, k)}
+    """What the config of a folder or hub model says besides the defaults of its type. Ids of tokens belong to its own vocabulary."""
+    own = {k: v for k, v in whole.to_diff_dict().items()
+           if k not in _NOT_SETTINGS and not k.startswith("_") and "token_id" not in k and _is_plain(whole, k)}
     return {"model_type": whole.model_type, **own}
 
 

@@ -100,6 +100,8 @@ def test_the_config_of_a_folder_is_kept(tmp_path: Path) -> None:
     section = without_dropout(ModelSection(name=str(tmp_path)))[0]
     assert small_model(section).config["layer_types"] == layers  # type: ignore[index]
     assert probe_isolation(section).isolated is False
+    AutoConfig.for_model("llama", pad_token_id=31_999, eos_token_id=[2, 31_998]).save_pretrained(tmp_path / "llama")
+    assert probe_isolation(ModelSection(name=str(tmp_path / "llama"))).isolated is True, "ids of tokens that the small model has not"
     AutoConfig.for_model("gpt2", n_layer=3).save_pretrained(tmp_path / "gpt2")
     section, had = without_dropout(ModelSection(name=str(tmp_path / "gpt2")))
     assert had

@@ -116,10 +116,10 @@ def test_a_trainer_that_forgets_where_documents_begin_is_named(make_config: Make
     assert found_kinds(make_config(trainer="faults:Forgetful"), backends=()) == [("packing", 1)]
 
 
-def test_a_leak_in_the_model_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_in_the_model_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A mask without boundaries: rows fall back to one document each; where the verdict is wrong as well, the losses tell."""
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
-    check = check_packing(make_config())
+    check = check_packing(make_config(f"data.cache={tmp_path / 'fresh'}"))  # where no verdict is kept
     assert "one document a row; documents in one row see each other" in check.text
     assert check.distance({"loss": 1.0, "grad_norm": 1.0}) is None, "nothing to compare"
     monkeypatch.setattr("myllm_ray.models.isolation._compare", lambda *_, **__: Isolation(True, "planted"))
