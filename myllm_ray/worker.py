@@ -22,7 +22,6 @@ from myllm_ray.common import distributed
 from myllm_ray.common.allocator import keep_large_blocks
 from myllm_ray.common.determinism import check_determinism, determinism
 from myllm_ray.common.secrets import mask
-from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import BatchStream
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import validate
@@ -39,10 +38,11 @@ from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
 from myllm_ray.engine.engine import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
-from myllm_ray.engine.pulse import Pulse, remove, request
+from myllm_ray.engine.pulse import Pulse
 from myllm_ray.engine.run_folder import checkpoints_of, claim, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.engine.starting_weights import check_starting_weights, named_models, pinned, starting_weights
+from myllm_ray.engine.startup import Startup, StoppedAtStart
 from myllm_ray.engine.watch import Watch
 from myllm_ray.models.export import dtype_of_base
 from myllm_ray.models.generation_config import base_generation_config, ends_of, trained_generation_config
@@ -103,20 +103,22 @@ def run_local(config: TrainerConfig, callbacks: Sequence[Callback] | None = None
     config = absolute(config)
     check_names(config)
     torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
-    prepared = prepare_run(config)
-    check_model(config, prepared)
-    warn_of_data(prepared)
-    claim(config, prepared.identity)
-    folder = folder_of(config)
-    try:
-        with stop_on_signals(lambda name: request(folder, "stop", name)):
-            while True:
-                summary = run_worker(config, prepared, callbacks=callbacks, services=services(config, prepared) if services else None)
-                if not summary["rewound"]:
-                    return summary
-                log.warning("%s", summary["left"])
-    finally:
-        remove(folder)
+    with Startup(config) as startup:
+        try:
+            startup.phase("preparing data")
+            prepared = prepare_run(config)
+            startup.phase("building the model")
+            check_model(config, prepared)
+            warn_of_data(prepared)
+            claim(config, prepared.identity)
+            startup.training()
+        except StoppedAtStart as reason:
+            return startup.stopped(reason)
+        while True:
+            summary = run_worker(config, prepared, callbacks=callbacks, services=services(config, prepared) if services else None)
+            if not summary["rewound"]:
+                return summary
+            log.warning("%s", summary["left"])
 
 
 def check_names(config: TrainerConfig) -> None:
@@ -336,7 +338,8 @@ def open_trained(path: str | Path) -> TrainedModel:
     if newest is None or (damage := find_damage(newest)):
         raise CheckpointError(f"{path} holds no whole checkpoint" + (f": {damage}" if newest else ""))
     config = validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json")
-    folder = newest.parent.parent / "tokenizer"
+    beside = newest / "tokenizer"  # of a checkpoint in Ray's storage
+    folder = beside if beside.is_dir() else newest.parent.parent / "tokenizer"
     tokenizer = open_tokenizer(str(folder))
     model = build_model(model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
     manager.load_model(newest, model)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -173,6 +173,68 @@ def job_config(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
     for override in overrides:
         apply_override(raw, override)
     return raw
+
+
+class Server:
+    """A real `ray start --head` on free ports of this machine, with its own temp folder."""
+
+    def __init__(self, folder: Path, mode: str, dashboard: bool = True):
+        self.folder = folder
+        ports = [29000 + os.getpid() % 500 * 4 + i for i in range(3)]
+        self.port, self.dashboard, agent = ports
+        self.environment = {**os.environ, "RAY_AUTH_MODE": mode, "HOME": str(folder), "RAY_TMPDIR": f"/tmp/r{os.getpid()}",
+                            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        if mode == "token":
+            (folder / ".ray").mkdir()
+            (folder / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef0123456789abcdef")
+        command = ["ray", "start", "--head", "--block", f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--num-cpus=4",
+                   f"--dashboard-agent-listen-port={agent}", f"--include-dashboard={dashboard}".lower(), "--disable-usage-stats",
+                   f"--temp-dir=/tmp/r{os.getpid()}-{mode}", "--node-ip-address=127.0.0.1"]
+        self.process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]], env=self.environment,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+    @property
+    def cluster(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard}"
+
+    def wait(self) -> None:
+        """Until the job server answers (with or without a token: any HTTP answer)."""
+        import urllib.error
+        import urllib.request
+
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(self.address + "/api/version", timeout=2)
+                return
+            except urllib.error.HTTPError:
+                return
+            except OSError:
+                assert self.process.poll() is None, self.process.stdout.read().decode()  # type: ignore[union-attr]
+                time.sleep(0.5)
+        raise AssertionError("the dashboard did not come up")
+
+    def wait_for_node(self) -> None:
+        """Until the head listens and has registered itself."""
+        for _ in range(120):
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                time.sleep(3)
+                return
+            assert self.process.poll() is None, self.process.stdout.read().decode()  # type: ignore[union-attr]
+            time.sleep(0.5)
+        raise AssertionError("the head did not come up")
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
 
 
 EPOCH = 10

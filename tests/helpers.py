@@ -61,6 +61,24 @@ class Slow(Callback):
         time.sleep(self.seconds)
 
 
+class SlowStart(Callback):
+    """Makes the start longer: the model is there, no step was made."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_start(self, state: RunState) -> None:
+        time.sleep(self.seconds)
+
+
+class Fails(Callback):
+    """A user's bug."""
+
+    def on_step_end(self, state: RunState) -> None:
+        print(f"in step {state.step}")
+        raise ValueError("mine")
+
+
 class FillDisk(Callback):
     """After a step, writes a file that leaves so many bytes of its disk free."""
 
@@ -127,6 +145,11 @@ def question_and_answer(row: dict[str, Any]) -> list[tuple[str, bool]]:
 def without_its_end(row: dict[str, Any]) -> list[tuple[str, bool]]:
     """A data format that does not train on the end of an answer."""
     return [(row["instruction"], True), (row["output"], False)]
+
+
+def broken(row: dict[str, Any]) -> list[tuple[str, bool]]:
+    """A data format with a bug."""
+    return [(row["nothing"], True)]
 
 
 def half(progress: float) -> float:

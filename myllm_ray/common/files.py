@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,6 +63,14 @@ class JSONLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for a file that never changes, as good as a copy of it; a copy where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def why_not_writable(folder: Path) -> str | None:

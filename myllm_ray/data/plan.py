@@ -26,6 +26,8 @@ from myllm_ray.data.packing import Row, Segment, best_fit, continuous, fit, one_
 from myllm_ray.data.store import TokenStore
 
 PLAN_VERSION = 2
+_SMALL = 4096
+"""Documents up to which an epoch is planned in memory: faster than a file, and a thousand epochs of it leave none behind."""
 _FLUSH_ROWS = 65536
 
 
@@ -46,12 +48,16 @@ class RowPlan:
         described = json.dumps([PLAN_VERSION, store.content_hash, asdict(order), asdict(packing)], sort_keys=True)
         self.key = hashlib.sha256(described.encode()).hexdigest()[:16]
         self._open = lru_cache(maxsize=2)(self._open_epoch)
+        self._row_counts: dict[int, int] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
         return RowPlan, (self.store, self.order, self.packing)
 
     def rows_in_epoch(self, epoch: int) -> int:
-        return len(self._open(epoch)[1]) - 1
+        """How many rows an epoch has. Planned the first time, remembered after that."""
+        if epoch not in self._row_counts:
+            self._row_counts[epoch] = len(self._open(epoch)[1]) - 1
+        return self._row_counts[epoch]
 
     def folder(self, epoch: int) -> Path:
         """Where the plan of an epoch is kept."""
@@ -91,7 +97,10 @@ class RowPlan:
                 yield from zip(part.tolist(), self.store.lengths(part).tolist(), strict=True)
 
     def _open_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(segments (n, 3) int64, first segment of each row (rows + 1,) int64), memory-mapped."""
+        """(segments (n, 3) int64, first segment of each row (rows + 1,) int64), of many documents memory-mapped."""
+        if len(self.store) <= _SMALL:
+            parts = list(self._plan(epoch))
+            return np.concatenate([segments for segments, _ in parts]), _firsts([counts for _, counts in parts])
         folder = self.folder(epoch)
         if not folder.exists():
             self._write(folder, epoch)
@@ -99,23 +108,34 @@ class RowPlan:
         segments = np.memmap(folder / "segments.bin", np.int64, "r").reshape(-1, 3)
         return segments, firsts
 
+    def _plan(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The rows of an epoch in their order, many at a time: their segments (n, 3) int64, and how many each row has (rows,) int64.
+
+        Raises:
+            DataError: there are no rows.
+        """
+        number = -1
+        for number, rows in enumerate(_chunks(self.iterate(epoch), _FLUSH_ROWS)):
+            if self.order.shuffle != "none":  # a long document fills many rows in a row; batches must mix
+                order = generator("rows", self.order.seed, epoch, number).permutation(len(rows))
+                rows = [rows[i] for i in order]
+            segments = np.asarray([s for row in rows for s in row], np.int64).reshape(-1, 3)
+            yield segments, np.asarray([len(row) for row in rows], np.int64)
+        if number < 0:
+            part = "validation" if self.order.validation else "training"
+            raise DataError(f"the {part} data is empty: no document is left for it; change data.validation.split "
+                            "or give more data")
+
     def _write(self, folder: Path, epoch: int) -> None:
         beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-        counts: list[np.ndarray] = [np.zeros(1, np.int64)]
+        counts: list[np.ndarray] = []
         try:
             beside.mkdir(parents=True)
             with open(beside / "segments.bin", "wb") as file:
-                for number, rows in enumerate(_chunks(self.iterate(epoch), _FLUSH_ROWS)):
-                    if self.order.shuffle != "none":  # a long document fills many rows in a row; batches must mix
-                        order = generator("rows", self.order.seed, epoch, number).permutation(len(rows))
-                        rows = [rows[i] for i in order]
-                    counts.append(np.asarray([len(row) for row in rows], np.int64))
-                    file.write(np.asarray([s for row in rows for s in row], np.int64).tobytes())
-            if len(counts) == 1:
-                part = "validation" if self.order.validation else "training"
-                raise DataError(f"the {part} data is empty: no document is left for it; change data.validation.split "
-                                "or give more data")
-            np.save(beside / "firsts.npy", np.cumsum(np.concatenate(counts)))
+                for segments, count in self._plan(epoch):
+                    file.write(segments.tobytes())
+                    counts.append(count)
+            np.save(beside / "firsts.npy", _firsts(counts))
             try:
                 os.rename(beside, folder)
             except OSError:
@@ -125,6 +145,11 @@ class RowPlan:
             raise DataError(f"data.cache: {folder} can't be written: {error}") from None
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _firsts(counts: list[np.ndarray]) -> np.ndarray:
+    """The first segment of each row, and the number of segments, from the number of segments in each row."""
+    return np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
 
 
 def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:

@@ -61,14 +61,22 @@ class StreamSpec:
         done = row >= self.steps_in_epoch(position.epoch) * self.global_size
         return Position(position.epoch + 1, 0) if done else Position(position.epoch, row)
 
-    def spans(self, start: Position, steps: int) -> Iterator[tuple[int, int, int]]:
-        """The next `steps` global batches as (epoch, first row, micro-batches), one span an epoch."""
+    def advance(self, start: Position, steps: int) -> Position:
+        """The position `steps` global batches behind `start`. Plans the epochs between them, no others."""
         position = self.normalized(start)
-        while steps > 0:
-            take = min(steps, self.steps_in_epoch(position.epoch) - position.row // self.global_size)
-            yield position.epoch, position.row, take * self.micros_per_step
-            steps -= take
-            position = Position(position.epoch + 1, 0)
+        while (left := self.steps_in_epoch(position.epoch) - position.row // self.global_size) <= steps:
+            steps, position = steps - left, Position(position.epoch + 1, 0)
+        return Position(position.epoch, position.row + steps * self.global_size)
+
+    def places(self, start: Position, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """(epoch, row) of `count` micro-batches of the stream that begins at `start`, from its micro-batch `first` on."""
+        step, skip = divmod(first, self.micros_per_step)
+        position = self.advance(start, step)
+        while count > 0:
+            for number in range(skip, min(self.micros_per_step, skip + count)):
+                yield position.epoch, position.row + number * self.micro_size
+            count, skip = count - (self.micros_per_step - skip), 0
+            position = self.after(position)
 
     def positions(self, start: Position, steps: int) -> Iterator[Position]:
         """Where each of the next `steps` global batches begins."""

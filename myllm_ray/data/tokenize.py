@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from myllm_ray.config.errors import DataError
+from myllm_ray.config.errors import DataError, UserError
 from myllm_ray.data.chat import tokenize_chat
 from myllm_ray.data.formats import BadRow, Format, Instruction, Labelled, Messages, Preference, Prompt
 from myllm_ray.data.records import Room, kind_of, tokenize_record
@@ -42,6 +42,16 @@ def decode(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(trained, tokens, ~tokens), trained
 
 
+def _format(format_row: Format, row: Mapping[str, Any], place: str) -> Any:
+    try:
+        return format_row(row)
+    except (BadRow, UserError):
+        raise
+    except Exception as error:  # of a format of the user's own
+        error.add_note(f"in the row at {place}")
+        raise
+
+
 def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format_row: Format, tokenizer: Any,
                   options: TokenizeOptions) -> pa.RecordBatch:
     """Format and tokenise rows; each comes with the place it stands at (`file:line`), for messages.
@@ -56,7 +66,7 @@ def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format
             if isinstance(row, BadRow):
                 raise row
             renamed = {**row, **{new: row[old] for new, old in options.fields.items() if old in row}}
-            formatted = format_row(renamed)
+            formatted = _format(format_row, renamed, place)
             if kind and kind != kind_of(formatted):
                 raise DataError(f"{place}: the format gives {kind_of(formatted)}, for the rows before it gave {kind}")
             kind = kind_of(formatted)

@@ -1,6 +1,7 @@
 """A rank's sign of life, and its ear for what is asked of it from outside. Files in the run's folder; no Ray, no sockets.
 
     <run>/.pulse/rank-00001.json    {"beat": 17, "step": 8, "phase": "forward", "seconds": 0.4, "waits": false, ...}
+    <run>/.pulse/driver.json        the same of the process that started the run (startup.py)
     <run>/.pulse/stop, leave        why the run shall save and end: for good (a signal, `myllm-ray stop`), or to go on at
                                     once (another number of workers)
     <run>/.pulse/abandon            why nobody wants a sweep's trial any more (orchestration/sweeps/desk.py)
@@ -28,6 +29,7 @@ from myllm_ray.common.files import write_atomic
 
 PHASES = ("start", "data", "rollout", "forward", "backward", "optimizer", "evaluation", "checkpoint", "end")
 """What a rank can be doing, in the order of a step."""
+DRIVER = "driver.json"
 _SECONDS = 0.5
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
@@ -54,7 +56,7 @@ def asked(run: str | Path, name: str = "stop") -> str | None:
 def clear(run: str | Path) -> None:
     """Forget signs of life and requests of a worker group that has ended; a request to stop the whole run stays."""
     for path in sorted(pulse_folder(run).glob("*")):
-        if path.name != "stop":
+        if path.name not in ("stop", DRIVER):
             path.unlink(missing_ok=True)
 
 
@@ -75,12 +77,31 @@ def read_beats(run: str | Path) -> dict[int, dict[str, Any]]:
     return beats
 
 
+def read_driver(run: str | Path) -> dict[str, Any] | None:
+    """The last sign of life of the process that started the run."""
+    try:
+        beat = json.loads((pulse_folder(run) / DRIVER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return beat if isinstance(beat, dict) else None
+
+
+def is_own(run: str | Path) -> bool:
+    """Whether this process is the one that started the run in this folder."""
+    beat = read_driver(run) or {}
+    return (beat.get("pid"), beat.get("host")) == (os.getpid(), socket.gethostname())
+
+
 def going_on(run: str | Path) -> dict[str, Any] | None:
     """A sign of life that changes within two seconds, so somebody works in this folder; or None."""
-    before = read_beats(run)
+    def signs() -> dict[int, dict[str, Any]]:
+        driver = read_driver(run)
+        return {**read_beats(run), **({-1: driver} if driver else {})}
+
+    before = signs()
     for _ in range(10 if before else 0):
         time.sleep(0.2)
-        now = read_beats(run)
+        now = signs()
         changed = next((beat for rank, beat in now.items() if before.get(rank) != beat), None)
         if changed is not None:
             return changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -18,8 +19,10 @@ from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine import pulse
 from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest, versions
 from myllm_ray.engine.mirror import Mirror
+from myllm_ray.engine.resume_notices import changes, resume_notices
 from myllm_ray.engine.starting_weights import check_same_weights
 
+log = logging.getLogger(__name__)
 _OLD_WORKERS_SECONDS = 20.0
 _SAME = ("trainer", "model", "tokenizer")
 """Config sections that must not change when a run goes on."""
@@ -47,7 +50,9 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
         CheckpointError: what is to be continued is damaged, or was another run.
     """
     folder, resume = folder_of(config), config.checkpoint.resume
-    _refuse_two_at_once(folder)
+    own = pulse.is_own(folder)
+    if not own:
+        refuse_two_at_once(folder)
     manager = checkpoints_of(config)
     there = manager.mirror.names() if manager.mirror is not None else []
     used = manager.all() or there or (folder / "metrics.jsonl").exists()
@@ -57,6 +62,8 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
     start = resume_source(resume) if resume not in ("auto", "never") else manager.latest() if resume == "auto" else None
     if start is not None:
         check_same_run(start, config, identity)
+        for line in resume_notices(read_manifest(start), mask(config.model_dump(mode="json"))):
+            log.warning("%s", line)
         if folder.resolve() in start.resolve().parents and resume != "auto":
             raise ConfigError(f"checkpoint.resume={resume} lies inside the run it would replace: give another run.name, or "
                               "use checkpoint.resume=auto")
@@ -64,23 +71,30 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
     if problem:
         raise ConfigError(f"run.storage: {folder} can't be written: {problem}")
     if used and resume != "auto":  # replaced, wherever it stands
-        shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        for path in sorted(folder.iterdir()):
+            if path != pulse.pulse_folder(folder):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for name in there:
             cast(Mirror, manager.mirror).remove(name)
-    pulse.remove(folder)  # what processes that were killed left behind
+    if not own:
+        pulse.remove(folder)  # what processes that were killed left behind
     write_atomic(folder / "config.yaml", to_yaml(mask(config.model_dump(mode="json"))))
     write_json(folder / "environment.json", {**versions(), "platform": platform.platform(),
                                              "command": [mask_text(word) for word in sys.argv], "cpus": os.cpu_count(),
                                              "packing": identity.get("packing")})
 
 
-def _refuse_two_at_once(folder: Path) -> None:
-    """Two runs in one folder would spoil each other. Workers whose driver was killed take a moment to end."""
+def refuse_two_at_once(folder: Path) -> None:
+    """Two runs in one folder would spoil each other. Workers whose driver was killed take a moment to end.
+
+    Raises:
+        ConfigError: a run is going on there.
+    """
     until = time.monotonic() + _OLD_WORKERS_SECONDS
     while (beat := pulse.going_on(folder)) is not None:
         if time.monotonic() > until:
-            raise ConfigError(f"{folder}: a run is going on there (rank {beat['rank']}: pid {beat['pid']} on {beat['host']}); end it "
+            who = f"rank {beat['rank']}" if "rank" in beat else beat["phase"]
+            raise ConfigError(f"{folder}: a run is going on there ({who}: pid {beat['pid']} on {beat['host']}); end it "
                               f"(myllm-ray stop {folder}), or give another run.name")
 
 
@@ -106,19 +120,30 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
         raise CheckpointError(f"can't go on from {checkpoint}: it was not written by a run from a config file")
     then, now = saved["config"], mask(config.model_dump(mode="json"))
     for section in _SAME:
-        change = _first_change(section, then.get(section), now[section])
+        change = next(changes(section, then.get(section), now[section]), None)
         if change:
-            raise CheckpointError(f"can't go on from {checkpoint}: {change}; undo the change, or start a new run (run.name)")
+            raise CheckpointError(f"can't go on from {checkpoint}: {change}; {_what_to_do(checkpoint, config)}")
     check_same_weights(checkpoint, saved, config)
     if then["run"]["seed"] != config.run.seed:
         raise CheckpointError(f"can't go on from {checkpoint}: run.seed was {then['run']['seed']}, now it is {config.run.seed}")
     for key, what in (("tokens", "the data itself (files, format or tokenizer)"), ("batch.global_size", "batch.global_size"),
                       ("packing", "what shares a row"), ("rows", "the order or packing of the data")):
-        before = saved["identity"].get(key, identity[key])  # checkpoints of versions before lack `packing`
-        if before != identity[key]:
-            change = _first_change("data", then.get("data"), now["data"]) or (f"{before}, now {identity[key]}" if key == "packing" else what)
-            raise CheckpointError(f"can't go on from {checkpoint}: {what} has changed ({change}), so its place in the data "
-                                  "means nothing any more; undo the change, or start a new run (run.name)")
+        before, after = saved["identity"].get(key, identity[key]), identity[key]  # older checkpoints lack `packing`
+        if before != after:
+            change = next(changes("data", then.get("data"), now["data"]), None)
+            if key == "batch.global_size" or (key == "packing" and change is None):
+                change = f"it was {before}, now it is {after}"
+            raise CheckpointError(f"can't go on from {checkpoint}: {what} has changed{f' ({change})' if change else ''}, so its "
+                                  f"place in the data means nothing any more; {_what_to_do(checkpoint, config)}")
+
+
+def _what_to_do(checkpoint: Path, config: TrainerConfig) -> str:
+    """How to train what the config asks for, where it is not the run of the checkpoint."""
+    if config.checkpoint.resume == "auto":
+        return "undo the change, or start a new run (run.name)"
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    return ("undo the change; or, to train its weights on something else, start a new stage: leave checkpoint.resume out and give "
+            f"model.name={run}")
 
 
 def resume_source(resume: str) -> Path:
@@ -133,10 +158,3 @@ def resume_source(resume: str) -> Path:
     if damage:
         raise CheckpointError(f"checkpoint.resume: {damage}; give a step-… folder, a run's folder, auto or never")
     return path
-
-
-def _first_change(key: str, then: Any, now: Any) -> str | None:
-    if isinstance(then, dict) and isinstance(now, dict):
-        changes = (_first_change(f"{key}.{k}", then.get(k), now.get(k)) for k in sorted({*then, *now}))
-        return next((change for change in changes if change), None)
-    return None if then == now else f"{key} was {then!r}, now it is {now!r}"

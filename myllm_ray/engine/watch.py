@@ -11,6 +11,9 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.engine.checkpoint import CheckpointManager
 from myllm_ray.engine.pulse import PHASES, going_on, pulse_folder, read_beats, request
 
+_SILENT_SECONDS = 60.0
+"""Silence after which a run that was asked to stop has ended without saying so."""
+
 
 @dataclass(frozen=True)
 class Lag:
@@ -88,8 +91,12 @@ def stop(run: Path, seconds: float) -> str | None:
         raise ConfigError(f"no run is going on in {run}")
     request(run, "stop", "myllm-ray stop")
     until = time.monotonic() + seconds
+    heard = time.monotonic()
     while time.monotonic() < until:
-        if not pulse_folder(run).exists():
+        if going_on(run) is not None:
+            heard = time.monotonic()
+        # Killed processes leave the folder behind; one that writes a checkpoint may be silent for a moment.
+        if not pulse_folder(run).exists() or time.monotonic() - heard > _SILENT_SECONDS:
             newest = CheckpointManager(folder=run / "checkpoints").all()
             return str(newest[-1]) if newest else "none"
         time.sleep(0.2)

@@ -1,0 +1,3 @@
+"""Runs on Ray. The only package that imports it."""
+
+from myllm_ray.orchestration import environment as environment  # before any import of Ray

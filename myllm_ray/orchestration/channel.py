@@ -8,14 +8,18 @@ written to the run's folder by rank 0 itself; the channel only shows.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
 
+from myllm_ray.common.secrets import mask_text
 from myllm_ray.common.types import RunState
 from myllm_ray.engine.callbacks import Callback, CallbackList
 
-Event = tuple[str, RunState, tuple[Any, ...]]
+Event = tuple[str, RunState | None, tuple[Any, ...]]
+"""A callback's event, its state and the rest; or (OUTPUT, None, (a line,))."""
+OUTPUT = "output"
 _POLL_SECONDS = 0.2
 
 
@@ -34,12 +38,21 @@ class EventQueue:
 
 
 class ForwardCallback(Callback):
-    """In the worker: sends what a display in the driver wants to know."""
+    """In the worker: sends what a display in the driver wants to know.
+
+    Args:
+        queue: the actor that holds events until the driver fetches them.
+        prints: whether the driver shows what the user's code prints; Ray does with `log_to_driver`.
+    """
 
     main_only = True
 
-    def __init__(self, queue: Any):
-        self._queue = queue
+    def __init__(self, queue: Any, prints: bool = True):
+        self._queue, self._prints = queue, prints
+
+    def output(self) -> Callable[[str], None] | None:
+        """What takes a line that the user's code has printed; None where Ray shows it itself."""
+        return (lambda line: self._queue.put.remote((OUTPUT, None, (line,)))) if self._prints else None
 
     def _send(self, event: str, state: RunState, *payload: Any) -> None:
         self._queue.put.remote((event, state, payload))
@@ -94,5 +107,8 @@ class DriverDisplay:
         except ray.exceptions.RayError:
             return False  # Ray is going down; the run's folder has it all
         for event, state, payload in events:
-            self._callbacks.emit(event, state, *payload)
+            if state is None:
+                print(mask_text(str(payload[0])), flush=True)
+            else:
+                self._callbacks.emit(event, state, *payload)
         return True

@@ -3,23 +3,70 @@
 from __future__ import annotations
 
 import os
+import time
+import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from myllm_ray.common.distributed import lost_a_peer
+from myllm_ray.common.tracebacks import describe
 from myllm_ray.config.errors import TrainingError, UserError
 
 
 @dataclass(frozen=True)
 class Failure:
     """`error`: what to raise if it is for good. `reason`: one line. `again`: whether another attempt can help.
-    `charged`: whether it counts against scaling.max_failures (a planned preemption does not)."""
+    `charged`: whether it counts against scaling.max_failures (a planned preemption does not). `traceback`: of a remote error."""
 
     error: BaseException
     reason: str
     again: bool = True
     charged: bool = True
+    traceback: str | None = None
+
+    def kept(self, run: Path) -> Failure:
+        """With its traceback in a file of the run's folder, which its line names."""
+        if self.traceback is None:
+            return self
+        said = f"{self.reason}; the whole traceback: {keep_traceback(run, self.traceback)}"
+        error = TrainingError(said) if isinstance(self.error, TrainingError) else self.error
+        return replace(self, error=error, reason=said, traceback=None)
+
+
+class RemoteError(Exception):
+    """An exception in another process, in one line. Exceptions lose their traceback when they are pickled.
+
+    Attributes:
+        traceback: the whole one, as text.
+    """
+
+    def __init__(self, line: str, traceback: str):
+        super().__init__(line, traceback)
+        self.line, self.traceback = line, traceback
+
+    def __str__(self) -> str:
+        return self.line
+
+
+def portable(error: Exception) -> Exception:
+    """An exception as another process should get it: what only says that a peer is gone as it is, others as a `RemoteError`."""
+    from ray.exceptions import RayError
+
+    if isinstance(error, (UserError, RayError)) or lost_a_peer(error):
+        return error
+    return RemoteError(describe(error), "".join(traceback.format_exception(error)))
+
+
+def keep_traceback(run: Path, text: str) -> Path:
+    """Write a traceback to a new file below `<run>/errors`."""
+    folder = run / "errors"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = time.strftime("%Y%m%d-%H%M%S")
+    path = next(p for n in range(1000) if not (p := folder / f"{name}{f'-{n}' if n else ''}.txt").exists())
+    path.write_text(text, encoding="utf-8")
+    return path
 
 
 def explain(error: BaseException) -> Failure:
@@ -46,20 +93,38 @@ def explain(error: BaseException) -> Failure:
         text = _last_line(error)
         return Failure(TrainingError(f"Ray Train: {text}"), text)
     dead = {rank: e for rank, e in failures.items() if any(isinstance(i, RayActorError) for i in _inside(e))}
-    rank, first = min((dead or failures).items())
-    reason = f"worker {rank} died: its process was killed, or ran out of memory, or its node is gone" if dead else f"worker {rank} of {len(failures)} that failed: {_last_line(first)}"
+    own = {rank: e for rank, e in failures.items() if not any(lost_a_peer(i) for i in _inside(e))}  # the others only lost this one
+    rank, first = min((dead or own or failures).items())
+    remote = next((e for e in _inside(first) if isinstance(e, RemoteError)), None)
+    if dead:
+        reason = f"worker {rank} died: its process was killed, or ran out of memory, or its node is gone"
+    else:
+        reason = f"worker {rank} of {len(failures)} that failed: {remote.line if remote else _last_line(first)}"
     if os.environ.get("MYLLM_RAY_TRACEBACK"):
         return Failure(error, reason)
-    return Failure(TrainingError(f"{reason} (the whole traceback: MYLLM_RAY_TRACEBACK=1)"), reason)
+    trace = remote.traceback if remote else getattr(first, "_traceback_str", None)
+    return Failure(TrainingError(reason), reason, traceback=None if dead else trace)
 
 
-def clearly(call: Callable[[], Any]) -> Any:
-    """Call, and turn what Ray wraps a user's error in back into the error itself."""
+def clearly(call: Callable[[], Any], run: Path | None = None) -> Any:
+    """Call, and turn what Ray wraps a user's error in back into the error itself.
+
+    Args:
+        call: what may fail in another process.
+        run: the run's folder, where the traceback of an error in another process is kept.
+
+    Raises:
+        UserError: one line that names the line of code.
+    """
     try:
         return call()
     except UserError:
         raise
     except Exception as error:
+        remote = next((e for e in _inside(error) if isinstance(e, RemoteError)), None)
+        if remote is not None and not os.environ.get("MYLLM_RAY_TRACEBACK"):
+            kept = f"; the whole traceback: {keep_traceback(run, remote.traceback)}" if run else ""
+            raise TrainingError(f"{remote.line}{kept}") from None
         users = next((e for e in _inside(error) if isinstance(e, UserError)), None)
         if users is not None:
             raise _original(users) from None

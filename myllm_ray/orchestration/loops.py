@@ -28,13 +28,23 @@ besides the config's, "start": checkpoint to go on from, or None}."""
 
 def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     """Any trainer: the one that the config names. Returns the summary of `run_worker`."""
-    import ray
-    import ray.train
+    from myllm_ray.orchestration.failures import portable
+
+    try:
+        return _train_loop(config)
+    except Exception as error:
+        if LAUNCHED not in config or (sent := portable(error)) is error:
+            raise
+        raise sent from error
+
+
+def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from myllm_ray.common import distributed
+    from myllm_ray.orchestration.channel import ForwardCallback
+    from myllm_ray.orchestration.output import forwarded_output
     from myllm_ray.orchestration.pools import services
-    from myllm_ray.orchestration.ray_data import RayStream
     from myllm_ray.worker import absolute, build_callbacks, run_worker
 
     raw = {k: v for k, v in config.items() if k != LAUNCHED}
@@ -44,16 +54,33 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     _use_assigned_gpu()
     launched = config.get(LAUNCHED)
     if launched is None:
+        from myllm_ray.orchestration.reporting import RayTrainReport
+
         parsed = distributed.from_main(parsed)  # a run that it begins from may get another newest checkpoint any moment
         prepared = _prepare_alone(parsed)
-        return run_worker(parsed, prepared, services=services(parsed, prepared))
+        callbacks = [*build_callbacks(parsed), RayTrainReport(parsed.checkpoint.async_)]
+        return run_worker(parsed, prepared, callbacks=callbacks, services=services(parsed, prepared))
+    forward = next((c.output() for c in launched["callbacks"] if isinstance(c, ForwardCallback)), None)
+    with forwarded_output(forward if distributed.is_main() else None):
+        return _launched(parsed, launched)
+
+
+def _launched(config: TrainerConfig, launched: Mapping[str, Any]) -> dict[str, Any]:
+    """A worker of a run that `train(config)` has started."""
+    import ray
+    import ray.train
+
+    from myllm_ray.orchestration.pools import services
+    from myllm_ray.orchestration.ray_data import RayStream
+    from myllm_ray.worker import build_callbacks, run_worker
+
     prepared = launched["prepared"]
-    own = [c for c in build_callbacks(parsed) if not c.on_driver]
+    own = [c for c in build_callbacks(config) if not c.on_driver]
     stream = RayStream(prepared.train, ray.train.get_dataset_shard("train"))
     start = Path(launched["start"]) if launched["start"] else None
-    return run_worker(parsed, prepared, stream, [*own, *launched["callbacks"]], start,
+    return run_worker(config, prepared, stream, [*own, *launched["callbacks"]], start,
                       watched={"node": ray.get_runtime_context().get_node_id()},
-                      services=services(parsed, prepared))
+                      services=services(config, prepared))
 
 
 def _use_assigned_gpu() -> None:

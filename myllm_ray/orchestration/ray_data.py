@@ -7,6 +7,7 @@ carries its place, and the stream refuses to go on if one is not where it belong
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ import ray
 from ray.data import DataContext, Dataset, ExecutionOptions
 
 from myllm_ray.common import distributed
+from myllm_ray.common.tracebacks import describe
 from myllm_ray.common.types import Batch, Position
 from myllm_ray.config.errors import DataError, TrainingError, UserError
 from myllm_ray.data.collate import to_arrow
@@ -23,13 +25,15 @@ from myllm_ray.data.plan import RowPlan
 from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import TokenStore
 from myllm_ray.data.stream import StreamSpec, make_batch
+from myllm_ray.orchestration.failures import RemoteError
 
 _UNITS_PER_TASK = 8
 _MICROS_PER_TASK = 16
 _MOST_TASKS = 4096
 _PREFETCH = 8
-_PARTS = pa.schema([("epoch", pa.int64()), ("row", pa.int64()), ("micros", pa.int64())])
-"""What one task makes: `micros` micro-batches from a row of an epoch on."""
+_PARTS = pa.schema([("first", pa.int64()), ("micros", pa.int64())])
+"""What one task makes: `micros` micro-batches, from number `first` of the stream on. The task itself finds out in which epochs
+they are, so the cost of a start does not depend on the number of epochs."""
 
 
 def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iterator[pa.RecordBatch]:
@@ -41,18 +45,23 @@ def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iter
     def tokenize(table: pa.Table) -> Iterator[pa.Table]:
         for number in table.column("number").to_pylist():
             # What is wrong with the data comes back as a value: raised in a task, Ray would log it with its whole stack.
+            batch = problem = trace = None
             try:
-                batch, problem = _to_bytes(work(units[number])), None
+                batch = _to_bytes(work(units[number]))
             except UserError as error:
-                batch, problem = None, str(error)
-            yield pa.table({"batch": pa.array([batch], pa.large_binary()), "problem": pa.array([problem], pa.string())})
+                problem = str(error)
+            except Exception as error:  # in a format of the user's own
+                problem, trace = describe(error), "".join(traceback.format_exception(error))
+            yield pa.table({"batch": pa.array([batch], pa.large_binary()), "problem": pa.array([problem], pa.string()),
+                            "traceback": pa.array([trace], pa.string())})
 
     results: Iterable[Any] = dataset.map_batches(tokenize, batch_format="pyarrow", batch_size=None).iter_batches(
         batch_format="pyarrow", batch_size=1, prefetch_batches=2)
     for table in results:
         problem = table.column("problem")[0].as_py()
         if problem is not None:
-            raise DataError(problem)
+            trace = table.column("traceback")[0].as_py()
+            raise DataError(problem) if trace is None else RemoteError(problem, trace)
         yield pa.ipc.open_stream(table.column("batch")[0].as_buffer()).read_next_batch()
 
 
@@ -72,18 +81,17 @@ def build_dataset(spec: StreamSpec, start: Position, steps: int) -> Dataset:
     """The micro-batches of `steps` global batches from `start` on, each a block of one row, in order, epochs in one go."""
     _quiet()
     DataContext.get_current().target_max_block_size = 1  # bytes: no two micro-batches share a block
-    size = max(_MICROS_PER_TASK, -(-steps * spec.micros_per_step // _MOST_TASKS))
-    parts = [{"epoch": epoch, "row": row + a * spec.micro_size, "micros": min(size, micros - a)}
-             for epoch, row, micros in spec.spans(start, steps) for a in range(0, micros, size)]
+    micros = steps * spec.micros_per_step
+    size = max(_MICROS_PER_TASK, -(-micros // _MOST_TASKS))
+    parts = [{"first": first, "micros": min(size, micros - first)} for first in range(0, micros, size)]
     tables = [pa.Table.from_pylist([part], _PARTS) for part in parts] or [_PARTS.empty_table()]
     key = (str(spec.plan.store.folder), spec.plan.order, spec.plan.packing, spec.global_size, spec.micro_size, spec.pad_id)
 
     def build(table: pa.Table) -> Iterator[pa.Table]:
         local = _spec(*key)
         for part in table.to_pylist():
-            for number in range(part["micros"]):
-                row = part["row"] + number * local.micro_size
-                yield to_arrow(local.micro_at(part["epoch"], row), part["epoch"], row)
+            for epoch, row in local.places(start, part["first"], part["micros"]):
+                yield to_arrow(local.micro_at(epoch, row), epoch, row)
 
     return ray.data.from_arrow(tables).map_batches(build, batch_format="pyarrow", batch_size=None)
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.orchestration.auth import use_token_if_there_is_one
-
-# Read by Ray when it is imported or started, so they stand in front of the import.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a worker's end or failure is seen after this long
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a relative path in a user's own code keeps its meaning
-if os.environ.get("RAY_ADDRESS"):
-    use_token_if_there_is_one()
-
-import ray
-
+from myllm_ray.orchestration import environment
 from myllm_ray.orchestration.cluster import check_size, cpus_needed
+
+_CONNECT_SECONDS = 5.0
 
 
 def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = None) -> bool:
@@ -33,7 +33,7 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
         Whether a local Ray was started here, which the caller shuts down.
 
     Raises:
-        ConfigError: the cluster can't be reached, or is too small for the run.
+        ConfigError: the cluster can't be reached, refuses the token, or is too small for the run.
     """
     started = False
     if not ray.is_initialized():
@@ -45,10 +45,18 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
             options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, least),
                         "include_dashboard": False, "runtime_env": {"env_vars": _worker_environment()}}
             started = True
+        else:
+            use_token()
+            _check_address(address)
         try:
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"Ray at {address or 'this machine'} can't be reached: {' '.join(str(error).split())[:300]}") from None
+            with _own_signals():
+                ray.init(**options)
+        except Exception as error:  # Ray raises plain ones, too: "The current node timed out during startup"
+            ray.shutdown()
+            raise ConfigError(_refused(address, error)) from None
+        except BaseException:  # a signal
+            ray.shutdown()
+            raise
     if not verbose:
         for name in ("ray.train", "ray.data", "ray.tune", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -57,8 +65,63 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
     return started
 
 
+def hides_output() -> bool:
+    """Whether Ray does not print what workers print. A user who has called `ray.init` has decided that already."""
+    return not any(thread.name == "ray_print_logs" for thread in threading.enumerate())
+
+
+def use_token() -> None:
+    """Send the token, where there is one and `RAY_AUTH_MODE` says nothing, also where Ray was imported before this package.
+
+    Ray reads the mode when it is imported; its own function changes it afterwards.
+    """
+    logger = logging.getLogger(maybe_enable_token_auth_if_token_available.__module__)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    finally:
+        logger.setLevel(before)
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where nothing listens: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(f"Ray at {address} can't be reached: {error.strerror or error}: is RAY_ADDRESS the address that `ray start --head` "
+                          "printed, and is the cluster up?") from None
+
+
+def _refused(address: str | None, error: Exception) -> str:
+    """One line for a Ray that could not be joined. A server that listens but refuses a client wants another token."""
+    said = " ".join(str(error).split()).partition(" Ensure that")[0][:200]
+    if address is None:
+        return f"Ray can't be started on this machine: {said}"
+    if isinstance(error, ray.exceptions.AuthenticationError) or "Failed to connect" in said:
+        return f"Ray at {address} refuses this client ({said}). Most likely it wants another token. Token: {environment.describe_token()}"
+    return f"Ray at {address} can't be reached: {said}"
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM that is set: `ray.init` sets one that exits without saving."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before):  # else Ray's own is better: it ends the processes that Ray has started
+            with suppress(ValueError):
+                signal.signal(signal.SIGTERM, before)
+
+
 def _worker_environment() -> dict[str, str]:
     """Modules next to where the user started are importable in workers (`trainer: my_lab.simpo:SimPOTrainer`)."""
     path = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)
     return {"PYTHONPATH": path, "RAY_CHDIR_TO_TRIAL_DIR": "0"}
-

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.orchestration.auth import use_token_if_there_is_one
+from myllm_ray.orchestration import environment
 
 
 def submit(config: str, overrides: Sequence[str], address: str, working_dir: Path) -> int:
@@ -17,7 +17,7 @@ def submit(config: str, overrides: Sequence[str], address: str, working_dir: Pat
     Raises:
         ConfigError: the cluster can't be reached, or refuses the token.
     """
-    use_token_if_there_is_one()
+    environment.prepare(joining=True)
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     entrypoint = shlex.join(["python", "-m", "myllm_ray.cli", "train", config, *overrides])

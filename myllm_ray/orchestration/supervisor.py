@@ -37,16 +37,18 @@ from myllm_ray.config.errors import TrainingError, UserError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpoint import read_manifest
-from myllm_ray.engine.pulse import asked, clear, read_beats, remove, request
+from myllm_ray.engine.pulse import asked, clear, read_beats, request
 from myllm_ray.engine.run_folder import folder_of, resume_point
 from myllm_ray.engine.watch import Lag, Watch
 from myllm_ray.orchestration.cluster import draining_nodes, kill_process, worker_resources, workers_that_fit
+from myllm_ray.orchestration.controller import END, EndOnRequest
 from myllm_ray.orchestration.failures import Failure, explain
 from myllm_ray.orchestration.loops import LAUNCHED, train_loop
 from myllm_ray.orchestration.ray_data import build_dataset, execution_options
 
 if TYPE_CHECKING:
     from myllm_ray.data.prepare import PreparedData
+    from myllm_ray.engine.startup import Startup
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +67,11 @@ class Supervisor:
         config: with absolute paths.
         prepared: its data.
         callbacks: for the workers, besides those of the config that belong there; they are pickled.
+        startup: occupies the run's folder, and ends after this.
     """
 
-    def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback]):
-        self.config, self.prepared, self.callbacks = config, prepared, callbacks
+    def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], startup: Startup):
+        self.config, self.prepared, self.callbacks, self.startup = config, prepared, callbacks, startup
         self.folder = folder_of(config)
         self.failures = 0
         self._attempts = JSONLines(self.folder / "attempts.jsonl", keep=lambda row: True)
@@ -87,7 +90,6 @@ class Supervisor:
                         return summary
         finally:
             self._attempts.close()
-            remove(self.folder)
 
     def _ask_to_stop(self, name: str) -> None:
         log.info("%s: saving a checkpoint, then stopping (once more: at once)", name)
@@ -99,9 +101,9 @@ class Supervisor:
         start = resume_point(self.config)
         step = int(read_manifest(start)["step"]) if start else 0
         if workers == 0:  # asked to stop while no workers were there: nothing to save
-            return {"step": step, "metrics": {}, "folder": str(self.folder), "checkpoint": str(start) if start else None,
-                    "left": asked(self.folder), "rewound": False, "abandoned": False}
+            return self._stopped(start)
         clear(self.folder)
+        self.startup.phase(f"starting {workers} worker{'s' * (workers > 1)}")
         log.info("starting %d worker%s%s", workers, "s" * (workers > 1), f", from step {step}" if step else "")
         group = _Group(self.config, self.prepared, self.callbacks, workers, start)
         try:
@@ -110,19 +112,28 @@ class Supervisor:
             group.kill()
             raise
         failure = group.failure
-        how = "done"
-        if failure is not None:
+        how, stopped = "done", group.ended and lag is None and not group.summary
+        if stopped:
+            how = f"left: {asked(self.folder)}, before its first step"
+        elif failure is not None:
             how = f"failed: {lag or failure.reason}"
         elif group.summary["left"] is not None:
             how = f"{'rewound' if group.summary['rewound'] else 'left'}: {group.summary['left']}"
         self._attempts.write({"workers": workers, "from_step": step, "to_step": self._last_step(step, group.summary), "end": how,
                               "time": time.time()})
+        if stopped:
+            return self._stopped(start)
         if failure is None:
             if group.summary["left"] is not None:
                 log.info("%s", how)
             return group.summary
         self._count(failure, lag)
         return None
+
+    def _stopped(self, start: Path | None) -> dict[str, Any]:
+        """The summary of a run that was asked to stop while nobody trained."""
+        return {**self.startup.stopped(asked(self.folder)), "checkpoint": str(start) if start else None,
+                "step": int(read_manifest(start)["step"]) if start else 0}
 
     def _count(self, failure: Failure, lag: Lag | None) -> None:
         """Whether another attempt is allowed after a failure; what went wrong if not."""
@@ -152,6 +163,7 @@ class Supervisor:
                 return 0
             if time.monotonic() - said >= _SAY_SECONDS:
                 said = time.monotonic()
+                self.startup.phase("waiting for room")
                 log.info("waiting for room: %d workers of %s", self.config.worker_counts()[0], worker_resources(self.config.scaling))
             time.sleep(_LOOK_SECONDS)
         return workers
@@ -160,23 +172,28 @@ class Supervisor:
         """While a group runs: end it when a worker hangs, ask it to leave when it should. Returns who hung."""
         watch, hung = Watch(self.folder, self.config.stability.hang_seconds), None
         change: tuple[str | None, float] = (None, time.monotonic())
-        asked, ended = False, 0.0
+        leaves, ended, begun = False, 0.0, False
         while group.is_running(_LOOK_SECONDS):
             beats = read_beats(self.folder)
+            if not begun and any(beat.get("phase") != "start" for beat in beats.values()):
+                begun = True
+                self.startup.phase("training")
+            if not begun and not group.ended and asked(self.folder) is not None:  # nothing was trained: nothing to save
+                group.kill()
             if hung is None and (hung := watch.look()) is not None:
                 time.sleep(2.0)  # for the stacks
                 group.kill(only=hung.rank)
                 ended = time.monotonic()
             if hung is not None and time.monotonic() - ended > _END_SECONDS:  # the others did not notice
                 group.kill()
-            if len(beats) < workers or asked:
+            if len(beats) < workers or leaves:
                 continue
             reason = self._why_leave(beats, workers)
             now = time.monotonic()
             if reason != change[0]:
                 change = (reason, now)
             if reason is not None and (now - change[1] >= _STEADY_SECONDS or "about to leave" in reason):
-                asked = True
+                leaves = True
                 log.info("%s: saving a checkpoint first", reason)
                 request(self.folder, "leave", reason)
         return hung
@@ -197,6 +214,8 @@ class _Group:
 
     def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], workers: int, start: Path | None):
         self.summary: dict[str, Any] = {}
+        self.ended = False
+        """Whether `kill` has ended the whole group."""
         self.failure: Failure | None = None
         self._folder = folder_of(config)
         self._trainer = _trainer(config, prepared, callbacks, workers, start)
@@ -209,7 +228,7 @@ class _Group:
         except UserError as error:
             self.failure = Failure(error, str(error), again=False)
         except BaseException as error:
-            self.failure = explain(error)
+            self.failure = explain(error) if self.ended else explain(error).kept(self._folder)
         finally:
             shutil.rmtree(self._folder / ".ray", ignore_errors=True)
 
@@ -219,7 +238,13 @@ class _Group:
         return self._thread.is_alive()
 
     def kill(self, only: int | None = None) -> None:
-        """End all workers, or one, whatever they do."""
+        """End all workers, or one, whatever they do; with all of them the controller, which may be about to start them."""
+        if only is None:
+            self.ended = True
+            request(self._folder, END, "")
+            self._thread.join(_END_SECONDS)
+            if not self._thread.is_alive():
+                return
         for rank, beat in read_beats(self._folder).items():
             try:
                 if only in (None, rank):
@@ -249,6 +274,7 @@ def _trainer(config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(scaling.gpus_per_worker),
                                      resources_per_worker=worker_resources(scaling)),
         run_config=RunConfig(name=uuid.uuid4().hex[:12], storage_path=str(folder_of(config) / ".ray"),
+                             callbacks=cast(Any, [EndOnRequest(str(folder_of(config)))]),
                              failure_config=cast(Any, FailureConfig)(max_failures=0, max_preemption_failures=0,
                                                                      controller_failure_limit=0)),
         datasets={"train": remaining},

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from myllm_ray.common.tracebacks import describe
 from myllm_ray.config.errors import ConfigError, TrainingError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.trainers import RewardFunction
@@ -81,7 +82,7 @@ class FunctionReward:
             result = self.function(**self.accepted(given))
             return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
         except Exception as error:
-            raise RewardFailure(f"raised {type(error).__name__}: {error}") from error
+            raise RewardFailure(f"raised {describe(error)}") from error
 
     def accepted(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the keyword arguments that the function takes."""

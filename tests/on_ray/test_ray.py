@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -12,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import LLAMA, ROOT, MakeConfig, comparable, instruction_rows, ledger
+from harness import Server, job_config
 
 from myllm_ray import train
 from myllm_ray.config import ConfigError, DataError, TrainerConfig, TrainingError
+from myllm_ray.engine.checkpoint import read_tensors
+from myllm_ray.worker import open_run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -96,7 +99,18 @@ def test_loop_function_alone(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("accelerator.name=ddp", "scaling.workers=2", "run.name=alone")
     trainer = TorchTrainer(sft_loop, train_loop_config=config.model_dump(mode="json"),  # type: ignore[arg-type]
                            scaling_config=ScalingConfig(num_workers=2), run_config=RunConfig(storage_path=str(tmp_path / "ray")))
-    summary: Any = trainer.fit().return_value
+    result = trainer.fit()
+    summary: Any = result.return_value
+    assert result.metrics is not None
+    assert result.checkpoint is not None
+    logged = comparable(summary["folder"])[-1]
+    assert {name: result.metrics[name] for name in logged if name != "epoch"} == {n: v for n, v in logged.items() if n != "epoch"}
+    assert Path(result.checkpoint.path).is_relative_to(tmp_path / "ray")
+    shutil.rmtree(Path(summary["folder"]) / "checkpoints")  # Ray's storage has a name of its own for the same files
+    model, tokenizer = open_run(result.checkpoint.path)
+    assert tokenizer.decode(tokenizer("red").input_ids) == "red"
+    trained = read_tensors(Path(result.checkpoint.path))
+    assert all(torch.equal(value, trained[f"model.{name}"]) for name, value in model.named_parameters())
     expected = train(make_config("run.name=plain")).folder
     assert summary["step"] == 6
     assert ledger(summary["folder"]) == ledger(expected)
@@ -145,53 +159,6 @@ def test_a_failure_in_a_worker_is_one_line(make_config: MakeConfig) -> None:
     assert not (Path(config.run.storage) / "run" / ".ray").exists()
 
 
-class Server:
-    """A real `ray start --head` on free ports of this machine, with its own temp folder."""
-
-    def __init__(self, folder: Path, mode: str):
-        self.folder = folder
-        ports = [29000 + os.getpid() % 500 * 4 + i for i in range(3)]
-        self.port, self.dashboard, agent = ports
-        self.environment = {**os.environ, "RAY_AUTH_MODE": mode, "HOME": str(folder), "RAY_TMPDIR": f"/tmp/r{os.getpid()}",
-                            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        if mode == "token":
-            (folder / ".ray").mkdir()
-            (folder / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef0123456789abcdef")
-        command = ["ray", "start", "--head", "--block", f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--num-cpus=4",
-                   f"--dashboard-agent-listen-port={agent}", "--include-dashboard=true", "--disable-usage-stats",
-                   f"--temp-dir=/tmp/r{os.getpid()}-{mode}"]
-        self.process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]], env=self.environment,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.dashboard}"
-
-    def wait(self) -> None:
-        """Until the job server answers (with or without a token: any HTTP answer)."""
-        import urllib.error
-        import urllib.request
-
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(self.address + "/api/version", timeout=2)
-                return
-            except urllib.error.HTTPError:
-                return
-            except OSError:
-                assert self.process.poll() is None, self.process.stdout.read().decode()  # type: ignore[union-attr]
-                time.sleep(0.5)
-        raise AssertionError("the dashboard did not come up")
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(10)
-
-
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "token"])
 def test_job_submission(tmp_path: Path, mode: str) -> None:
@@ -233,8 +200,6 @@ def test_job_submission(tmp_path: Path, mode: str) -> None:
 @pytest.mark.timeout(280)
 def test_a_job_that_is_stopped_loses_no_step(tmp_path: Path) -> None:
     """`ray job stop`: the job saves first; submitted again, it goes on."""
-    from harness import job_config
-
     raw = job_config(tmp_path, "job", "accelerator.name=ddp", "checkpoint.every_steps=100",
                      "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.3}}]")
     (tmp_path / "job.json").write_text(json.dumps(raw))

@@ -28,7 +28,8 @@ from typing import Any
 import ray
 from ray import tune
 
-from myllm_ray.common.files import JSONLines, read_jsonl, write_json
+from myllm_ray.common.files import JSONLines, link_or_copy, read_jsonl, write_json
+from myllm_ray.common.tracebacks import describe
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sweep import SweepConfig, run_config
@@ -142,7 +143,7 @@ class Trial(tune.Trainable):
         own = folder / "checkpoints" / checkpoint.name
         if self._donor["number"] != self._number:
             beside = folder / "checkpoints.new" / checkpoint.name
-            shutil.copytree(checkpoint, beside, copy_function=_link_or_copy)
+            shutil.copytree(checkpoint, beside, copy_function=link_or_copy)
             shutil.rmtree(own.parent, ignore_errors=True)
             beside.parent.rename(own.parent)
             lineage = JSONLines(folder / "lineage.jsonl", keep=lambda row: row["step"] < self._donor["step"])  # type: ignore[index]
@@ -193,14 +194,6 @@ class Trial(tune.Trainable):
         return ended
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    """Checkpoint files never change once they are written, so a second name for them is as good as a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
 def _free() -> None:
     """Give back what a run has left behind, also on a device."""
     gc.collect()
@@ -228,7 +221,7 @@ class _Run:
         except UserError as error:
             self.problem = str(error)
         except BaseException as error:  # torch raises some of its own that are no Exception
-            self.problem = f"{type(error).__name__}: {explain(error).reason}"
+            self.problem = describe(error)
             log.debug("trial %s failed", config.run.name, exc_info=True)
 
     def next(self) -> tuple[int, dict[str, float]] | None:
@@ -287,11 +280,18 @@ class _WorkerGroup(_Run):
 
     @staticmethod
     def _train(config: TrainerConfig, reporter: TrialReporter) -> dict[str, Any]:
+        from myllm_ray.engine.startup import Startup, StoppedAtStart
         from myllm_ray.orchestration.launch import make_ready
         from myllm_ray.orchestration.supervisor import Supervisor
+        from myllm_ray.worker import absolute
 
-        config, prepared = make_ready(config)
-        return Supervisor(config, prepared, [reporter]).run()
+        config = absolute(config)
+        with Startup(config) as startup:
+            try:
+                config, prepared = make_ready(config, startup)
+            except StoppedAtStart as reason:
+                return startup.stopped(reason)
+            return Supervisor(config, prepared, [reporter], startup).run()
 
     def close(self) -> None:
         super().close()

@@ -1,0 +1,64 @@
+"""Starting on Ray: a run that has no step yet can be stopped; a user's bug in another process is one line that names it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeConfig
+
+from myllm_ray import train
+from myllm_ray.config import TrainingError
+from myllm_ray.engine.pulse import read_beats, read_driver
+from myllm_ray.engine.run_folder import folder_of
+from myllm_ray.engine.watch import stop
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("moment", [pytest.param("controller", marks=pytest.mark.slow), "workers"])
+def test_stop_while_workers_start(make_config: MakeConfig, moment: str) -> None:
+    """The moment: before Ray Train has workers, or when they are about to train."""
+    config = make_config("accelerator.name=ddp", "scaling.workers=2", callbacks=["jsonl", {"helpers:SlowStart": {"seconds": 100}}])
+    folder, found = folder_of(config), dict[str, Any]()
+
+    def work() -> None:
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit:
+            if moment == "workers" and len(read_beats(folder)) == 2:
+                break
+            if moment == "controller" and (read_driver(folder) or {}).get("phase") == "starting 2 workers":
+                time.sleep(1)
+                break
+            time.sleep(0.05)
+        found["asked"] = time.monotonic()
+        found["newest"] = stop(folder, 60)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    result = train(config)
+    took = time.monotonic() - found["asked"]
+    thread.join()
+    assert took < 25, took
+    assert (result.left, result.step, result.checkpoint, found["newest"]) == ("myllm-ray stop", 0, None, "none")
+    assert not (folder / ".ray").exists()
+    assert train(make_config("run.name=after", "accelerator.name=ddp", "scaling.workers=2", "run.max_steps=1")).step == 1, "the workers are gone"
+
+
+def test_a_users_bug_names_its_line(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a callback on a worker, and in a data format in a task."""
+    bug = make_config("accelerator.name=ddp", "scaling.workers=2", callbacks=["jsonl", "helpers:Fails"])
+    with pytest.raises(TrainingError, match=r"^worker \d of 2 that failed: ValueError: mine \(.*helpers.py:\d+ in on_step_end\); the whole "
+                                            r"traceback: .*errors/.*\.txt$") as caught:
+        train(bug)
+    assert capsys.readouterr().out.splitlines().count("in step 1") == 1, "what rank 0 prints is shown"
+    text = Path(str(caught.value).rpartition(": ")[2]).read_text()
+    assert 'raise ValueError("mine")' in text
+    assert "engine.py" in text
+    bad = make_config("run.name=format", "accelerator.name=ddp", "scaling.workers=2", "data.train.format=helpers:broken")
+    with pytest.raises(TrainingError, match=r"^KeyError: 'nothing' \(.*helpers.py:\d+ in broken\), in the row at .*rows.json: row 0; the whole "):
+        train(bad)
