@@ -121,7 +121,7 @@ def test_code_in_a_model_folder_does_not_run(make_config: MakeConfig, tmp_path: 
     config["model"] = {"name": str(folder)}
     with pytest.raises(ConfigError, match=r"model\.name"):
         train(config)
-    config["tokenizer"] = {"path": str(folder)}
+    config["model"], config["tokenizer"] = make_config().model_dump(mode="json")["model"], {"path": str(folder)}
     with pytest.raises(ConfigError, match=r"tokenizer\.path"):
         train(config)
     assert not (tmp_path / "exploded").exists()

@@ -182,7 +182,7 @@ def test_a_run_does_not_resume_under_another_verdict(make_config: MakeConfig, mo
         sft(make_config, model, fresh)
     (path,) = (tmp_path / "fresh").glob("isolation-*.json")
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"several documents a row \(best_fit\), now one document a row"):
+    with pytest.raises(CheckpointError, match=r"it was several documents a row \(best_fit\), now it is one document a row"):
         sft(make_config, model, fresh, "checkpoint.resume=auto", "run.max_steps=3")
 
 
