@@ -50,8 +50,11 @@ def test_memory_that_runs_out_is_survived(make_config: MakeConfig) -> None:
     limit = int(2.5 * 2**30)
     assert out_of_memory(raw, 1, limit) == ""
     assert "memory" in out_of_memory(raw, 256, limit)
-    raw["model"]["config"]["num_attention_heads"] = 7
+    raw["scheduler"]["name"] = "json:loads"  # raises TypeError: no schedule
     with pytest.raises(TrainingError, match="a try with 1 failed"):
+        out_of_memory(raw, 1, None)
+    raw["model"]["config"]["num_attention_heads"] = 7
+    with pytest.raises(ConfigError, match=r"model\.config"):
         out_of_memory(raw, 1, None)
 
 
