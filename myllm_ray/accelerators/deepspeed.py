@@ -10,8 +10,8 @@ import io
 import logging
 import math
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -224,10 +224,28 @@ class DeepSpeedAccelerator(Accelerator):
         return StepResult(norm, bool(self._answer) or overflow)
 
     def generation(self) -> AbstractContextManager[Any]:
-        """All parameters whole on every rank meanwhile."""
-        if self.stage < 3:
-            return nullcontext()
-        return cast("AbstractContextManager[Any]", self.deepspeed.zero.GatheredParameters(list(self.module.parameters())))
+        """All parameters whole on every rank meanwhile, so that ranks may call the model unequally often."""
+        return nullcontext() if self.stage < 3 else self._gathered()
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """Whole parameters and no hooks: ZeRO-3's release a module's parameters behind its forward pass, gather them in front of the next
+        one, and compare the order of modules with the other ranks. Each of these waits for the other ranks, which write answers of
+        other lengths."""
+        offload = self.engine.optimizer.parameter_offload
+        handles = [*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook]
+        tables = {id(table): table for handle in handles if (table := handle.hooks_dict_ref()) is not None}
+        before = {key: dict(table) for key, table in tables.items()}
+        with self.deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            for handle in handles:
+                if (table := handle.hooks_dict_ref()) is not None:
+                    table.pop(handle.id, None)
+            try:
+                yield
+            finally:
+                for key, table in tables.items():  # in their order, between the hooks of others
+                    table.clear()
+                    table.update(before[key])
 
     def state(self) -> dict[str, Tensor]:
         if self.stage == 0:

@@ -25,7 +25,8 @@ COMMON = ["data.validation=null", "data.sequence_length=32", "run.max_steps=6", 
 
 
 def config_of(make_config: MakeConfig, kind: str, *overrides: str) -> object:
-    rollout = ["rollout.max_new_tokens=8"] if kind in ("grpo", "ppo") else []
+    # Answers end at different lengths, so ranks call the model unequally often.
+    rollout = ["rollout.max_new_tokens=8", f"rollout.stop={json.dumps(list('aeinorst([{'))}"] if kind in ("grpo", "ppo") else []
     return make_config(*COMMON, *rollout, *TRAINERS[kind], *overrides)
 
 
@@ -43,8 +44,10 @@ def assert_same(folder: Path, expected: Path, tolerance: float = 2e-4) -> None:
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.promise] if kind in ("kto", "precomputed") else []) for kind in TRAINERS])
 def test_every_trainer_on_every_backend(make_config: MakeConfig, kind: str) -> None:
     single, = run_all(1, [config_of(make_config, kind, "run.name=single")])
-    backends = ["ddp", "fsdp", "deepspeed-3"] if kind in ("grpo", "ppo") else ["ddp", "fsdp"]
-    for folder in run_all(2, [config_of(make_config, kind, f"run.name={name}", *BACKENDS[name]) for name in backends]):
+    backends = {name: BACKENDS[name] for name in ("ddp", "fsdp")}
+    if kind in ("grpo", "ppo"):  # with parameters as small as these sharded and released, too
+        backends["deepspeed-3"] = [*BACKENDS["deepspeed-3"], 'accelerator.options={"zero_optimization": {"stage3_param_persistence_threshold": 0}}']
+    for folder in run_all(2, [config_of(make_config, kind, f"run.name={name}", *overrides) for name, overrides in backends.items()]):
         assert_same(folder, single)
         if kind in ("grpo", "ppo"):
             assert read_jsonl(folder / "samples.jsonl") == read_jsonl(single / "samples.jsonl")
