@@ -16,7 +16,8 @@ from myllm_ray.common.tracebacks import is_users
 
 _MOST_LINES = 200
 """Lines a second that are shown; a print in every micro-batch must not flood the driver."""
-_RAYS_PRINT = os.path.join("ray", "train", "v2", "_internal", "logging", "patch_print.py")
+_RAYS_PRINTS = (os.path.join("ray", "train", "v2", "_internal", "logging", "patch_print.py"), os.path.join("ray", "experimental", "tqdm_ray.py"))
+"""Ray Train, and Ray Data's progress bars, replace the built-in `print`."""
 _STANDARD = str(Path(sysconfig.get_path("stdlib")).resolve())
 
 
@@ -89,7 +90,7 @@ def _from_user(frame: FrameType | None) -> bool:
 
 
 def _is_between(filename: str) -> bool:
-    """Whether code of this file prints for others: Python's own, and Ray Train's `print`, which takes the place of the built-in one."""
-    if filename.endswith(_RAYS_PRINT):
+    """Whether code of this file prints for others: Python's own, and Ray's, whose `print` replaces the built-in one."""
+    if filename.endswith(_RAYS_PRINTS):
         return True
     return filename.startswith((_STANDARD, "<")) and "site-packages" not in filename

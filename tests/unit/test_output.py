@@ -33,13 +33,15 @@ def test_only_the_users_lines_are_sent() -> None:
 
 
 def test_rays_own_print_is_the_users() -> None:
-    """Ray Train replaces `print` in its workers."""
+    """Ray Train replaces `print` in its workers, and Ray Data's progress bars do, too."""
+    from ray.experimental.tqdm_ray import safe_print
     from ray.train.v2._internal.logging.patch_print import redirected_print
 
     lines: list[str] = []
     with redirect_stdout(io.StringIO()), forwarded_output(lines.append):
         redirected_print("step", 1)
-    assert lines == ["step 1"]
+        safe_print("step", 2)
+    assert lines == ["step 1", "step 2"]
 
 
 def test_a_flood_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
