@@ -126,7 +126,7 @@ def test_the_verdict_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def leaking(model_type: str) -> dict[str, Any]:
     """A model section of little size, with random weights large enough to look across a boundary."""
     section = small_model(section_of(model_type, **LEAKS[model_type]))
-    return {"attention": section.attention, "config": {**(section.config or {}), "initializer_range": 0.15}}
+    return {"attention": section.attention, "config": {**(section.config or {}), "init_std" if model_type == "opt" else "initializer_range": 0.15}}
 
 
 def sft(make_config: MakeConfig, model: dict[str, Any], *overrides: str) -> dict[str, Any]:
@@ -264,8 +264,10 @@ def test_the_table_of_all_model_types() -> None:
     """docs/models-supported.md says what the probe finds; `make models-supported` writes it."""
     ran = subprocess.run([sys.executable, str(ROOT / "tests" / "models_table.py"), "--json"], cwd=ROOT, capture_output=True, text=True, check=True)
     found = {name: row["verdict"] for name, row in json.loads(ran.stdout).items()}
-    assert found == written()
-    assert set(found) == set(all_names())
+    page = written()
+    assert set(found) == set(page) == set(all_names())
+    built = {name for name in found if UNKNOWN not in (found[name], page[name])}  # some need packages that a machine may have or not
+    assert {name: found[name] for name in built} == {name: page[name] for name in built}
     assert sum(verdict != UNKNOWN for verdict in found.values()) > 100
     assert all(found[name] == NO for name in LEAKS)
     assert all(found[name] == BY_POSITION for name in ("llama", "qwen3", "gemma3_text", "gpt2", "gpt_neox"))
