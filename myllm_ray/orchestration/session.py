@@ -10,11 +10,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
+from myllm_ray.common.files import why_not_writable
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.orchestration import environment
@@ -45,6 +48,7 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
             options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, least),
                         "include_dashboard": False, "runtime_env": {"env_vars": _worker_environment()}}
             started = True
+            _token_without_a_file()
         else:
             use_token()
             _check_address(address)
@@ -82,6 +86,14 @@ def use_token() -> None:
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     finally:
         logger.setLevel(before)
+
+
+def _token_without_a_file() -> None:
+    """Give a local Ray its token in the environment where Ray could not save a new one (a read-only home, as containers have)."""
+    if os.environ.get(environment.AUTH_MODE, "token").lower() != "token" or environment.has_token():
+        return
+    if why_not_writable(Path.home() / ".ray"):
+        os.environ["RAY_AUTH_TOKEN"] = generate_new_authentication_token()
 
 
 def _check_address(address: str) -> None:

@@ -90,6 +90,25 @@ def test_messages_say_where_the_token_was_looked_for(tmp_path: Path, monkeypatch
     assert environment.describe_token() == "RAY_AUTH_MODE=disabled, so none is sent; set RAY_AUTH_MODE=token"
 
 
+@pytest.mark.parametrize(("home", "mode", "made"), [
+    ("/proc/nowhere", None, True), ("/proc/nowhere", "token", True), ("/proc/nowhere", "disabled", False), ("writable", None, False),
+    ("with a token", None, False)])
+def test_a_token_where_none_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str, mode: str | None, made: bool) -> None:
+    """A read-only home: Ray could not start, because it could not save its token."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # put back after the test
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    folder = tmp_path if not home.startswith("/") else Path(home)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    if mode:
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    if home == "with a token":
+        (folder / ".ray").mkdir()
+        (folder / ".ray" / "auth_token").write_text("x" * 40)
+    session._token_without_a_file()
+    assert bool(os.environ["RAY_AUTH_TOKEN"]) == made
+
+
 def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
