@@ -125,10 +125,10 @@ def ray_cluster() -> Iterator[None]:
     """One Ray for the whole session, with more logical CPUs than cores: 4 workers and the data tasks beside them."""
     import ray
 
-    from myllm_ray.orchestration import session  # noqa: F401  (sets what Ray reads at import)
+    from myllm_ray.orchestration import session
 
     path = os.pathsep.join([str(ROOT / "examples" / "custom_trainer"), str(ROOT / "tests")])
     ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             runtime_env={"env_vars": {"PYTHONPATH": path}})
+             runtime_env={"env_vars": {"PYTHONPATH": path}, **session.interpreter()})
     yield
     ray.shutdown()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -46,7 +48,7 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
             least = math.ceil(cpus_needed(config, config.scaling.most) if cpus is None else cpus)
             # More logical CPUs than cores: a laptop with 2 cores can hold 2 workers and the data tasks beside them.
             options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, least),
-                        "include_dashboard": False, "runtime_env": {"env_vars": _worker_environment()}}
+                        "include_dashboard": False, "runtime_env": {"env_vars": _worker_environment(), **interpreter()}}
             started = True
             _token_without_a_file()
         else:
@@ -131,6 +133,16 @@ def _own_signals() -> Iterator[None]:
         if callable(before):  # else Ray's own is better: it ends the processes that Ray has started
             with suppress(ValueError):
                 signal.signal(signal.SIGTERM, before)
+
+
+def interpreter() -> dict[str, str]:
+    """For a runtime environment: this interpreter, where its path has characters that a shell reads.
+
+    Ray 2.60 starts workers that have a runtime environment by bash and does not quote the path: in a folder whose name has
+    spaces none would start, and a run would wait without end.
+    """
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
 def _worker_environment() -> dict[str, str]:

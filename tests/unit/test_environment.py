@@ -109,6 +109,14 @@ def test_a_token_where_none_can_be_saved(tmp_path: Path, monkeypatch: pytest.Mon
     assert bool(os.environ["RAY_AUTH_TOKEN"]) == made
 
 
+@pytest.mark.parametrize(("path", "expected"), [
+    ("/usr/bin/python3.11", {}), ("/a b/bin/python", {"py_executable": "'/a b/bin/python'"}),
+    ("/it's/python", {"py_executable": "'/it'\"'\"'s/python'"})])
+def test_a_path_with_spaces_is_quoted_for_ray(monkeypatch: pytest.MonkeyPatch, path: str, expected: dict[str, str]) -> None:
+    monkeypatch.setattr(sys, "executable", path)
+    assert session.interpreter() == expected
+
+
 def test_an_address_where_nothing_listens_is_refused_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
