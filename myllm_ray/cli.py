@@ -193,6 +193,7 @@ def _print_certificate(certificate: Any) -> None:
               f"loss and gradient norm may differ by {certificate.tolerance:g}; packing: of the first step from the same documents "
               "each in a row of its own; kB of parameters that the fullest rank holds)")
     out.print(Text(f"packing: {certificate.packing}"))
+    out.print(Text(f"end tokens: {certificate.end_tokens}"))
     for variant, reason in certificate.left_out:
         out.print(Text(f"left out: {variant}: {reason}", style="dim"))
     for finding in certificate.findings:
@@ -200,9 +201,10 @@ def _print_certificate(certificate: Any) -> None:
     if certificate.holds:
         out.print(f"certified: {len(certificate.rows)} ways to train this config are the same run")
     else:
-        differ = sum(finding.kind != "packing" for finding in certificate.findings)
-        out.print(f"not certified: {differ} of {len(certificate.rows)} runs differ"
-                  + ("; packing changes the loss" if differ < len(certificate.findings) else ""))
+        kinds = [finding.kind for finding in certificate.findings]
+        others = {"packing": "; packing changes the loss", "end tokens": "; no end token is trained on"}
+        differ = sum(kind not in others for kind in kinds)
+        out.print(f"not certified: {differ} of {len(certificate.rows)} runs differ" + "".join(others[k] for k in kinds if k in others))
 
 
 @app.command()

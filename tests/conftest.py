@@ -83,6 +83,14 @@ def any_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.multiprocessing.spawn` takes its processes from the tests' fork server."""
+    from spawned import start_processes  # imports all that workers do
+
+    monkeypatch.setattr(torch.multiprocessing, "spawn", lambda function, arguments, nprocs: start_processes(function, arguments, nprocs))
+
+
+@pytest.fixture
 def cpu_with_fp16(monkeypatch: pytest.MonkeyPatch) -> str:
     """A CPU that reports fp16 arithmetic, here and in the processes that the test starts; torch emulates it."""
     return _cpu(monkeypatch, "rich")
@@ -94,6 +102,16 @@ def _cpu(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
     monkeypatch.setenv(machine.VARIABLE, kind)
     machine.apply_cpu()
     return kind
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` shares the tests among processes, a file to each. All that uses Ray is one group, so that one Ray serves it; it
+    takes longest and begins first."""
+    on_ray = {item for item in items if "on_ray" in item.path.parts or "ray_cluster" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item not in on_ray)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item in on_ray else item.path.name))
 
 
 MakeConfig = Callable[..., TrainerConfig]

@@ -133,7 +133,7 @@ class RewardFunction(Section):
     function: str = Field(description="import path: my_pkg.my_mod:fn")
     weight: float = 1.0
     name: str | None = Field(None, description="the name under which its rewards are logged; default: the function's")
-    timeout: PositiveFloat | None = Field(60.0, description="seconds for one call; null: for ever")
+    timeout: PositiveFloat | None = Field(60.0, description="seconds for one call, without the start of its process; null: no limit")
     on_error: Literal["error"] | float = Field(
         "error", description="when it raises, hangs, or returns something else than finite numbers: end the run, or this reward")
     workers: int = Field(0, ge=0, description="so many Ray actors for each training worker run it, each a share of the batch; 0: the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,23 +82,20 @@ def parts_of(store: Any, document: int, start: int = 0, length: int | None = Non
 
 def _sampled(store: Any, tokenizer: Any) -> tuple[int, int, int]:
     """(tokens trained on, tokens, documents in which an ending token is trained on) of the first documents."""
-    ends = np.asarray(sorted(end_tokens(tokenizer)))
-    trained_tokens = tokens = ended = 0
+    parts = [part for document in range(min(len(store), _SAMPLE)) for part in parts_of(store, document)]
+    ended = sum(ended_documents(store, end_tokens(tokenizer)))
+    return sum(int(trained.sum()) for _, trained in parts), sum(len(ids) for ids, _ in parts), ended
+
+
+def ended_documents(store: Any, ends: Sequence[int]) -> Iterator[bool]:
+    """For each of the first documents whether one of the tokens `ends` is trained on in it."""
     for document in range(min(len(store), _SAMPLE)):
-        last = False
-        for ids, trained in parts_of(store, document):
-            tokens += len(ids)
-            trained_tokens += int(trained.sum())
-            last = last or bool(np.isin(ids[trained], ends).any())
-        ended += last
-    return trained_tokens, tokens, ended
+        yield any(np.isin(ids[trained], ends).any() for ids, trained in parts_of(store, document))
 
 
 def end_warnings(store: Any, tokenizer: Any) -> Iterator[str]:
     """A warning where none of the first documents trains on a token that ends an answer."""
-    ends = np.asarray(sorted(end_tokens(tokenizer)))
-    parts = (part for document in range(min(len(store), _SAMPLE)) for part in parts_of(store, document))
-    if store.kind != PROMPTS and not any(np.isin(ids[trained], ends).any() for ids, trained in parts):
+    if store.kind != PROMPTS and not any(ended_documents(store, end_tokens(tokenizer))):
         yield (f"the token that ends a turn ({_names(tokenizer)}) is never trained on: the model will not learn to stop; put it inside the "
                "trained part of the chat template or format")
 

@@ -37,14 +37,20 @@ class PooledReward(FunctionReward):
 
     def __init__(self, settings: RewardFunction):
         super().__init__(settings)
+        self._starting: list[Any] = []
         self._actors = [self._start() for _ in range(settings.workers)]
 
     def _start(self) -> Any:
-        return ray.remote(num_cpus=0)(_Judge).remote(self.settings.model_copy(update={"timeout": None}))
+        actor: Any = ray.remote(num_cpus=0)(_Judge).remote(self.settings.model_copy(update={"timeout": None}))
+        self._starting.append(actor.__ray_ready__.remote())
+        return actor
 
     def within_time(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> Any:
         count = len(self._actors)
         edges = [len(prompts) * i // count for i in range(count + 1)]
+        if self._starting:  # processes, imports and models that take their time are not the function's; one that fails is reported below
+            ray.wait(self._starting, num_returns=len(self._starting))
+            self._starting.clear()
         asked = {}
         for number, (first, last) in enumerate(itertools.pairwise(edges)):
             share = {name: values[first:last] for name, values in self.accepted(columns).items()}

@@ -15,7 +15,8 @@ from myllm_ray.config.schema import AcceleratorSection, TrainerConfig
 from myllm_ray.data.tokenizer import tokenizer_section
 from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.verify.compare import TOLERANCE, distances, held_too_much
-from myllm_ray.verify.diagnose import KINDS, Finding, diagnose, leak_finding
+from myllm_ray.verify.diagnose import KINDS, Finding, diagnose, end_tokens_finding, leak_finding
+from myllm_ray.verify.end_tokens import check_end_tokens
 from myllm_ray.verify.packing import PackingCheck, check_packing
 from myllm_ray.verify.runs import Runner, Variant
 
@@ -39,6 +40,8 @@ class Certificate:
     packing: str = ""
     """What shares a row, and why. In `rows`, `packing` is how far loss and gradient norm of the first step are from those of the
     same documents each in a row of its own; absent where nothing shares a row, with dropout, and with a loss of routers."""
+    end_tokens: str = ""
+    """Where sampling stops, and how many documents train on that."""
 
     @property
     def holds(self) -> bool:
@@ -46,7 +49,7 @@ class Certificate:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, for a file beside the run."""
-        return {"holds": self.holds, "shrunk": self.shrunk, "tolerance": self.tolerance, "packing": self.packing,
+        return {"holds": self.holds, "shrunk": self.shrunk, "tolerance": self.tolerance, "packing": self.packing, "end_tokens": self.end_tokens,
                 "runs": [{"backend": v.backend, "workers": v.workers, "micro_size": v.micro_size, **d} for v, d in self.rows],
                 "left_out": [{"run": str(v), "reason": reason} for v, reason in self.left_out],
                 "findings": [{"run": str(f.variant), "step": f.difference.step, "quantity": f.difference.quantity,
@@ -92,6 +95,10 @@ def verify(config: TrainerConfig, steps: int = 5, backends: Iterable[str] | None
         certificate.packing = packing.text
         if packing.leaks:
             certificate.findings.append(leak_finding(reference, packing))
+        ends = check_end_tokens(small)
+        certificate.end_tokens = str(ends)
+        if ends.wrong:
+            certificate.findings.append(end_tokens_finding(reference, ends))
         tell(f"{len(variants) + 1} runs of {steps} steps")
         _compare(runner, certificate, reference, variants, off, None if dropout or packing.has_router_loss else packing)
         if config.accelerator.precision != "fp32" and not certificate.findings:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from myllm_ray.verify.compare import Difference, distance, first_difference
+from myllm_ray.verify.end_tokens import EndTokensCheck
 from myllm_ray.verify.packing import PackingCheck
 from myllm_ray.verify.runs import Runner, Trace, Variant
 
@@ -21,6 +22,7 @@ KINDS = {
                      "worker, and not once over the global batch",
     "clipping": "the weights move as if gradients were not clipped",
     "packing": "documents in one row see each other, or the trainer does not say where one ends: alone in a row they have another loss",
+    "end tokens": "no document trains on a token at which sampling stops ({tokens}): answers of this model do not end",
     "dropout": "without dropout the runs agree: other random numbers are drawn, or dropout is on in one and off in the other",
     "precision": "everything is off by a little from the first step: something computes in a lower precision",
     "sharding": "a rank holds more of the model than the backend's share of it: it was not sharded, or in a larger dtype",
@@ -55,6 +57,12 @@ def leak_finding(reference: Variant, packing: PackingCheck) -> Finding:
     assert packing.alone is not None
     name = max(packing.alone, key=lambda n: distance(packing.packed[n], packing.alone[n]))  # type: ignore[index]
     return Finding(reference, Difference(1, name, packing.alone[name], packing.packed[name]), "packing", KINDS["packing"])
+
+
+def end_tokens_finding(reference: Variant, ends: EndTokensCheck) -> Finding:
+    """Documents that never train on a token at which sampling stops."""
+    difference = Difference(0, "documents that train on an end token", float(ends.documents), float(ends.ended))
+    return Finding(reference, difference, "end tokens", KINDS["end tokens"].format(tokens=" or ".join(ends.tokens)))
 
 
 def diagnose(runner: Runner, reference: Variant, variant: Variant, tolerance: float, no_dropout: tuple[str, ...]) -> Finding | None:

@@ -30,7 +30,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_readme_commands(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_commands(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fork_server: None) -> None:
     lines = [line for block in blocks("README.md", "") for line in block.splitlines() if line.startswith(".venv/bin/myllm-ray")]
     assert len(lines) == 12
     for line in lines:
@@ -104,6 +104,7 @@ def test_readme_python(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (elsewhere / "runs" / "tiny-sft" / "metrics.jsonl").is_file()
 
 
+@pytest.mark.promise
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_and_sweeps_pages_python(elsewhere: Path) -> None:
     assert sys.platform != "win32"

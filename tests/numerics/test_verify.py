@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, MakeConfig
-from spawned import start_processes
 
 from myllm_ray.cli import main
 from myllm_ray.common.types import Batch, Isolation
@@ -16,18 +15,18 @@ from myllm_ray.config import ConfigError
 from myllm_ray.config.schema import ModelSection
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.models.shrink import small_model
-from myllm_ray.verify import runs
 from myllm_ray.verify.certificate import verify
+from myllm_ray.verify.end_tokens import check_end_tokens
 from myllm_ray.verify.packing import check_packing
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.2, "embd_pdrop": 0.1}
 
 
 @pytest.fixture(autouse=True)
-def fast_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes from the tests' fork server, but in the first test: that one starts them as `verify` does."""
+def fast_start(request: pytest.FixtureRequest) -> None:
+    """But in the first test: that one starts processes as `verify` does."""
     if "sound" not in request.node.name:
-        monkeypatch.setattr(runs.mp, "spawn", lambda function, arguments, nprocs: start_processes(function, arguments, nprocs))
+        request.getfixturevalue("fork_server")
 
 
 def found_kinds(config: Any, workers: int = 1, backends: tuple[str, ...] = ("own",)) -> list[tuple[str, int]]:
@@ -124,6 +123,31 @@ def test_a_leak_in_the_model_is_named(make_config: MakeConfig, monkeypatch: pyte
     assert check.distance({"loss": 1.0, "grad_norm": 1.0}) is None, "nothing to compare"
     monkeypatch.setattr("myllm_ray.models.isolation._compare", lambda *_, **__: Isolation(True, "planted"))
     assert found_kinds(make_config(), backends=()) == [("packing", 1)]
+
+
+def test_wrong_end_tokens_are_named(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling that stops at the end-of-text token alone, where the chat template ends turns with another: such answers never end."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n + 1}"}]})
+                              for n in range(40)))
+    config = make_config(f"data={{train: {{path: {path}, format: chat}}, sequence_length: 64}}")
+    assert str(check_end_tokens(config)).startswith("sampling stops at <|endoftext|> or <|im_end|>; ")
+    assert not check_end_tokens(config).wrong
+    monkeypatch.setattr("myllm_ray.roles.end_tokens", lambda tokenizer, others=(): (tokenizer.eos_token_id,))
+    certificate = verify(config, steps=2, backends=(), workers=1)
+    assert [(f.kind, f.difference.step, f.difference.found) for f in certificate.findings] == [("end tokens", 0, 0.0)]
+    assert "no document trains on a token at which sampling stops (<|endoftext|>)" in str(certificate.findings[0])
+
+
+def test_a_format_that_leaves_the_end_token_out_is_named(make_config: MakeConfig) -> None:
+    assert check_end_tokens(make_config("data.train.format=helpers:without_its_end")).wrong
+
+
+def test_prompts_hold_no_end_tokens(make_config: MakeConfig) -> None:
+    config = make_config("data={train: {source: arithmetic, format: prompt}, sequence_length: 16}", "rollout={max_new_tokens: 4}",
+                         "grpo={reward: [{function: 'math:prod'}], group_size: 2}", trainer="grpo")
+    assert str(check_end_tokens(config)).endswith("; the data holds no answers")
+    assert not check_end_tokens(config).wrong
 
 
 def test_the_command(make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str],

@@ -73,6 +73,7 @@ def test_stop_and_resume_is_bitwise_the_same(make_config: MakeConfig, accelerato
     assert ledger(cut) == ledger(whole)
 
 
+@pytest.mark.promise
 def test_a_killed_worker_costs_nothing_but_time(make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL of rank 0 after step 7; the group restarts from the checkpoint of step 5. What the driver prints of the undisturbed run."""
     common = ("accelerator.name=ddp", "scaling.workers=2", "run.max_steps=10", "checkpoint.every_steps=5")
@@ -160,7 +161,7 @@ def test_a_failure_in_a_worker_is_one_line(make_config: MakeConfig) -> None:
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "token"])
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), pytest.param("token", marks=pytest.mark.promise)])
 def test_job_submission(tmp_path: Path, mode: str) -> None:
     """`ray start --head`, then the job: as `ray job submit` without tokens, as `myllm-ray submit` with them."""
     data = tmp_path / "rows.json"

@@ -108,6 +108,7 @@ def lineage_of(result: SweepResult, trial: str) -> list[dict[str, Any]]:
     return read_jsonl(path) if path.exists() else []
 
 
+@pytest.mark.promise
 def test_a_population_goes_on_from_its_best_members_and_is_the_same_every_time(make_config: MakeConfig, tmp_path: Path) -> None:
     first = population(make_config, tmp_path, "first")
     assert check_population(first, 2) >= 1
@@ -136,6 +137,7 @@ def test_trials_start_from_a_checkpoint_and_stop_early(make_config: MakeConfig, 
     assert forked.best["status"] == "done"
 
 
+@pytest.mark.promise
 def test_optuna_learns_from_the_trials_before_and_goes_on(make_config: MakeConfig, tmp_path: Path) -> None:
     def search(trials: int, name: str, resume: bool = False) -> SweepResult:
         return sweep(base_of(make_config, "run.max_steps=2"), LR, search="optuna", trials=trials, max_concurrent=1, run=run_of(tmp_path, name), resume=resume)
