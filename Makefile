@@ -29,9 +29,12 @@ test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest $(TWO)
 
 test-slow: $(READY)  ## all that is slow
-	$(BIN)/python -m pytest -m 'slow or promise' --timeout 3600
+	$(BIN)/python -m pytest $(TWO) -m 'slow or promise' --timeout 3600
 
-test-promise test-chaos test-hostile test-gpu: test-%: $(READY)  ## as the markers in pyproject.toml say
+test-promise: $(READY)  ## what guards the promise, on every backend and in Ray
+	$(BIN)/python -m pytest $(TWO) -m promise --timeout 3600
+
+test-chaos test-hostile test-gpu: test-%: $(READY)  ## as the markers in pyproject.toml say
 	$(BIN)/python -m pytest -m $* --timeout 3600
 
 bench: $(READY)
