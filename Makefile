@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-slow test-promise test-chaos test-hostile test-gpu bench check schema models-supported clean
+.PHONY: quickstart test test-slow test-promise test-chaos test-hostile test-gpu bench check schema models-supported golden clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "myllm_ray needs Python 3.11 or later: make PYTHON=python3.11")'
@@ -50,6 +50,9 @@ schema: $(READY)  ## after a change of the config's schema
 
 models-supported: $(READY)  ## after an upgrade of transformers: the table of models that keep packed documents apart
 	$(BIN)/python tests/models_table.py
+
+golden: $(READY)  ## after a change that is meant to change losses: writes tests/golden/golden.json; the commit says why
+	$(BIN)/python -m pytest tests/golden -m '' --update-golden
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -104,6 +104,10 @@ def _cpu(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
     return kind
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/golden.json instead of comparing with it")
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`make test` shares the tests among processes, a file to each. All that uses Ray is one group, so that one Ray serves it; it
