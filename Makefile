@@ -23,7 +23,7 @@ quickstart: $(READY)  ## a small language model on Python's standard library, th
 	$(BIN)/myllm-ray sample $(RUN) --max-new-tokens 48 --temperature 0.5 -p 'def __init__(self' -p 'import ' -p '    """Return '
 
 # Two processes: most tests wait for processes of their own half of the time. How they share the tests: tests/conftest.py.
-TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+TWO := -n 2 --no-loadscope-reorder
 
 test: $(READY)  ## the whole suite
 	$(BIN)/python -m pytest $(TWO)

@@ -16,6 +16,7 @@ import environment  # noqa: F401  (cleans os.environ, before anything reads it)
 import machine
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from myllm_ray.config import TrainerConfig, validate
 from myllm_ray.config.load import apply_override
@@ -108,14 +109,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/golden.json instead of comparing with it")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
+class TwoProcesses(LoadScopeScheduling):
+    """How `make test` shares the tests: a file is a unit, and all that uses Ray is one, so that one Ray serves it."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return "on_ray" if "on_ray/" in path else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoProcesses:
+    return TwoProcesses(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` shares the tests among processes, a file to each. All that uses Ray is one group, so that one Ray serves it; it
-    takes longest and begins first."""
-    on_ray = {item for item in items if "on_ray" in item.path.parts or "ray_cluster" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: item not in on_ray)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item in on_ray else item.path.name))
+    """What uses Ray begins first: it takes longest."""
+    items.sort(key=lambda item: "on_ray" not in item.path.parts)
 
 
 MakeConfig = Callable[..., TrainerConfig]

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -102,12 +101,3 @@ def test_links_in_the_docs_lead_somewhere() -> None:
 def test_readme_python(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(blocks("README.md", "python")[0], {})
     assert (elsewhere / "runs" / "tiny-sft" / "metrics.jsonl").is_file()
-
-
-@pytest.mark.promise
-@pytest.mark.usefixtures("ray_cluster")
-def test_ray_and_sweeps_pages_python(elsewhere: Path) -> None:
-    assert sys.platform != "win32"
-    exec(blocks("docs/ray.md", "python")[0], {})
-    exec(blocks("docs/sweeps.md", "python")[0], {})
-    assert (elsewhere / "runs" / "tiny-sft" / "checkpoints" / "step-00000010" / "manifest.json").is_file()
