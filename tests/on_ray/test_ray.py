@@ -214,6 +214,7 @@ def test_a_job_that_is_stopped_loses_no_step(tmp_path: Path) -> None:
         job = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
         limit = time.monotonic() + 120
         while not (folder / "ledger.jsonl").exists() or len(ledger(folder)) < 3:
+            assert job.poll() is None, job.communicate()
             assert time.monotonic() < limit
             time.sleep(0.05)
         assert job.stdout is not None
