@@ -12,7 +12,6 @@ from typing import Any
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.orchestration import environment
 
-
 AGENT_TIMEOUT = 60.0
 """Seconds to wait for a cluster that has just started: its head accepts jobs before an agent can run them."""
 
