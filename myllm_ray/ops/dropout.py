@@ -10,6 +10,8 @@ of transformers, PEFT's adapters and a user's own.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -218,9 +220,25 @@ def _unsupported(mode: RowDropout, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def _multi_head_attention(mode: RowDropout, func: Any, args: Any, kwargs: Any) -> Any:
+    """`nn.MultiheadAttention`. Its dropout is called inside torch's function, where no mode is active."""
+    given = inspect.signature(func).bind(*args, **kwargs)
+    if given.arguments["dropout_p"] > 0 and given.arguments.get("training", True):
+        _fall_back("inside nn.MultiheadAttention (functional.scaled_dot_product_attention has masks by row)")
+    return func(*args, **kwargs)
+
+
+def _recurrent(mode: RowDropout, func: Any, args: Any, kwargs: Any) -> Any:
+    """`nn.LSTM`, `nn.GRU` and `nn.RNN` pass (..., dropout, train, ...) to one kernel for all layers."""
+    if any(isinstance(p, float) and p > 0 and train is True for p, train in itertools.pairwise(args)):
+        _fall_back(f"between the layers of {func.__name__}")
+    return func(*args, **kwargs)
+
+
 _REPLACED: dict[Any, Callable[[RowDropout, Any, Any, Any], Any]] = {
     functional.dropout: _dropout, torch.dropout: _dropout, torch.dropout_: _dropout,
-    functional.scaled_dot_product_attention: _attention,
+    functional.scaled_dot_product_attention: _attention, functional.multi_head_attention_forward: _multi_head_attention,
+    **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _recurrent),
     **dict.fromkeys((functional.alpha_dropout, functional.feature_alpha_dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d,
                      torch.native_dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout), _unsupported)}
 

@@ -188,6 +188,23 @@ def test_what_cannot_be_drawn_by_row_is_reported_once(monkeypatch: pytest.Monkey
     assert all("depends on batch.micro_size" in line for line in lines)
 
 
+def test_modules_that_call_dropout_inside_torch_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: nn.MultiheadAttention and nn.LSTM drew for each micro-batch, and nothing said so."""
+    lines: list[str] = []
+    monkeypatch.setattr(dropout, "_reported", set())
+    monkeypatch.setattr(dropout.log, "warning", lambda text, *values: lines.append(text % values))
+    for p, training in ((0.0, True), (0.1, False), (0.1, True)):
+        modules = [nn.MultiheadAttention(8, 2, dropout=p, batch_first=True), *(kind(8, 8, num_layers=2, dropout=p, batch_first=True)
+                                                                              for kind in (nn.LSTM, nn.GRU, nn.RNN))]
+        with RowDropout(3, torch.arange(ROWS), WIDTH):
+            for module in modules:
+                module.train(training)(*[X] * (3 if isinstance(module, nn.MultiheadAttention) else 1))
+        assert bool(lines) == (p > 0 and training), lines
+    assert [line.split(":")[0] for line in lines] == [
+        "dropout inside nn.MultiheadAttention (functional.scaled_dot_product_attention has masks by row)",
+        *(f"dropout between the layers of {name}" for name in ("lstm", "gru", "rnn_tanh"))]
+
+
 def test_nothing_is_installed_for_a_model_without_dropout() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
