@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from myllm_ray.common import distributed
+from myllm_ray.common.files import published
 from myllm_ray.common.types import Position
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
@@ -53,9 +53,8 @@ def reference_table(config: TrainerConfig, tokenizer: Any, spec: StreamSpec, bat
         blocks = list(_of_rows(spec, batches) if by_row else _of_documents(spec))
         values = _score(config, tokenizer, section, blocks, shared)
         if distributed.is_main():
-            beside = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npy")
-            np.save(beside, values)
-            os.replace(beside, path)
+            with published(path, existing="replace") as beside:
+                np.save(beside, values)
         distributed.barrier()
     return ReferenceTable(torch.from_numpy(np.load(path)), _first_rows(spec, batches) if by_row else None)
 

@@ -7,19 +7,47 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
+
+
+@contextmanager
+def published(path: Path, existing: Literal["replace", "keep", "error"]) -> Iterator[Path]:
+    """Yield a path beside `path` for a file or a folder, and rename it to `path` when the block ends without an error.
+
+    Readers find nothing at `path`, or all of it. Folders above it are made. After an error nothing is left.
+
+    Args:
+        path: of a file or a folder.
+        existing: what becomes of a folder that is there already, maybe from another process meanwhile. `keep`: this one is
+            discarded, as both are the same; `error`: OSError. A file is always replaced.
+    """
+    beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        if existing == "replace" and path.is_dir():
+            shutil.rmtree(path)
+        try:
+            os.replace(beside, path)
+        except OSError:
+            if existing != "keep" or not path.is_dir():
+                raise
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, text: str, durable: bool = True) -> None:
     """Write beside, then rename: a reader sees the old file or the new one, never half. `durable`: also after a power cut."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
+    with published(path, existing="replace") as beside, open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         if durable:
             file.flush()
             os.fsync(file.fileno())
-    os.replace(beside, path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -19,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from myllm_ray.common.files import published
 from myllm_ray.common.seeds import generator
 from myllm_ray.config.errors import DataError
 from myllm_ray.data.order import Order, documents
@@ -127,24 +125,17 @@ class RowPlan:
                             "or give more data")
 
     def _write(self, folder: Path, epoch: int) -> None:
-        beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
         counts: list[np.ndarray] = []
         try:
-            beside.mkdir(parents=True)
-            with open(beside / "segments.bin", "wb") as file:
-                for segments, count in self._plan(epoch):
-                    file.write(segments.tobytes())
-                    counts.append(count)
-            np.save(beside / "firsts.npy", _firsts(counts))
-            try:
-                os.rename(beside, folder)
-            except OSError:
-                if not folder.exists():
-                    raise
+            with published(folder, existing="keep") as beside:
+                beside.mkdir()
+                with open(beside / "segments.bin", "wb") as file:
+                    for segments, count in self._plan(epoch):
+                        file.write(segments.tobytes())
+                        counts.append(count)
+                np.save(beside / "firsts.npy", _firsts(counts))
         except OSError as error:
             raise DataError(f"data.cache: {folder} can't be written: {error}") from None
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
 
 
 def _firsts(counts: list[np.ndarray]) -> np.ndarray:

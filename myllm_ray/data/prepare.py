@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from myllm_ray.common.files import published
 from myllm_ray.common.types import Isolation
 from myllm_ray.config.errors import DataError
 from myllm_ray.config.resolve import resolve
@@ -183,16 +182,8 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Whole or absent, also when several processes prepare at once: what stands there already is the same."""
     if folder.exists():
         return
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    beside.mkdir(parents=True)
-    tokenizer.save_pretrained(beside)
-    try:
-        beside.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with published(folder, existing="keep") as beside:
+        tokenizer.save_pretrained(beside)
 
 
 def _store(config: TrainerConfig, cache: Path, tokenizer_folder: Path, named: list[tuple[SourceSection, str]],

@@ -12,8 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from myllm_ray.common.files import write_json
+from myllm_ray.common.files import published, write_json
 from myllm_ray.config.errors import DataError
 
 FORMAT_VERSION = 4
@@ -132,28 +130,23 @@ def write_store(folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch],
     Raises:
         DataError: a source has no documents, or the folder can't be written.
     """
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        beside.mkdir(parents=True)
-        digest = hashlib.sha256()
-        hashes: list[np.ndarray] = []
-        described = [_write_source(beside, i, name, batches, limit, digest, hashes)
-                     for i, (name, batches, limit) in enumerate(sources)]
-        kinds = {source["name"]: source["kind"] for source in described}
-        if len(set(kinds.values())) > 1:
-            raise DataError(f"data.train: sources of different kinds can't be mixed ({', '.join(f'{n}: {k}' for n, k in kinds.items())})")
-        write_json(beside / "meta.json", {"format": FORMAT_VERSION, "sources": described,
-                                          "content_hash": digest.hexdigest()[:32],
-                                          "duplicates": _duplicates(np.concatenate(hashes)), **extra})
-        try:
-            os.rename(beside, folder)
-        except OSError:
-            if not (folder / "meta.json").exists():
-                raise
+        with published(folder, existing="keep") as beside:
+            beside.mkdir()
+            digest = hashlib.sha256()
+            hashes: list[np.ndarray] = []
+            described = [_write_source(beside, i, name, batches, limit, digest, hashes)
+                         for i, (name, batches, limit) in enumerate(sources)]
+            kinds = {source["name"]: source["kind"] for source in described}
+            if len(set(kinds.values())) > 1:
+                raise DataError(f"data.train: sources of different kinds can't be mixed ({', '.join(f'{n}: {k}' for n, k in kinds.items())})")
+            write_json(beside / "meta.json", {"format": FORMAT_VERSION, "sources": described,
+                                              "content_hash": digest.hexdigest()[:32],
+                                              "duplicates": _duplicates(np.concatenate(hashes)), **extra})
     except OSError as error:
         raise DataError(f"data.cache: {folder} can't be written: {error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    if not (folder / "meta.json").exists():
+        raise DataError(f"data.cache: {folder} is there and is no token store: remove it")
 
 
 def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.RecordBatch], limit: int | None,

@@ -6,14 +6,13 @@ targets, so only segments of documents that are cut, and that are trained on in 
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
+from myllm_ray.common.files import published
 from myllm_ray.config.errors import DataError
 from myllm_ray.data.plan import RowPlan
 from myllm_ray.data.records import TOKENS
@@ -58,10 +57,8 @@ def count_targets(plan: RowPlan, epoch: int = 0) -> Targets:
             np.add.at(placed, piece[:, 0], piece[:, 2])
             np.add.at(passes, piece[piece[:, 1] == 0, 0], 1)  # a source with a weight of 2 comes twice
         whole, cut, lost = _of_documents(plan.store, kept, placed, passes)
-        beside = path.with_name(f".{uuid.uuid4().hex}.npz")
-        with suppress(OSError):  # a cache that can't be written to: counted again the next time
+        with suppress(OSError), published(path, existing="replace") as beside:  # a cache that can't be written to: counted again the next time
             np.savez(beside, rows=rows, numbers=np.asarray([whole, cut, lost], np.int64))
-            os.replace(beside, path)
         return Targets(rows, whole, cut, lost)
     with np.load(path) as saved:
         return Targets(saved["rows"], *map(int, saved["numbers"]))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from myllm_ray.common.files import published
 from myllm_ray.common.remote import open_storage
 from myllm_ray.common.secrets import mask_text
 from myllm_ray.config.errors import CheckpointError, ConfigError
@@ -51,15 +51,12 @@ class Mirror:
 
     def pull(self, name: str, folder: Path) -> Path:
         """Copy a checkpoint from there into a folder; it appears when it is complete, and is still to be verified."""
-        beside, final = folder / f".{name}.pull", folder / name
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        with self._clearly("read"):
-            for path in self._storage.ls(f"{self._root}/{name}", detail=False):
-                self._storage.get_file(path, str(beside / PurePosixPath(path).name))
-        shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        return final
+        with published(folder / name, existing="replace") as beside:
+            beside.mkdir()
+            with self._clearly("read"):
+                for path in self._storage.ls(f"{self._root}/{name}", detail=False):
+                    self._storage.get_file(path, str(beside / PurePosixPath(path).name))
+        return folder / name
 
     def remove(self, name: str) -> None:
         """The manifest first: half a checkpoint must not look whole."""

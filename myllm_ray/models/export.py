@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from myllm_ray.common.files import published
 from myllm_ray.common.quiet import quieten, without_progress_bars
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import ModelSection
@@ -54,15 +54,11 @@ def save_pretrained(
     _cast(inner, dtype)
     if generation is not None and inner.can_generate():
         inner.generation_config = generation
-    beside = folder.with_name(f".{folder.name}.tmp")
-    try:
-        quieten(cuda=torch.cuda.is_available())
+    quieten(cuda=torch.cuda.is_available())
+    with published(folder, existing="error") as beside:
         with without_progress_bars():
             inner.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

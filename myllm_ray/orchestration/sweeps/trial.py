@@ -28,7 +28,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from myllm_ray.common.files import JSONLines, link_or_copy, read_jsonl, write_json
+from myllm_ray.common.files import JSONLines, link_or_copy, published, read_jsonl, write_json
 from myllm_ray.common.tracebacks import describe
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.schema import TrainerConfig
@@ -142,10 +142,8 @@ class Trial(tune.Trainable):
         folder, checkpoint = folder_of(config), Path(self._donor["checkpoint"])
         own = folder / "checkpoints" / checkpoint.name
         if self._donor["number"] != self._number:
-            beside = folder / "checkpoints.new" / checkpoint.name
-            shutil.copytree(checkpoint, beside, copy_function=link_or_copy)
-            shutil.rmtree(own.parent, ignore_errors=True)
-            beside.parent.rename(own.parent)
+            with published(own.parent, existing="replace") as beside:
+                shutil.copytree(checkpoint, beside / checkpoint.name, copy_function=link_or_copy)
             lineage = JSONLines(folder / "lineage.jsonl", keep=lambda row: row["step"] < self._donor["step"])  # type: ignore[index]
             lineage.write({"step": self._donor["step"], "from": name_of(self._donor["number"]), "values": self._values})
             lineage.close()
