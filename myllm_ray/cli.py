@@ -101,9 +101,9 @@ def data(config: Config, overrides: Overrides = None,
     """Show what training will see: documents, lengths, packing, and rows with the loss mask coloured."""
     from myllm_ray.data.inspect import describe, rows_of_step
     from myllm_ray.data.tokenizer import open_tokenizer
-    from myllm_ray.worker import absolute, prepare_run
+    from myllm_ray.worker import absolute, prepare_data
 
-    prepared = prepare_run(absolute(load_config(config, overrides or [])))
+    prepared = prepare_data(absolute(load_config(config, overrides or [])))
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     if step is None:
         _print_report(describe(prepared, tokenizer), prepared.train.plan.packing.size)

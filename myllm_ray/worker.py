@@ -101,16 +101,11 @@ def run_local(config: TrainerConfig, callbacks: Sequence[Callback] | None = None
         services: makes what the roles may use (see `roles_of`).
     """
     config = absolute(config)
-    check_names(config)
+    check_names(config)  # before the run folder is made
     torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
     with Startup(config) as startup:
         try:
-            startup.phase("preparing data")
-            prepared = prepare_run(config)
-            startup.phase("building the model")
-            check_model(config, prepared)
-            warn_of_data(prepared)
-            claim(config, prepared.identity)
+            prepared = prepare_run(config, phase=startup.phase)
             startup.training()
         except StoppedAtStart as reason:
             return startup.stopped(reason)
@@ -132,7 +127,31 @@ def check_names(config: TrainerConfig) -> None:
     SchedulerManager(config=config)
 
 
-def prepare_run(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
+def prepare_run(config: TrainerConfig, map_units: MapUnits = map, phase: Callable[[str], None] = lambda name: None,
+                warn: bool = True) -> PreparedData:
+    """All that comes before workers start: look names up, prepare data, build the model on the meta device, claim the run folder.
+
+    Args:
+        config: with absolute paths.
+        map_units: how data is tokenized, see `prepare`.
+        phase: is called with the name of what begins.
+        warn: log what a user should know about the data.
+
+    Raises:
+        UserError: the config can't be run. Nothing is written but the cache of prepared data.
+    """
+    check_names(config)
+    phase("preparing data")
+    prepared = prepare_data(config, map_units)
+    phase("building the model")
+    check_model(config, prepared)
+    if warn:
+        warn_of_data(prepared)
+    claim(config, prepared.identity)
+    return prepared
+
+
+def prepare_data(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
     """The config's data, in rows that its model keeps apart; a log line says what shares a row.
 
     Raises:

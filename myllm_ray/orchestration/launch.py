@@ -15,8 +15,7 @@ from myllm_ray.orchestration import environment
 from myllm_ray.orchestration.micro_size import with_micro_size
 
 if TYPE_CHECKING:
-    from myllm_ray.data.prepare import PreparedData
-    from myllm_ray.engine.startup import Startup
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -79,35 +78,6 @@ def train(config: TrainerConfig | Mapping[str, Any] | str | Path, overrides: Ite
     return RunResult(history=history, **{k: summary[k] for k in ("folder", "step", "metrics", "checkpoint", "left")})
 
 
-def make_ready(config: TrainerConfig, startup: Startup, map_units: Any = map) -> tuple[TrainerConfig, PreparedData]:
-    """Everything before workers start: names looked up, data prepared, the model built without memory, the folder claimed.
-
-    Args:
-        config: with absolute paths.
-        startup: of the run; it is told what is done.
-        map_units: how data is tokenised, see `prepare`.
-
-    Raises:
-        StoppedAtStart: somebody has asked the run to stop.
-
-    Returns:
-        The config with absolute paths, and its data.
-    """
-    from myllm_ray.engine.run_folder import claim
-    from myllm_ray.orchestration.failures import clearly
-    from myllm_ray.worker import check_model, check_names, prepare_run, warn_of_data
-
-    check_names(config)
-    startup.phase("preparing data")
-    prepared: PreparedData = clearly(lambda: prepare_run(config, map_units), startup.folder)
-    startup.phase("building the model")
-    check_model(config, prepared)
-    warn_of_data(prepared)
-    claim(config, prepared.identity)
-    startup.training()
-    return config, prepared
-
-
 def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     environment.prepare()  # again: RAY_ADDRESS may have been set since this package was imported
     import ray
@@ -116,9 +86,10 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     from myllm_ray.orchestration import session
     from myllm_ray.orchestration.channel import DriverDisplay, ForwardCallback
     from myllm_ray.orchestration.cluster import on_a_worker
+    from myllm_ray.orchestration.failures import clearly
     from myllm_ray.orchestration.ray_data import map_units
     from myllm_ray.orchestration.supervisor import Supervisor
-    from myllm_ray.worker import absolute, build_callbacks, check_names
+    from myllm_ray.worker import absolute, build_callbacks, check_names, prepare_run
 
     config = absolute(config)
     check_names(config)
@@ -129,7 +100,9 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
             log.info("connecting to Ray")
             started = session.connect(config, verbose)
             startup.phase("looking for batch.micro_size")
-            config, prepared = make_ready(with_micro_size(config, on_a_worker(config)), startup, map_units)
+            config = with_micro_size(config, on_a_worker(config))
+            prepared = clearly(lambda: prepare_run(config, map_units, startup.phase), startup.folder)
+            startup.training()
             shown = [c for c in build_callbacks(config) if c.on_driver]
             with DriverDisplay(shown) as display:
                 return Supervisor(config, prepared, [ForwardCallback(display.queue, prints=session.hides_output())], startup).run()

@@ -103,18 +103,13 @@ def _prepare_alone(config: TrainerConfig) -> PreparedData:
     """In a TorchTrainer of the user's own: rank 0 prepares the data and claims the folder, the others wait for it."""
     from myllm_ray.common import distributed
     from myllm_ray.data.prepare import prepare
-    from myllm_ray.engine.run_folder import claim
-    from myllm_ray.worker import check_model, check_names, prepare_run
+    from myllm_ray.worker import prepare_run
 
     problem: Exception | None = None
     isolation = None
     if distributed.is_main():
         try:
-            check_names(config)
-            prepared = prepare_run(config)
-            isolation = prepared.isolation
-            check_model(config, prepared)
-            claim(config, prepared.identity)
+            isolation = prepare_run(config).isolation
         except Exception as error:  # told on every rank, or the others would wait for ever
             problem = error
     problem = distributed.from_main(problem)

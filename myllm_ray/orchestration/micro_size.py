@@ -124,7 +124,6 @@ def _try(raw: dict[str, Any], size: int, folder: str) -> None:
     from myllm_ray.data.records import TOKENS
     from myllm_ray.data.stream import LocalStream, make_batch
     from myllm_ray.data.targets import check_targets, count_targets
-    from myllm_ray.engine.run_folder import claim
     from myllm_ray.worker import absolute, prepare_run, run_worker
 
     class Longest(RowPlan):
@@ -155,9 +154,8 @@ def _try(raw: dict[str, Any], size: int, folder: str) -> None:
     config.run.storage, config.run.max_steps, config.run.epochs = folder, _STEPS * config.steps_per_batch, None
     config.checkpoint.every_steps, config.checkpoint.at_end, config.checkpoint.resume, config.checkpoint.mirror = None, False, "never", None
     config.evaluation.every_steps, config.callbacks = None, []
-    prepared = prepare_run(config)
+    prepared = prepare_run(config, warn=False)
     check_targets(prepared.train, "data.train", 2**40, each=False)
-    claim(config, prepared.identity)
     prepared.validation = None
     prepared.train.plan = Longest(prepared.train.plan)
     run_worker(config, prepared, OneMicro(prepared.train))

@@ -9,7 +9,7 @@ from myllm_ray.data.inspect import ended_documents
 from myllm_ray.data.records import PROMPTS
 from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.roles import model_section, stop_tokens
-from myllm_ray.worker import absolute, prepare_run
+from myllm_ray.worker import absolute, prepare_data
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EndTokensCheck:
 def check_end_tokens(config: TrainerConfig) -> EndTokensCheck:
     """Compare what the sampler stops at with what the prepared documents train on. Prompts hold no answers: none is looked at."""
     config = absolute(config)
-    prepared = prepare_run(config)
+    prepared = prepare_data(config)
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     ids = stop_tokens(model_section(config), tokenizer)
     store = prepared.train.plan.store

@@ -15,7 +15,7 @@ from myllm_ray.models.load import build_model, build_skeleton
 from myllm_ray.models.shrink import without_dropout
 from myllm_ray.roles import kind_of_model, model_section, roles_of
 from myllm_ray.verify.compare import distance
-from myllm_ray.worker import absolute, build_trainer, prepare_run
+from myllm_ray.worker import absolute, build_trainer, prepare_data
 
 SAME = 1e-4
 """Largest relative difference of loss and gradient norm: sums over rows of other widths."""
@@ -50,7 +50,7 @@ class PackingCheck:
 def check_packing(config: TrainerConfig) -> PackingCheck:
     """Run the trainer of a small config on its first batch both ways, in this process, in fp32, without dropout."""
     config = absolute(config)
-    prepared = prepare_run(config)
+    prepared = prepare_data(config)
     text = f"{prepared.packing}; {prepared.isolation}"
     spec = prepared.train
     if spec.plan.packing.kind not in ("best_fit", "continuous"):

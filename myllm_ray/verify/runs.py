@@ -24,8 +24,8 @@ from myllm_ray.config.load import apply_override, validate
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.data.prepare import PreparedData
 from myllm_ray.engine.checkpoint import read_tensors
-from myllm_ray.engine.run_folder import claim, folder_of
-from myllm_ray.worker import absolute, check_model, check_names, prepare_run, run_worker
+from myllm_ray.engine.run_folder import folder_of
+from myllm_ray.worker import absolute, prepare_run, run_worker
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,7 @@ class Runner:
             for variant in (v for v in left if v.workers == workers):
                 try:
                     config = self._configure(variant)
-                    check_names(config)
-                    prepared = prepare_run(config)
-                    check_model(config, prepared)
-                    claim(config, prepared.identity)
-                    jobs.append((config.model_dump(mode="json"), prepared))
+                    jobs.append((config.model_dump(mode="json"), prepare_run(config, warn=False)))
                     self._done[variant] = Trace(folder_of(config), [])
                 except UserError as error:
                     self._done[variant] = Trace(self.folder, [], str(error))

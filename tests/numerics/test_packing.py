@@ -27,7 +27,7 @@ from myllm_ray.models.load import build_model
 from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.roles import isolation_of
 from myllm_ray.trainers.grpo import GRPOTrainer
-from myllm_ray.worker import absolute, prepare_run, run_local
+from myllm_ray.worker import absolute, prepare_data, run_local
 
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}
 LEAKS: dict[str, dict[str, Any]] = {
@@ -88,9 +88,9 @@ def test_a_window_counts_where_rows_are_longer() -> None:
 def test_a_model_that_looks_ahead_is_refused(make_config: MakeConfig) -> None:
     bert = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     with pytest.raises(ConfigError, match=r"tokens behind it.*is_decoder"):
-        prepare_run(absolute(make_config(model={"config": bert})))
+        prepare_data(absolute(make_config(model={"config": bert})))
     decoder = {**bert, "is_decoder": True}
-    assert prepare_run(absolute(make_config(model={"config": decoder}, tokenizer={"kind": "bytes"}))).isolation is not None
+    assert prepare_data(absolute(make_config(model={"config": decoder}, tokenizer={"kind": "bytes"}))).isolation is not None
 
 
 def test_the_config_of_a_folder_is_kept(tmp_path: Path) -> None:
@@ -155,14 +155,14 @@ def test_a_leaking_model_trains_on_separate_documents(make_config: MakeConfig, m
 
 
 def test_an_isolating_model_is_packed_as_before(make_config: MakeConfig) -> None:
-    prepared = prepare_run(absolute(make_config()))
+    prepared = prepare_data(absolute(make_config()))
     assert prepared.isolation is not None
     assert prepared.isolation.isolated is True
     assert prepared.train.plan.packing.kind == "best_fit"
     assert prepared.packing == "several documents a row (best_fit)"
-    assert prepare_run(absolute(make_config("data.packing=false"))).packing == "one document a row"
+    assert prepare_data(absolute(make_config("data.packing=false"))).packing == "one document a row"
     whole = make_config("data.train.format=text", "data.train.fields.text=output", trainer="pretrain")
-    assert prepare_run(absolute(whole)).train.plan.packing.kind == "continuous"
+    assert prepare_data(absolute(whole)).train.plan.packing.kind == "continuous"
 
 
 def test_packing_that_is_required_is_an_error_where_it_leaks(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_packing_that_is_required_is_an_error_where_it_leaks(make_config: MakeCo
     with pytest.raises(ConfigError, match=r"data.packing: required, but documents in one row see each other"):
         run_local(config)
     assert not (tmp_path / "runs" / "run").exists()
-    assert prepare_run(absolute(make_config("data.packing=required"))).train.plan.packing.kind == "best_fit"
+    assert prepare_data(absolute(make_config("data.packing=required"))).train.plan.packing.kind == "best_fit"
     with pytest.raises(ConfigError, match="one record a row"):
         isolation_of(make_config("data.packing=required", "data.train.format=preference", trainer="dpo"))
 
@@ -254,7 +254,7 @@ def test_answers_are_not_packed_in_a_leaking_model(make_config: MakeConfig, trai
     section = {"reward": ["helpers:variety"], **({"group_size": 2} if trainer == "grpo" else {})}
     raw = {"train": {"source": "brackets", "format": "prompt", "limit": 16}, "sequence_length": 128}
     make = lambda model: absolute(make_config("data.validation=null", "run.max_steps=8", trainer=trainer, model=model, data=raw, **{trainer: section}))  # noqa: E731
-    leaky, sound = prepare_run(make(leaking("mamba"))), prepare_run(make({"config": LLAMA}))
+    leaky, sound = prepare_data(make(leaking("mamba"))), prepare_data(make({"config": LLAMA}))
     assert (leaky.packs_answers, leaky.packing) == (False, "one answer a row")
     assert (sound.packs_answers, sound.packing) == (True, "several answers a row")
 

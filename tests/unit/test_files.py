@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -34,13 +35,16 @@ def test_what_is_there_already(tmp_path: Path, existing: Literal["keep", "replac
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
+def fail(path: Path, existing: Literal["replace", "keep"], make: Callable[[Path], object]) -> None:
+    with published(path, existing) as beside:
+        assert beside.suffix == path.suffix
+        make(beside)
+        raise ZeroDivisionError
+
+
 def test_after_an_error_nothing_is_left_and_nothing_lost(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_text("old")
-    with pytest.raises(ZeroDivisionError), published(tmp_path / "a.npy", "replace") as beside:
-        beside.write_text("half")
-        assert beside.suffix == ".npy"
-        raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), published(tmp_path / "b", "keep") as beside:
-        beside.mkdir()
-        raise ZeroDivisionError
+    for name, existing, make in (("a.npy", "replace", lambda path: path.write_text("half")), ("b", "keep", Path.mkdir)):
+        with pytest.raises(ZeroDivisionError):
+            fail(tmp_path / name, existing, make)  # type: ignore[arg-type]
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.npy": "old"}

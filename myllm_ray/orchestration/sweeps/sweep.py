@@ -26,7 +26,7 @@ from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.load import read_file, validate
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sweep import CHECKPOINTED, SweepConfig, run_config, validate_sweep
-from myllm_ray.data.prepare import PreparedData, prepare
+from myllm_ray.data.prepare import PreparedData
 from myllm_ray.engine.run_folder import resume_source
 from myllm_ray.orchestration import session
 from myllm_ray.orchestration.cluster import check_size, cpus_needed, fitting, on_a_worker, slots, worker_resources
@@ -41,7 +41,7 @@ from myllm_ray.orchestration.sweeps.schedule import build_scheduler, report_inte
 from myllm_ray.orchestration.sweeps.search import OptunaTrials, limited
 from myllm_ray.orchestration.sweeps.space import dimensions_from, plan, trials_of
 from myllm_ray.orchestration.sweeps.trial import Shared, Trial, in_process, name_of
-from myllm_ray.worker import absolute, check_model, check_names
+from myllm_ray.worker import absolute, check_model, check_names, prepare_data
 
 log = logging.getLogger(__name__)
 _DATA = ("data.", "tokenizer.", "batch.", "run.seed")
@@ -122,7 +122,7 @@ class _Sweep:
     def _run_trials(self) -> SweepResult:
         self._check_room()
         self._find_micro_size()
-        prepared = clearly(partial(prepare, self.base, map_units))
+        prepared = clearly(partial(prepare_data, self.base, map_units))
         check_model(self.base, prepared)
         steps = _steps(self.base, prepared)
         shared = Shared(self.sweep, str(self.folder.trials), report_interval(self.sweep, self.base, steps), self.sweep.scheduler.name in CHECKPOINTED)
@@ -155,7 +155,7 @@ class _Sweep:
                 problems.append(str(error))
                 continue
             if any(key.startswith(_DATA) for key in trial["values"]):  # once, here, and not in several trials at a time
-                clearly(partial(prepare, absolute(config), map_units))
+                clearly(partial(prepare_data, absolute(config), map_units))
         if left and len(problems) == len(left):
             raise ConfigError(f"no trial of the sweep can run: {problems[0]}")
         return left

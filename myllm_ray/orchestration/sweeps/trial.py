@@ -279,14 +279,14 @@ class _WorkerGroup(_Run):
     @staticmethod
     def _train(config: TrainerConfig, reporter: TrialReporter) -> dict[str, Any]:
         from myllm_ray.engine.startup import Startup, StoppedAtStart
-        from myllm_ray.orchestration.launch import make_ready
         from myllm_ray.orchestration.supervisor import Supervisor
-        from myllm_ray.worker import absolute
+        from myllm_ray.worker import absolute, prepare_run
 
         config = absolute(config)
         with Startup(config) as startup:
             try:
-                config, prepared = make_ready(config, startup)
+                prepared = prepare_run(config, phase=startup.phase)
+                startup.training()
             except StoppedAtStart as reason:
                 return startup.stopped(reason)
             return Supervisor(config, prepared, [reporter], startup).run()
