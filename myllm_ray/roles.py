@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from myllm_ray.common.pretrained import checkpoint_in, tokenizer_folder
-from myllm_ray.common.types import Isolation, Reward, RolloutPool
+from myllm_ray.common.types import Isolation, Reward, RolloutPool, steps_of_run
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
@@ -240,7 +240,7 @@ class _Build:
     def reference_table(self) -> ReferenceTable | None:
         """Of the training data, where `reference` is precomputed."""
         config, spec = self.config, self.prepared.train
-        return self._table(spec, config.run.max_steps or sum(spec.steps_in_epoch(epoch) for epoch in range(config.run.epochs or 1)))
+        return self._table(spec, steps_of_run(config.run.max_steps, config.run.epochs, config.steps_per_batch, spec.steps_in_epoch))
 
     def validation_table(self) -> ReferenceTable | None:
         """The same of the validation data, whose documents may be of another store."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -47,6 +47,16 @@ class BatchStream(Protocol):
 
     def batches(self, start: Position, steps: int) -> Iterator[Batch]:
         """This rank's share of `steps` global batches from `start` on, from one epoch into the next."""
+
+
+def steps_of_run(max_steps: int | None, epochs: int | None, steps_per_batch: int, steps_in_epoch: Callable[[int], int]) -> int:
+    """Optimizer steps of a run: `max_steps`, or those of `epochs` passes over the data (default: one).
+
+    Args:
+        steps_per_batch: optimizer steps for each global batch (PPO: epochs × minibatches).
+        steps_in_epoch: global batches in an epoch.
+    """
+    return max_steps or steps_per_batch * sum(steps_in_epoch(epoch) for epoch in range(epochs or 1))
 
 
 @dataclass

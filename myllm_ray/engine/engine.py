@@ -16,7 +16,7 @@ import torch
 from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.common import distributed
 from myllm_ray.common.seeds import seed_all
-from myllm_ray.common.types import Batch, BatchStream, Micro, Position, RunState, as_mapping
+from myllm_ray.common.types import Batch, BatchStream, Micro, Position, RunState, as_mapping, steps_of_run
 from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
 from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpoint import CheckpointManager
@@ -87,8 +87,8 @@ class TrainerEngine:
             self.stream = InMemoryStream(self.trainer.dataset, self.settings.batch_size, self.settings.micro_size,
                                          self.settings.seed)
         self.state.is_main = distributed.is_main()
-        self.state.total_steps = self.settings.max_steps or self.trainer.steps_per_batch * sum(
-            self.stream.steps_in_epoch(epoch) for epoch in range(self.settings.epochs or 1))
+        self.state.total_steps = steps_of_run(
+            self.settings.max_steps, self.settings.epochs, self.trainer.steps_per_batch, self.stream.steps_in_epoch)
         if self.state.total_steps % self.trainer.steps_per_batch:
             raise ConfigError(f"run.max_steps={self.state.total_steps} is not a multiple of the {self.trainer.steps_per_batch} optimizer "
                               "steps that are made of each batch (epochs × minibatches)")

@@ -32,7 +32,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from myllm_ray.common.distributed import backend
 from myllm_ray.common.files import JSONLines, read_jsonl
 from myllm_ray.common.signals import stop_on_signals
-from myllm_ray.common.types import Position
+from myllm_ray.common.types import Position, steps_of_run
 from myllm_ray.config.errors import TrainingError, UserError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine.callbacks import Callback
@@ -262,8 +262,7 @@ def _trainer(config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[
         """The data from the checkpoint to the end of the run."""
         manifest: dict[str, Any] = read_manifest(start) if start else {"step": 0, "position": {"epoch": 0, "row": 0}}
         per_batch = config.steps_per_batch
-        batches = sum(prepared.train.steps_in_epoch(e) for e in range(config.run.epochs or 0))
-        total = config.run.max_steps or batches * per_batch
+        total = steps_of_run(config.run.max_steps, config.run.epochs, per_batch, prepared.train.steps_in_epoch)
         return build_dataset(prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]) // per_batch)
 
     launched = {"prepared": prepared, "callbacks": list(callbacks), "start": str(start) if start else None}

@@ -22,6 +22,7 @@ from ray import tune
 
 from myllm_ray.common.files import read_jsonl, write_json
 from myllm_ray.common.signals import stop_on_signals
+from myllm_ray.common.types import steps_of_run
 from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.load import read_file, validate
 from myllm_ray.config.schema import TrainerConfig
@@ -228,7 +229,7 @@ class _Sweep:
 
 def _steps(config: TrainerConfig, prepared: PreparedData) -> int:
     """Steps of a whole trial."""
-    return config.run.max_steps or config.steps_per_batch * sum(prepared.train.steps_in_epoch(e) for e in range(config.run.epochs or 1))
+    return steps_of_run(config.run.max_steps, config.run.epochs, config.steps_per_batch, prepared.train.steps_in_epoch)
 
 
 @contextmanager
