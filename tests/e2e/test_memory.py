@@ -69,7 +69,7 @@ def stream(folder: Path, megabytes: int, limit: int) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets RLIMIT_DATA")
-@pytest.mark.promise
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path) -> None:
     small, large = stream(tmp_path, 5, 0), stream(tmp_path, 20, 0)
     assert large["tokens"] > 3.5 * small["tokens"]

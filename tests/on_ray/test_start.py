@@ -19,8 +19,9 @@ from myllm_ray.engine.watch import stop
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("moment", [pytest.param("controller", marks=pytest.mark.slow), pytest.param("workers", marks=pytest.mark.promise)])
+@pytest.mark.parametrize("moment", ["controller", "workers"])
 def test_stop_while_workers_start(make_config: MakeConfig, moment: str) -> None:
     """The moment: before Ray Train has workers, or when they are about to train."""
     config = make_config("accelerator.name=ddp", "scaling.workers=2", callbacks=["jsonl", {"helpers:SlowStart": {"seconds": 100}}])
@@ -49,7 +50,7 @@ def test_stop_while_workers_start(make_config: MakeConfig, moment: str) -> None:
     assert train(make_config("run.name=after", "accelerator.name=ddp", "scaling.workers=2", "run.max_steps=1")).step == 1, "the workers are gone"
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 def test_a_users_bug_names_its_line(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     """In a callback on a worker, and in a data format in a task."""
     bug = make_config("accelerator.name=ddp", "scaling.workers=2", callbacks=["jsonl", "helpers:Fails"])

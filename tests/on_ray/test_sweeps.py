@@ -137,7 +137,7 @@ def test_trials_start_from_a_checkpoint_and_stop_early(make_config: MakeConfig, 
     assert forked.best["status"] == "done"
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 def test_optuna_learns_from_the_trials_before_and_goes_on(make_config: MakeConfig, tmp_path: Path) -> None:
     def search(trials: int, name: str, resume: bool = False) -> SweepResult:
         return sweep(base_of(make_config, "run.max_steps=2"), LR, search="optuna", trials=trials, max_concurrent=1, run=run_of(tmp_path, name), resume=resume)

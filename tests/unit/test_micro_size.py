@@ -42,7 +42,7 @@ def test_nothing_fits(make_config: MakeConfig) -> None:
         with_micro_size(make_config("batch.micro_size=auto"), tried(0)[1])
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 def test_memory_that_runs_out_is_survived(make_config: MakeConfig) -> None:
     """A limit between what two sizes need, in a process of its own."""
     model = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 4}
