@@ -32,13 +32,13 @@ def norms(folder: str | Path) -> list[float]:
 
 
 FEW = [("fsdp", 2)]
-SEVEN = [("single", 1), ("ddp", 0), ("ddp", 2), ("fsdp", 4), ("accelerate", 4), ("deepspeed", 0), ("deepspeed", 2)]
+THREE = [("ddp", 0), ("accelerate", 4), ("deepspeed", 2)]
 ALL = [("single", 1), *((name, workers) for name in ("ddp", "fsdp", "accelerate", "deepspeed") for workers in (0, 1, 2, 4))]
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("cases", [
-    pytest.param(FEW, id="few"), pytest.param(SEVEN, id="seven", marks=pytest.mark.promise), pytest.param(ALL, id="all", marks=pytest.mark.slow)])
+    pytest.param(FEW, id="few"), pytest.param(THREE, id="three", marks=pytest.mark.promise), pytest.param(ALL, id="all", marks=pytest.mark.slow)])
 def test_same_run_at_every_world_size(make_config: MakeConfig, cases: list[tuple[str, int]]) -> None:
     """fp32, 20 steps: workers 0, 1, 2 and 4 (0: in this process, without Ray)."""
     common = ("run.max_steps=20", "evaluation.every_steps=10", "batch.micro_size=1")
@@ -204,10 +204,10 @@ def test_a_job_that_is_stopped_loses_no_step(tmp_path: Path) -> None:
     raw = job_config(tmp_path, "job", "accelerator.name=ddp", "checkpoint.every_steps=100",
                      "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.3}}]")
     (tmp_path / "job.json").write_text(json.dumps(raw))
+    shutil.copy(ROOT / "tests" / "helpers.py", tmp_path)  # a callback of one's own travels with the working folder
     folder = tmp_path / "runs" / "job"
     server = Server(tmp_path, "disabled")
-    binaries = Path(sys.executable).parent
-    environment = {**server.environment, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    binaries, environment = Path(sys.executable).parent, server.environment
     command = [str(binaries / "myllm-ray"), "submit", str(tmp_path / "job.json"), "--address", server.address]
     try:
         server.wait()
