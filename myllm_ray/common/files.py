@@ -16,7 +16,7 @@ from typing import Any, Literal, TextIO
 def published(path: Path, existing: Literal["replace", "keep", "error"]) -> Iterator[Path]:
     """Yield a path beside `path` for a file or a folder, and rename it to `path` when the block ends without an error.
 
-    Readers find nothing at `path`, or all of it. Folders above it are made. After an error nothing is left.
+    Readers find nothing at `path`, or all of it. After an error nothing is left.
 
     Args:
         path: of a file or a folder.
@@ -25,7 +25,6 @@ def published(path: Path, existing: Literal["replace", "keep", "error"]) -> Iter
     """
     beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield beside
         if existing == "replace" and path.is_dir():
             shutil.rmtree(path)

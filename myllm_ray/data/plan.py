@@ -128,7 +128,7 @@ class RowPlan:
         counts: list[np.ndarray] = []
         try:
             with published(folder, existing="keep") as beside:
-                beside.mkdir()
+                beside.mkdir(parents=True)
                 with open(beside / "segments.bin", "wb") as file:
                     for segments, count in self._plan(epoch):
                         file.write(segments.tobytes())

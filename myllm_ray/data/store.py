@@ -132,7 +132,7 @@ def write_store(folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch],
     """
     try:
         with published(folder, existing="keep") as beside:
-            beside.mkdir()
+            beside.mkdir(parents=True)
             digest = hashlib.sha256()
             hashes: list[np.ndarray] = []
             described = [_write_source(beside, i, name, batches, limit, digest, hashes)

@@ -52,7 +52,7 @@ class Mirror:
     def pull(self, name: str, folder: Path) -> Path:
         """Copy a checkpoint from there into a folder; it appears when it is complete, and is still to be verified."""
         with published(folder / name, existing="replace") as beside:
-            beside.mkdir()
+            beside.mkdir(parents=True)
             with self._clearly("read"):
                 for path in self._storage.ls(f"{self._root}/{name}", detail=False):
                     self._storage.get_file(path, str(beside / PurePosixPath(path).name))

@@ -6,16 +6,13 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.load import load_config, validate
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.orchestration import environment
 from myllm_ray.orchestration.micro_size import with_micro_size
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from myllm_ray.common.files import published
 
 def write(path: Path, text: str, existing: Literal["replace", "keep", "error"] = "error") -> None:
     with published(path, existing) as beside:
-        beside.mkdir()
+        beside.mkdir(parents=True)
         (beside / "a.txt").write_text(text)
         assert beside.parent == path.parent
 
@@ -37,7 +37,7 @@ def test_what_is_there_already(tmp_path: Path, existing: Literal["keep", "replac
 
 def fail(path: Path, existing: Literal["replace", "keep"], make: Callable[[Path], object]) -> None:
     with published(path, existing) as beside:
-        assert beside.suffix == path.suffix
+        assert beside.suffix == (path.suffix or ".tmp"), "numpy appends the suffix that it misses"
         make(beside)
         raise ZeroDivisionError
 
