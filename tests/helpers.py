@@ -206,6 +206,20 @@ class AskDifferently(Callback):
             state.request(self.what[0 if state.is_main else -1], f"test {rank()}")
 
 
+class OneRankLeaves(Callback):
+    """One rank asks to leave after a step; every rank writes down why the run was left."""
+
+    def __init__(self, step: int, asks: int, folder: str):
+        self.step, self.asks, self.folder = step, asks, folder
+
+    def on_step_end(self, state: RunState) -> None:
+        if state.step == self.step and rank() == self.asks:
+            state.request("leave", f"a reason of rank {rank()}")
+
+    def on_train_end(self, state: RunState) -> None:
+        (Path(self.folder) / f"left-{rank()}").write_text(str(state.left))
+
+
 class Putting(SFTTrainer):
     """Calls an operation that has no deterministic form on any device."""
 

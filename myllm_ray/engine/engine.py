@@ -365,10 +365,10 @@ class TrainerEngine:
         if failures:
             self._wait_for_checkpoint(WAIT_SECONDS)
             raise CheckpointError("another rank could not write its part of the checkpoint; its own message says why")
-        for name, count in zip(names, asked, strict=True):
-            if count:
-                self._heard.add(name)
-                self.state.requests.setdefault(name, "asked for by another rank")
+        self._heard.update(name for name, count in zip(names, asked, strict=True) if count)
+        if any(0 < count < distributed.world_size() for count in asked):  # rare, and seen on every rank alike
+            for reasons in distributed.gather_objects({name: self.state.requests[name] for name in names if name in self.state.requests}):
+                self.state.requests = {**reasons, **self.state.requests}
         return total
 
     def _seed_micro(self, index: int) -> None:

@@ -51,6 +51,15 @@ def test_two_ranks_ask_for_different_endings(make_config: MakeConfig) -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("asks", [0, 1])
+def test_every_rank_knows_why_a_run_is_left(make_config: MakeConfig, tmp_path: Path, asks: int) -> None:
+    """A SIGTERM that one rank saw first was reported by the others as `asked for by another rank`."""
+    run_all(2, [make_config("accelerator.name=ddp", "batch.micro_size=1", "batch.global_size=4", callbacks=[
+        "jsonl", {"helpers:OneRankLeaves": {"step": 2, "asks": asks, "folder": str(tmp_path)}}])])
+    assert [(tmp_path / f"left-{rank}").read_text() for rank in (0, 1)] == [f"a reason of rank {asks}"] * 2
+
+
+@pytest.mark.timeout(120)
 def test_metrics_that_differ_between_ranks_are_an_error(make_config: MakeConfig) -> None:
     """They were added up by position: other metrics' values, or a collective that never ends."""
     config = make_config("accelerator.name=ddp", "batch.micro_size=1", "batch.global_size=4", trainer="helpers:RankMetrics")
