@@ -1,6 +1,6 @@
 """The chaos table: each fault at five seeded moments, for ddp, fsdp and deepspeed-2. `make test-chaos`; docs/reliability.md.
 
-Most faults come five times in one run, each time in the group that has just recovered. With CHAOS_OUT=FILE a line of
+Most faults come five times in one run, each time in the group that has just recovered; CHAOS_MOMENTS=1 has each once. With CHAOS_OUT=FILE a line of
 JSON is written for each; `python tests/chaos/table.py FILE` makes the table of them.
 """
 
@@ -24,7 +24,7 @@ from myllm_ray.config import TrainerConfig, validate
 from myllm_ray.engine.checkpoint import CheckpointManager
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
-MOMENTS = 5
+MOMENTS = int(os.environ.get("CHAOS_MOMENTS", "5"))
 
 
 @pytest.fixture(scope="module")
