@@ -299,3 +299,25 @@ def test_an_interrupted_trial_saves_and_a_stopped_one_does_not(tmp_path: Path) -
     desk.answer(ABANDON)
     assert desk.report(3, {"loss": 1.0}) == LEAVE
     assert desk.poll(0.0) == (1, {"loss": 1.0})
+
+
+def test_the_file_with_a_placement_group_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver reads it at any moment: an empty one named no group to remove."""
+    from threading import Thread
+    from types import SimpleNamespace
+
+    from myllm_ray.common.types import RunState
+    from myllm_ray.orchestration.sweeps import desk
+
+    given = "0123456789abcdef" * 2
+    group = SimpleNamespace(id=SimpleNamespace(hex=lambda: given))
+    monkeypatch.setattr(desk.ray.util, "get_current_placement_group", lambda: group)
+    reporter = desk.TrialReporter(object.__new__(desk.RemoteDesk), "loss", 1)
+    state, path, seen = RunState(folder=str(tmp_path)), tmp_path / desk.PLACEMENT_GROUP, set()
+    path.write_text(given)
+    writer = Thread(target=lambda: [reporter.on_train_start(state) for _ in range(2000)])
+    writer.start()
+    while writer.is_alive():
+        seen.add(path.read_text())
+    writer.join()
+    assert seen == {given}

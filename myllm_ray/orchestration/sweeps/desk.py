@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import ray
 
+from myllm_ray.common.files import write_atomic
 from myllm_ray.common.types import RunState
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.pulse import asked
@@ -92,7 +93,7 @@ class TrialReporter(Callback):
         if state.is_main and state.folder and isinstance(self._desk, RemoteDesk):
             group = ray.util.get_current_placement_group()
             if group is not None:
-                (Path(state.folder) / PLACEMENT_GROUP).write_text(group.id.hex())
+                write_atomic(Path(state.folder) / PLACEMENT_GROUP, group.id.hex(), durable=False)
 
     def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
         self._metrics |= metrics
