@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from myllm_ray.accelerators.single import SingleGPUAccelerator as SingleDevice
 from myllm_ray.common.distributed import rank
-from myllm_ray.common.types import Micro, RunState, StepOutput
+from myllm_ray.common.types import Batch, Micro, RunState, StepOutput
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.trainers.sft import SFTTrainer
 
@@ -94,26 +95,29 @@ class FillDisk(Callback):
 
 
 class Sleeper(SFTTrainer):
-    """Sleeps for two minutes on one rank in one step, once; a file remembers it. Steps are counted by weights asked for."""
+    """Sleeps for two minutes on one rank in one step, once; a file remembers it. Steps are counted by batches."""
 
     def __init__(self, *arguments: Any, rank: int, step: int, phase: str, marker: str, **named: Any):
         super().__init__(*arguments, **named)
-        self.of, self.phase, self.marker, self.micros = (rank, step), phase, Path(marker), 0
+        self.of, self.phase, self.marker, self.step = (rank, step), phase, Path(marker), 0
 
     def _sleep(self, phase: str) -> None:
-        if phase == self.phase and self.micros == 2 * self.of[1] - 1 and rank() == self.of[0] and not self.marker.exists():
+        if phase == self.phase and self.step == self.of[1] and rank() == self.of[0] and not self.marker.exists():
             self.marker.write_text("")
             time.sleep(120)
 
+    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.step += 1
+            self._sleep("data")
+            yield batch
+
     def batch_weight(self, micro: Micro) -> Tensor:
-        self.micros += 1
-        self._sleep("data")
+        self._sleep("weight")
         return super().batch_weight(micro)
 
     def train_step(self, micro: Micro) -> StepOutput:
-        self.micros -= 1  # both micro-batches of a step are weighed before the first is trained on
         self._sleep("forward")
-        self.micros += 1
         return super().train_step(micro)
 
 

@@ -186,6 +186,7 @@ class TrainerEngine:
 
     def training_step(self, micros: list[Micro]) -> tuple[StepResult, MetricSum]:
         """One optimizer step: the loss is summed over micro-batches and ranks and divided once, by the global weight."""
+        self.pulse.enter("forward", self.state.step + 1)  # else a rank that hangs in the next line is named in phase rollout
         weight = self.accelerator.all_reduce([sum(self.trainer.batch_weight(m) for m in micros)])[0]
         self._check_weight(float(weight))
         sums = MetricSum(weight)

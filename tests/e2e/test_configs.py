@@ -14,7 +14,7 @@ TINY = sorted(path.name for path in (ROOT / "configs").glob("tiny_*.yaml"))
 OTHERS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("tiny_"))
 SHORT = ["run.max_steps=4", "run.epochs=null", "scaling.workers=0", "callbacks=[jsonl]", "evaluation.every_steps=null", "evaluation.max_batches=1",
          "checkpoint.every_steps=null"]
-SMALL = ["model.config.num_hidden_layers=1", "model.config.hidden_size=64", "model.config.intermediate_size=64", "data.train.limit=100", "accelerator.name=single",
+SMALL = ["model.config.num_hidden_layers=1", "model.config.hidden_size=96", "model.config.intermediate_size=64", "data.train.limit=100", "accelerator.name=single",
          "accelerator.precision=fp32"]
 
 

@@ -143,3 +143,12 @@ def test_answers_that_are_all_left_out_are_a_step_with_a_zero_gradient(make_conf
     said = [m for m in warned if "none of its answers has ended" in m]
     assert len(said) == (loss == "dapo")
 
+
+def test_a_rank_that_waits_for_the_weight_of_a_batch_is_in_phase_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was named in phase rollout, also in runs without rollouts."""
+    engine, phases, seen = by_hand([{"input_ids": [1, 2, 3]}] * 4), [], []
+    weigh = engine.trainer.batch_weight
+    monkeypatch.setattr(engine.pulse, "enter", lambda phase, step: phases.append((phase, step)))
+    monkeypatch.setattr(engine.trainer, "batch_weight", lambda micro: (seen.append(phases[-1]), weigh(micro))[1])
+    engine.train()
+    assert seen == [("forward", 1), ("forward", 2)]
