@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from myllm_ray.accelerators.single import SingleGPUAccelerator
 from myllm_ray.common import distributed
 from myllm_ray.common.files import published
 from myllm_ray.common.types import Position
-from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import ModelSection, TrainerConfig
 from myllm_ray.data.collate import to_tensors
 from myllm_ray.data.collate_records import build_pairs
@@ -90,8 +90,8 @@ def _first_rows(spec: StreamSpec, batches: int) -> list[int]:
 @torch.no_grad()
 def _score(config: TrainerConfig, tokenizer: Any, section: ModelSection, blocks: list[_Block], shared: bool) -> np.ndarray:
     """(entries, 2) float32, the same whatever the number of ranks: blocks are dealt out, each computed by one."""
-    accelerator = resolve("accelerators", "single", "accelerator.name")(config)
-    accelerator.device = accelerator._choose_device()
+    accelerator = SingleGPUAccelerator.like(config.accelerator)
+    accelerator.setup()
     model = accelerator.prepare_frozen(build_deferred(section, tokenizer, config.data.sequence_length, config.run.seed))
     last, count, _ = blocks[-1]
     table = torch.zeros(last + count, 2, dtype=torch.float64)

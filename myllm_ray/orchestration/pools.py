@@ -80,8 +80,8 @@ class _Generator:
     """In an actor: samples answers with the weights that it was last given, and scores them."""
 
     def __init__(self, raw: Mapping[str, Any], prepared: PreparedData):
+        from myllm_ray.accelerators.single import SingleGPUAccelerator
         from myllm_ray.common.materialize import materialize
-        from myllm_ray.config.resolve import resolve
         from myllm_ray.data.tokenizer import open_tokenizer
         from myllm_ray.models.generate import HFSampler
         from myllm_ray.models.load import build_deferred
@@ -89,7 +89,7 @@ class _Generator:
 
         config: Any = validate(raw)
         torch.set_num_threads(max(1, int(config.scaling.cpus_per_worker)))
-        self.accelerator = resolve("accelerators", "single", "accelerator.name")(config)
+        self.accelerator = SingleGPUAccelerator.like(config.accelerator)
         self.accelerator.setup()
         tokenizer = open_tokenizer(prepared.tokenizer_folder)
         model = build_deferred(model_section(config), tokenizer, config.data.sequence_length, config.run.seed)

@@ -53,6 +53,14 @@ def test_every_trainer_on_every_backend(make_config: MakeConfig, kind: str) -> N
             assert read_jsonl(folder / "samples.jsonl") == read_jsonl(single / "samples.jsonl")
 
 
+def test_a_table_of_the_reference_is_computed_beside_offloading(make_config: MakeConfig) -> None:
+    """It was computed by a backend that refused what the run's own backend offloads, after the run had begun."""
+    offloaded = config_of(make_config, "precomputed", "run.name=offloaded", "run.max_steps=2", "accelerator={name: fsdp, offload: {parameters: cpu}}")
+    folder, = run_all(1, [offloaded])  # first: the table is kept with the data
+    single, = run_all(1, [config_of(make_config, "precomputed", "run.name=single", "run.max_steps=2")])
+    assert_same(folder, single)
+
+
 @pytest.mark.parametrize("kind", ["dpo", "grpo", "ppo"])
 def test_a_resumed_run_is_the_undisturbed_one(make_config: MakeConfig, kind: str) -> None:
     """Bit for bit, in the middle of an epoch: metrics, samples, and the state of PPO's controller."""
