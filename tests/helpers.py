@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from myllm_ray.accelerators.single import SingleGPUAccelerator as SingleDevice
 from myllm_ray.common.distributed import rank
@@ -111,10 +110,6 @@ class Sleeper(SFTTrainer):
             self.step += 1
             self._sleep("data")
             yield batch
-
-    def batch_weight(self, micro: Micro) -> Tensor:
-        self._sleep("weight")
-        return super().batch_weight(micro)
 
     def train_step(self, micro: Micro) -> StepOutput:
         self._sleep("forward")
