@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-slow test-promise test-chaos test-hostile test-gpu bench check schema models-supported golden clean
+.PHONY: quickstart test test-slow test-promise test-chaos test-hostile test-gpu bench check docs schema models-supported golden clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "myllm_ray needs Python 3.11 or later: make PYTHON=python3.11")'
@@ -25,7 +25,7 @@ quickstart: $(READY)  ## a small language model on Python's standard library, th
 # Two processes: most tests wait for processes of their own half of the time. How they share the tests: tests/conftest.py.
 TWO := -n 2 --no-loadscope-reorder
 
-test: $(READY)  ## the whole suite
+test: $(READY)  ## the tests without a marker of pyproject.toml (slow, promise, chaos, hostile, bench, gpu)
 	$(BIN)/python -m pytest $(TWO)
 
 test-slow: $(READY)  ## all that is slow
@@ -40,10 +40,16 @@ test-chaos test-hostile test-gpu: test-%: $(READY)  ## as the markers in pyproje
 bench: $(READY)
 	$(BIN)/python -m pytest -m bench --timeout 3600
 
-check: $(READY)  ## lint, types, layers
+check: $(READY)  ## format, lint, types, layers; then comments per 100 lines of code
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(BIN)/python tools/comment_density.py
+
+docs: $(READY)  ## the documentation site, in site/
+	@$(BIN)/python -c 'import mkdocs' 2>/dev/null || $(PIP) -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 schema: $(READY)  ## after a change of the config's schema
 	$(BIN)/myllm-ray schema > configs/schema.json
@@ -55,4 +61,4 @@ golden: $(READY)  ## after a change that is meant to change losses: writes tests
 	$(BIN)/python -m pytest tests/golden -m '' --update-golden
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -1,4 +1,7 @@
-"""What the benchmarks against peers share: the same model and data for both, each measured in a process of its own, in turn."""
+"""Common code of the benchmarks that compare this package with other libraries.
+
+Both sides use the same model and data. Each side is measured in a separate process, and the sides alternate.
+"""
 
 from __future__ import annotations
 
@@ -11,52 +14,125 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARIES = {"4k": 4096, "gpt2": 50257}
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_TOP_PAD_": str(2**28), "THP_MEM_ALLOC_ENABLE": "1"}
-"""glibc keeps large blocks instead of giving them back to the system after every step."""
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**28),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""Environment in which glibc keeps large blocks instead of returning them to the system after every step."""
 
 
 def model_config(vocabulary: str) -> dict[str, Any]:
-    """6 layers of width 256."""
-    return {"model_type": "llama", "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8,
-            "num_key_value_heads": 8, "vocab_size": VOCABULARIES[vocabulary], "tie_word_embeddings": True, "max_position_embeddings": 1024,
-            "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+    """Returns the config of a Llama model with 6 layers of width 256."""
+    return {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": VOCABULARIES[vocabulary],
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
 
 
-def measure(script: str, side: str, vocabulary: str, environment: dict[str, str] | None = None, *arguments: str,
-            python: str | None = None) -> dict[str, Any]:
-    """Run one side of a comparison in a process; its last line is JSON."""
+def measure(
+    script: str,
+    side: str,
+    vocabulary: str,
+    environment: dict[str, str] | None = None,
+    *arguments: str,
+    python: str | None = None,
+) -> dict[str, Any]:
+    """Runs one side of a comparison in a separate process and returns its result.
+
+    Args:
+        script: Path of the benchmark. The last line of its output is JSON.
+        side: `ours` or `peer`.
+        vocabulary: A key of `VOCABULARIES`.
+        environment: Additional environment variables.
+        arguments: Additional arguments of the script.
+        python: The Python interpreter; default: the current one.
+    """
     command = [python or sys.executable, script, "--side", side, "--vocabulary", vocabulary, *arguments]
     base = {k: v for k, v in os.environ.items() if k not in ALLOCATOR}
-    done = subprocess.run(command, env={**base, "TOKENIZERS_PARALLELISM": "false", **(environment or {})}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        env={**base, "TOKENIZERS_PARALLELISM": "false", **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def compare(name: str, script: str, vocabulary: str, rounds: int, unit: str, ours: tuple[str, ...], peer: tuple[str, ...],
-            peer_environment: dict[str, str] | None = None, peer_python: str | None = None) -> None:
-    """Interleaved rounds, medians; prints one JSON line."""
+def compare(
+    name: str,
+    script: str,
+    vocabulary: str,
+    rounds: int,
+    unit: str,
+    ours: tuple[str, ...],
+    peer: tuple[str, ...],
+    peer_environment: dict[str, str] | None = None,
+    peer_python: str | None = None,
+) -> None:
+    """Measures both sides in interleaved rounds and prints their medians as one line of JSON.
+
+    Args:
+        name: Name of the benchmark.
+        script: Path of the benchmark.
+        vocabulary: A key of `VOCABULARIES`.
+        rounds: Number of rounds.
+        unit: Unit of the rates.
+        ours: Arguments of the script for this package.
+        peer: Arguments of the script for the other library.
+        peer_environment: Additional environment variables for the other library.
+        peer_python: The Python interpreter for the other library.
+    """
     found: dict[str, list[float]] = {"ours": [], "peer": []}
     extra: dict[str, Any] = {}
     for _ in range(rounds):
-        for side, environment, options, python in (("ours", None, ours, None), ("peer", peer_environment, peer, peer_python)):
+        for side, environment, options, python in (
+            ("ours", None, ours, None),
+            ("peer", peer_environment, peer, peer_python),
+        ):
             result = measure(script, side, vocabulary, environment, *options, python=python)
             found[side].append(result.pop("rate"))
             extra.update({f"{name}_{side}": value for name, value in result.items()})
     medians = {side: statistics.median(values) for side, values in found.items()}
-    print(json.dumps({"benchmark": name, "vocabulary": vocabulary, **{k: round(v, 2) for k, v in medians.items()},
-                      "ratio": round(medians["ours"] / medians["peer"], 2), "unit": unit, **extra,
-                      "allocator_of_peer": "as ours" if peer_environment else "default",
-                      "rounds": {side: [round(v, 2) for v in values] for side, values in found.items()}}), flush=True)
+    print(
+        json.dumps(
+            {
+                "benchmark": name,
+                "vocabulary": vocabulary,
+                **{k: round(v, 2) for k, v in medians.items()},
+                "ratio": round(medians["ours"] / medians["peer"], 2),
+                "unit": unit,
+                **extra,
+                "allocator_of_peer": "as ours" if peer_environment else "default",
+                "rounds": {side: [round(v, 2) for v in values] for side, values in found.items()},
+            }
+        ),
+        flush=True,
+    )
 
 
 def here(file: str) -> str:
+    """Returns the absolute path of a file."""
     return str(Path(file).resolve())
 
 
 def word_tokenizer(size: int) -> Any:
-    """A tokenizer whose token i is the word wi, so that a text has the very token ids that were made up."""
+    """Returns a tokenizer whose token i is the word `wi`, so that texts can be built from token ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,10 +1,11 @@
-"""DPO: pairs per second, ours and TRL's, with the same model (6 layers, hidden 256), pairs and batch, on the CPU.
+"""Compares the throughput of DPO with that of TRL, in pairs per second on the CPU.
 
     pip install -e '.[bench]'
     python benchmarks/preference.py [--rounds 3] [--steps 12] [--precision fp32]
 
-Each side trains on the same made-up pairs (prompts of 32 to 96 tokens, answers of 24 to 72), 8 pairs a step, with a frozen copy as
-reference; the first two steps are not counted. Both sides in turn, each in a process of its own; medians. One JSON line a comparison.
+Both sides train the same model (6 layers of width 256) on the same random pairs (prompts of 32 to 96 tokens, answers of
+24 to 72 tokens) with 8 pairs per step and a frozen copy of the model as the reference. The first step is not counted.
+The sides alternate, each in a separate process. The output is one line of JSON with medians per comparison.
 """
 
 from __future__ import annotations
@@ -25,30 +26,34 @@ BATCH = 8
 
 
 def pairs(vocabulary: str, count: int) -> list[dict[str, list[int]]]:
-    """Token ids; an answer ends with the end-of-text token, 1."""
+    """Returns random pairs of token ids. Each answer ends with the end-of-text token, 1."""
     made = random.Random(0)
 
     def tokens(least: int, most: int) -> list[int]:
         return [made.randrange(4, VOCABULARIES[vocabulary]) for _ in range(made.randint(least, most))]
 
-    return [{"prompt": tokens(32, 96), "chosen": [*tokens(24, 72), 1], "rejected": [*tokens(24, 72), 1]} for _ in range(count)]
+    return [
+        {"prompt": tokens(32, 96), "chosen": [*tokens(24, 72), 1], "rejected": [*tokens(24, 72), 1]}
+        for _ in range(count)
+    ]
 
 
 def rate(times: list[float]) -> float:
-    """Pairs per second by the median of the steps behind the first two."""
+    """Returns the pairs per second, from the median time of the steps after the first one."""
     return BATCH / statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def ours(vocabulary: str, steps: int, precision: str) -> float:
+    """Trains with this package and returns the pairs per second."""
     import torch
 
     from myllm_ray.accelerators.single import SingleGPUAccelerator
     from myllm_ray.common.allocator import keep_large_blocks
     from myllm_ray.common.types import RunState
-    from myllm_ray.config.schema import ModelSection
+    from myllm_ray.config.sections import ModelSection
     from myllm_ray.data.tokenizer import byte_tokenizer
     from myllm_ray.engine.callbacks import Callback
-    from myllm_ray.engine.engine import TrainerEngine
+    from myllm_ray.engine.loop import TrainerEngine
     from myllm_ray.engine.optimizer import OptimizerManager
     from myllm_ray.models.load import build_model
     from myllm_ray.models.sharing import shares_prompts
@@ -66,16 +71,24 @@ def ours(vocabulary: str, steps: int, precision: str) -> float:
 
     rows = [pair_row(p["prompt"], p["chosen"], p["rejected"]) for p in pairs(vocabulary, BATCH * steps)]
     trainer = DPOTrainer(model, rows, reference=reference, shared_prompt=shares_prompts(section, 1024))
-    config = {"max_steps": steps, "batch_size": BATCH, "gradient_clip": 1.0, "optimizer": {"name": "adamw", "lr": 1e-6},
-              "accelerator": {"precision": precision}}
+    config = {
+        "max_steps": steps,
+        "batch_size": BATCH,
+        "gradient_clip": 1.0,
+        "optimizer": {"name": "adamw", "lr": 1e-6},
+        "accelerator": {"precision": precision},
+    }
     torch.set_num_threads(torch.get_num_threads())
-    engine = TrainerEngine(trainer, SingleGPUAccelerator(config), OptimizerManager(model, config), callbacks=[Clock()], config=config)
+    engine = TrainerEngine(
+        trainer, SingleGPUAccelerator(config), OptimizerManager(model, config), callbacks=[Clock()], config=config
+    )
     engine.setup()
     engine.train()
     return rate(times)
 
 
 def peer(vocabulary: str, steps: int, precision: str) -> float:
+    """Trains with TRL and returns the pairs per second."""
     import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
@@ -95,13 +108,34 @@ def peer(vocabulary: str, steps: int, precision: str) -> float:
     def text(ids: list[int]) -> str:
         return "".join(f" w{i}" for i in ids)
 
-    rows = [{"prompt": text(p["prompt"]), "chosen": text(p["chosen"][:-1]), "rejected": text(p["rejected"][:-1])}
-            for p in pairs(vocabulary, BATCH * steps)]
+    rows = [
+        {"prompt": text(p["prompt"]), "chosen": text(p["chosen"][:-1]), "rejected": text(p["rejected"][:-1])}
+        for p in pairs(vocabulary, BATCH * steps)
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = DPOConfig(output_dir=folder, per_device_train_batch_size=BATCH, max_steps=steps, learning_rate=1e-6, report_to="none",
-                              bf16=precision == "bf16", use_cpu=True, gradient_checkpointing=False, max_length=None, save_strategy="no",
-                              logging_steps=1, disable_tqdm=True, dataloader_num_workers=0)
-        trainer = DPOTrainer(model, reference, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Clock()])
+        arguments = DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=BATCH,
+            max_steps=steps,
+            learning_rate=1e-6,
+            report_to="none",
+            bf16=precision == "bf16",
+            use_cpu=True,
+            gradient_checkpointing=False,
+            max_length=None,
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            dataloader_num_workers=0,
+        )
+        trainer = DPOTrainer(
+            model,
+            reference,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
         found = trainer.train_dataset[0]
         lengths = {k: len(v) for k, v in found.items() if k.endswith("ids")}
         wanted = pairs(vocabulary, 1)[0]
@@ -111,6 +145,7 @@ def peer(vocabulary: str, steps: int, precision: str) -> float:
 
 
 def main() -> None:
+    """Runs the comparisons, or one side of a comparison with `--side`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)

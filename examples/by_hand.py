@@ -1,4 +1,4 @@
-"""The engine wired by hand: no YAML, no Ray, every part in sight."""
+"""Trains with a manually constructed engine, without YAML and without Ray."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -13,9 +13,10 @@ from myllm_ray import (
     TrainerEngine,
 )
 
-my_model = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                        num_attention_heads=2))
-# Count up from a random number; the loss stands on what follows the first four.
+my_model = LlamaForCausalLM(
+    LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+)
+# Each row counts up from a random number. The first four tokens are not targets of the loss.
 my_dataset = []
 for start in torch.randint(0, 16, (64,)):
     ids = (start + torch.arange(12)) % 32
@@ -26,8 +27,15 @@ config = {"num_epochs": 3, "gradient_clip": 1.0, "optimizer": {"name": "adamw", 
 accelerator = SingleGPUAccelerator(config)
 optimizers = OptimizerManager(trainer.model, config)
 schedulers = SchedulerManager(optimizers.optimizer, config)
-checkpoints = CheckpointManager(trainer.model)  # with folder="..." the run saves there at its end
-engine = TrainerEngine(trainer, accelerator, optimizers, scheduler_manager=schedulers,
-                       checkpoint_manager=checkpoints, callbacks=[PrintCallback()], config=config)
+checkpoints = CheckpointManager(trainer.model)  # with folder="...", the run saves a checkpoint there at its end
+engine = TrainerEngine(
+    trainer,
+    accelerator,
+    optimizers,
+    scheduler_manager=schedulers,
+    checkpoint_manager=checkpoints,
+    callbacks=[PrintCallback()],
+    config=config,
+)
 engine.setup()
 engine.train()

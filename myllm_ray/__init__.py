@@ -1,43 +1,39 @@
-"""myllm_ray: train language models from one YAML file. Public names, imported when they are first used."""
+"""myllm_ray trains language models from one YAML file. Public names are imported when they are first used."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
+from myllm_ray.config.resolve import SHORT_NAMES
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "TrainerEngine": "myllm_ray.engine.engine",
+    "TrainerEngine": "myllm_ray.engine.loop",
     "BaseTrainer": "myllm_ray.trainers.base",
-    "PretrainTrainer": "myllm_ray.trainers.pretrain",
-    "SFTTrainer": "myllm_ray.trainers.sft",
-    "RewardTrainer": "myllm_ray.trainers.reward",
-    "DPOTrainer": "myllm_ray.trainers.dpo",
-    "PPOTrainer": "myllm_ray.trainers.ppo",
-    "GRPOTrainer": "myllm_ray.trainers.grpo",
+    "TrainerSection": "myllm_ray.config.trainers",
     "OptimizerManager": "myllm_ray.engine.optimizer",
     "SchedulerManager": "myllm_ray.engine.scheduler",
-    "CheckpointManager": "myllm_ray.engine.checkpoint",
+    "CheckpointManager": "myllm_ray.engine.checkpointing.manager",
     "SingleGPUAccelerator": "myllm_ray.accelerators.single",
-    "DDPAccelerator": "myllm_ray.accelerators.ddp",
-    "FSDPAccelerator": "myllm_ray.accelerators.fsdp",
+    "Accelerator": "myllm_ray.accelerators.base",
     "Callback": "myllm_ray.engine.callbacks",
-    "EarlyStoppingCallback": "myllm_ray.engine.callbacks",
-    "PrintCallback": "myllm_ray.engine.displays",
-    "ProgressCallback": "myllm_ray.engine.displays",
-    "JSONLCallback": "myllm_ray.engine.records",
+    "Section": "myllm_ray.config.sections",
     "StepOutput": "myllm_ray.common.types",
     "TrainerConfig": "myllm_ray.config.schema",
-    **{f"{name}Config": "myllm_ray.config.trainers" for name in ("Pretrain", "SFT", "Reward", "DPO", "PPO", "GRPO")},
     "UserError": "myllm_ray.config.errors",
     "load_config": "myllm_ray.config.load",
     "train": "myllm_ray.orchestration.launch",
     "sweep": "myllm_ray.orchestration.sweeps.sweep",
     "load_sweep": "myllm_ray.config.sweep",
-    "pretrain_loop": "myllm_ray.orchestration.loops",
-    **{f"{name}_loop": "myllm_ray.orchestration.loops" for name in ("sft", "reward", "dpo", "ppo", "grpo")},
 }
+"""Public names and the modules that define them. `import myllm_ray` alone does not import torch or ray."""
+for _kind in ("trainers", "accelerators", "callbacks"):
+    _PUBLIC |= {_path.partition(":")[2]: _path.partition(":")[0] for _path in SHORT_NAMES[_kind].values()}
+for _name, _path in SHORT_NAMES["trainers"].items():
+    _PUBLIC[_path.partition(":")[2].removesuffix("Trainer") + "Config"] = "myllm_ray.config.trainers"
+    _PUBLIC[f"{_name}_loop"] = "myllm_ray.orchestration.loops"
 __all__ = sorted(_PUBLIC)
 
 

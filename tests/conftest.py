@@ -22,14 +22,21 @@ from myllm_ray.config import TrainerConfig, validate
 from myllm_ray.config.load import apply_override
 
 ROOT = Path(__file__).resolve().parents[1]
-LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "tie_word_embeddings": True}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 
 torch.set_num_threads(1)
 
 
 def instruction_rows(count: int = 48, seed: int = 0) -> list[dict[str, str]]:
-    """Rows whose answers are of very unequal length."""
+    """Returns `count` rows whose answers have very unequal lengths."""
     rng = random.Random(seed)
     words = ["red", "green", "blue", "seven", "apple", "river", "stone", "cloud"]
     rows = []
@@ -45,7 +52,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def comparable(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock decides."""
+    """Returns the rows of metrics.jsonl without the values that depend on a clock."""
     rows = read_jsonl(Path(folder) / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in rows]
 
@@ -63,7 +70,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def warned() -> Iterator[list[str]]:
-    """Messages of the package's log."""
+    """Yields the list of messages that the package logs."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -85,20 +92,22 @@ def any_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.multiprocessing.spawn` takes its processes from the tests' fork server."""
-    from spawned import start_processes  # imports all that workers do
+    """`torch.multiprocessing.spawn` takes its processes from the fork server of the tests."""
+    from spawned import start_processes  # imports everything that workers import
 
-    monkeypatch.setattr(torch.multiprocessing, "spawn", lambda function, arguments, nprocs: start_processes(function, arguments, nprocs))
+    monkeypatch.setattr(
+        torch.multiprocessing, "spawn", lambda function, arguments, nprocs: start_processes(function, arguments, nprocs)
+    )
 
 
 @pytest.fixture
 def cpu_with_fp16(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A CPU that reports fp16 arithmetic, here and in the processes that the test starts; torch emulates it."""
+    """Simulates a CPU with fp16 arithmetic, here and in the processes that the test starts; torch emulates it."""
     return _cpu(monkeypatch, "rich")
 
 
 def _cpu(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
-    for name in machine.OPERATORS:  # put back after the test
+    for name in machine.OPERATORS:  # restored after the test
         monkeypatch.setattr(torch.ops.mkldnn, name, getattr(torch.ops.mkldnn, name))
     monkeypatch.setenv(machine.VARIABLE, kind)
     machine.apply_cpu()
@@ -106,11 +115,13 @@ def _cpu(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write tests/golden/golden.json instead of comparing with it")
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden/golden.json instead of comparing with it"
+    )
 
 
 class TwoProcesses(LoadScopeScheduling):
-    """How `make test` shares the tests: a file is a unit, and all that uses Ray is one, so that one Ray serves it."""
+    """Scheduler of `make test`: a unit is a file, or all Ray tests together, so that they share one cluster."""
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
@@ -122,7 +133,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoProcesses
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What uses Ray begins first: it takes longest."""
+    """Runs the tests that use Ray first, because they take longest."""
     items.sort(key=lambda item: "on_ray" not in item.path.parts)
 
 
@@ -131,18 +142,26 @@ MakeConfig = Callable[..., TrainerConfig]
 
 @pytest.fixture
 def make_config(tmp_path: Path, data_file: Path, cache: Path) -> MakeConfig:
-    """`make_config("optimizer.lr=1", name="x")`: a tiny SFT config with overrides."""
+    """Returns a function that builds a tiny SFT config with overrides: `make_config("optimizer.lr=1", name="x")`."""
 
     def make(*overrides: str, **top: Any) -> TrainerConfig:
         raw: dict[str, Any] = {
-            "trainer": "sft", "model": {"config": dict(LLAMA)}, "tokenizer": {"kind": "bytes"},
-            "data": {"train": {"path": str(data_file), "format": "instruction"}, "validation": {"split": 0.1},
-                     "sequence_length": 160, "cache": str(cache)},
+            "trainer": "sft",
+            "model": {"config": dict(LLAMA)},
+            "tokenizer": {"kind": "bytes"},
+            "data": {
+                "train": {"path": str(data_file), "format": "instruction"},
+                "validation": {"split": 0.1},
+                "sequence_length": 160,
+                "cache": str(cache),
+            },
             "batch": {"global_size": 8, "micro_size": 2},
             "optimizer": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1},
             "scheduler": {"name": "cosine", "warmup_steps": 2, "min_lr_ratio": 0.1},
             "run": {"name": "run", "storage": str(tmp_path / "runs"), "max_steps": 6},
-            "callbacks": ["jsonl"], **top}
+            "callbacks": ["jsonl"],
+            **top,
+        }
         for override in overrides:
             apply_override(raw, override)
         return validate(raw)
@@ -152,13 +171,46 @@ def make_config(tmp_path: Path, data_file: Path, cache: Path) -> MakeConfig:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One Ray for the whole session, with more logical CPUs than cores: 4 workers and the data tasks beside them."""
+    """One Ray cluster for the session, with more logical CPUs than cores: 4 workers plus the data tasks."""
     import ray
 
     from myllm_ray.orchestration import session
 
     path = os.pathsep.join([str(ROOT / "examples" / "custom_trainer"), str(ROOT / "tests")])
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             runtime_env={"env_vars": {"PYTHONPATH": path}, **session.interpreter()})
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": path}, **session.interpreter()},
+    )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def preference_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Training rows (the last batch of an epoch is partial), held-out rows, and a separate reference model."""
+    from enumeration import TINY
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("preferences")
+
+    def rows(first: int, count: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "prompt": "say " + "abc"[i % 3] * (1 + i % 5),
+                "chosen": "yes" * (1 + i % 3),
+                "rejected": "n" * (1 + i % 4),
+                "completion": "yes no"[: 2 + i % 5],
+                "label": bool(i % 3),
+            }
+            for i in range(first, first + count)
+        ]
+
+    (folder / "train.json").write_text(json.dumps(rows(0, 7)))
+    (folder / "held_out.json").write_text(json.dumps(rows(20, 5)))
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**TINY, vocab_size=260)).save_pretrained(folder / "other")
+    return folder / "train.json", folder / "held_out.json", folder / "other"

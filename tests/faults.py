@@ -1,4 +1,4 @@
-"""Mistakes that trainers and backends make, planted for `verify` to name."""
+"""Typical faults of trainers and backends, which `verify` must name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from myllm_ray.trainers.sft import SFTTrainer
 
 
 class MeanOfMeans(SFTTrainer):
-    """Averages within each micro-batch, and then over micro-batches: the classic."""
+    """Averages within each micro-batch and then over micro-batches: the classic normalization error."""
 
     def batch_weight(self, micro: Micro) -> Tensor:
         return torch.tensor(1.0)
@@ -28,14 +28,14 @@ class MeanOfMeans(SFTTrainer):
 
 
 class MeanOverRanks(DDPAccelerator):
-    """Forgets that DDP averages."""
+    """Ignores that DDP averages the gradients."""
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
 
 class SteppedTwice(SingleGPUAccelerator):
-    """Steps the schedule once itself, and once in the base class."""
+    """Steps the schedule twice: once itself, and once in the base class."""
 
     def optimizer_step(self, gradient_clip: float | None) -> StepResult:
         result = super().optimizer_step(gradient_clip)
@@ -44,21 +44,21 @@ class SteppedTwice(SingleGPUAccelerator):
 
 
 class LowPrecision(SingleGPUAccelerator):
-    """Computes in bf16, whatever it was told."""
+    """Computes in bf16, whatever the config says."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
 class Unclipped(SingleGPUAccelerator):
-    """Measures the norm and does not clip."""
+    """Measures the gradient norm and does not clip."""
 
     def clip(self, gradient_clip: float | None) -> float:
         return super().clip(None)
 
 
 class UnshardedReference(FSDPAccelerator):
-    """Shards what it trains, and keeps frozen models whole on every rank."""
+    """Shards the trained model, and keeps frozen models whole on every rank."""
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
         return Accelerator.prepare_frozen(self, model)
@@ -82,7 +82,7 @@ class Broken(SingleGPUAccelerator):
 
 
 class Forgetful(SFTTrainer):
-    """Calls the model without the positions that say where documents begin."""
+    """Calls the model without the position ids that mark where documents begin."""
 
     def train_step(self, micro: Micro) -> StepOutput:
         return super().train_step({name: value for name, value in micro.items() if name != "position_ids"})

@@ -1,7 +1,7 @@
-"""Runs a job the way a user does, does one thing to it at a seeded moment, and compares what is left with the undisturbed run.
+"""Runs a job as a user does, injects one fault at a seeded moment, and compares the result with an undisturbed run.
 
-A `Place` is a Ray cluster on this machine (processes of its own, `ray.cluster_utils`); the job is a driver process that
-connects to it. What a fault needs to know (worker processes, steps done, saves under way) it reads from the run's folder.
+A `Place` is a Ray cluster on this machine (separate processes, `ray.cluster_utils`); the job is a driver process that
+connects to it. A fault reads what it needs (worker processes, completed steps, running saves) from the run's folder.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ import torch
 from conftest import LLAMA, ROOT, comparable, instruction_rows, ledger
 
 from myllm_ray.config.load import apply_override
-from myllm_ray.engine.checkpoint import CheckpointManager, read_tensors
-from myllm_ray.engine.pulse import read_beats
+from myllm_ray.engine.checkpointing.manager import CheckpointManager, read_tensors
+from myllm_ray.engine.liveness.heartbeat import read_heartbeats
 
 STEPS, SAVE_EVERY = 16, 4
-BACKENDS = {"ddp": ["accelerator.name=ddp"], "fsdp": ["accelerator.name=fsdp"],
-            "deepspeed-2": ["accelerator.name=deepspeed", "accelerator.stage=2"]}
+BACKENDS = {
+    "ddp": ["accelerator.name=ddp"],
+    "fsdp": ["accelerator.name=fsdp"],
+    "deepspeed-2": ["accelerator.name=deepspeed", "accelerator.stage=2"],
+}
 PATIENCE = 120.0
 _PATH = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
 
 
 @dataclass
 class Place:
-    """A Ray cluster with a head and, where asked for, further nodes."""
+    """A Ray cluster with a head node and optional further nodes."""
 
     cluster: Any
     others: list[Any] = field(default_factory=list)
@@ -52,20 +55,27 @@ class Place:
         return node
 
     def lose(self, node: Any) -> None:
-        """SIGKILL its raylet; the workers on it go with it."""
+        """Kills the node's raylet with SIGKILL; its workers end with it."""
         self.others.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
 
 
 @contextmanager
 def place(cpus: int, slots: int = 0, dashboard: bool = False) -> Iterator[Place]:
-    """A cluster of its own, ended afterwards."""
+    """Yields a new cluster, which is shut down afterwards."""
     from ray.cluster_utils import Cluster
 
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = _PATH  # for the workers, which inherit it from their raylet
-    cluster = Cluster(initialize_head=True, head_node_args={
-        "num_cpus": cpus, "include_dashboard": dashboard, "dashboard_port": free_port() if dashboard else None, **({"resources": {"slot": slots}} if slots else {})})
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": cpus,
+            "include_dashboard": dashboard,
+            "dashboard_port": free_port() if dashboard else None,
+            **({"resources": {"slot": slots}} if slots else {}),
+        },
+    )
     try:
         yield Place(cluster)
     finally:
@@ -99,12 +109,17 @@ class Job:
         if self.address:
             environment["RAY_ADDRESS"] = self.address
         self.log = open(self.folder.parent / f"{self.folder.name}.log", "a")  # noqa: SIM115 (the process writes to it)
-        self.process = subprocess.Popen([sys.executable, "-m", "myllm_ray.cli", self.command, str(path), *overrides], cwd=ROOT,
-                                        stdout=self.log, stderr=subprocess.STDOUT, env=environment)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "myllm_ray.cli", self.command, str(path), *overrides],
+            cwd=ROOT,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
         return self
 
     def end(self, seconds: float = PATIENCE) -> int:
-        """Wait for the driver; its exit code."""
+        """Waits for the driver and returns its exit code."""
         code: int = self.process.wait(seconds)
         self.log.close()
         return code
@@ -113,27 +128,31 @@ class Job:
         return (self.folder.parent / f"{self.folder.name}.log").read_text()
 
     def until(self, what: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-        """Wait for something to become true of the run, looking a hundred times a second."""
+        """Waits until `what` returns a true value and returns it; polls 100 times per second."""
         limit = time.monotonic() + seconds
         while time.monotonic() < limit:
             found = what()
             if found:
                 return found
             if self.process.poll() is not None:
-                raise AssertionError(f"the run ended ({self.process.returncode}) before the fault:\n{self.said()[-3000:]}")
+                raise AssertionError(
+                    f"the run ended ({self.process.returncode}) before the fault:\n{self.said()[-3000:]}"
+                )
             time.sleep(0.01)
         raise AssertionError(f"nothing to do the fault to within {seconds} s:\n{self.said()[-3000:]}")
 
     def steps(self) -> int:
-        """The last step in the ledger."""
+        """Returns the last step in the ledger."""
         try:
             return max((row["step"] for row in ledger(self.folder)), default=0)
         except (OSError, ValueError):
             return 0
 
     def workers(self) -> dict[int, int]:
-        """Process ids by rank, of those that have given a sign of life."""
-        return {rank: int(beat["pid"]) for rank, beat in read_beats(self.folder).items() if alive(int(beat["pid"]))}
+        """Returns the process ids by rank of the workers that have sent a heartbeat."""
+        return {
+            rank: int(beat["pid"]) for rank, beat in read_heartbeats(self.folder).items() if alive(int(beat["pid"]))
+        }
 
     def kill_a_worker(self, rng: random.Random, sign: int = signal.SIGKILL) -> int:
         pids = self.until(self.workers)
@@ -143,7 +162,7 @@ class Job:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """Returns a port of this machine that no process listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
@@ -157,41 +176,73 @@ def alive(pid: int) -> bool:
 
 
 def job_config(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
-    """A tiny SFT run of two epochs and more, saved every few steps."""
+    """Returns the config of a tiny SFT run of more than two epochs, saved every few steps."""
     data = folder / "rows.json"
     if not data.exists():
         folder.mkdir(parents=True, exist_ok=True)
         data.write_text(json.dumps(instruction_rows(40)))
     raw: dict[str, Any] = {
-        "trainer": "sft", "model": {"config": dict(LLAMA)}, "tokenizer": {"kind": "bytes"},
-        "data": {"train": {"path": str(data), "format": "instruction"}, "sequence_length": 160, "packing": False,
-                 "cache": str(folder / "cache")},
-        "batch": {"global_size": 4, "micro_size": 1}, "optimizer": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1},
-        "scheduler": {"name": "cosine", "warmup_steps": 2}, "scaling": {"workers": 2, "max_failures": 4},
-        "run": {"name": name, "storage": str(folder / "runs"), "max_steps": STEPS}, "callbacks": ["print", "jsonl"],
-        "checkpoint": {"every_steps": SAVE_EVERY, "resume": "auto"}, "stability": {"hang_seconds": 60}}
+        "trainer": "sft",
+        "model": {"config": dict(LLAMA)},
+        "tokenizer": {"kind": "bytes"},
+        "data": {
+            "train": {"path": str(data), "format": "instruction"},
+            "sequence_length": 160,
+            "packing": False,
+            "cache": str(folder / "cache"),
+        },
+        "batch": {"global_size": 4, "micro_size": 1},
+        "optimizer": {"name": "adamw", "lr": 3e-3, "weight_decay": 0.1},
+        "scheduler": {"name": "cosine", "warmup_steps": 2},
+        "scaling": {"workers": 2, "max_failures": 4},
+        "run": {"name": name, "storage": str(folder / "runs"), "max_steps": STEPS},
+        "callbacks": ["print", "jsonl"],
+        "checkpoint": {"every_steps": SAVE_EVERY, "resume": "auto"},
+        "stability": {"hang_seconds": 60},
+    }
     for override in overrides:
         apply_override(raw, override)
     return raw
 
 
 class Server:
-    """A real `ray start --head` on free ports of this machine, with its own temp folder."""
+    """A real `ray start --head` on free ports of this machine, with a separate temp folder."""
 
     def __init__(self, folder: Path, mode: str, dashboard: bool = True):
         self.folder = folder
         ports = [29000 + os.getpid() % 500 * 4 + i for i in range(3)]
         self.port, self.dashboard, agent = ports
-        self.environment = {**os.environ, "RAY_AUTH_MODE": mode, "HOME": str(folder), "RAY_TMPDIR": f"/tmp/r{os.getpid()}",
-                            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        self.environment = {
+            **os.environ,
+            "RAY_AUTH_MODE": mode,
+            "HOME": str(folder),
+            "RAY_TMPDIR": f"/tmp/r{os.getpid()}",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
         if mode == "token":
             (folder / ".ray").mkdir()
             (folder / ".ray" / "auth_token").write_text("0123456789abcdef0123456789abcdef0123456789abcdef")
-        command = ["ray", "start", "--head", "--block", f"--port={self.port}", f"--dashboard-port={self.dashboard}", "--num-cpus=4",
-                   f"--dashboard-agent-listen-port={agent}", f"--include-dashboard={dashboard}".lower(), "--disable-usage-stats",
-                   f"--temp-dir=/tmp/r{os.getpid()}-{mode}", "--node-ip-address=127.0.0.1"]
-        self.process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]], env=self.environment,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        command = [
+            "ray",
+            "start",
+            "--head",
+            "--block",
+            f"--port={self.port}",
+            f"--dashboard-port={self.dashboard}",
+            "--num-cpus=4",
+            f"--dashboard-agent-listen-port={agent}",
+            f"--include-dashboard={dashboard}".lower(),
+            "--disable-usage-stats",
+            f"--temp-dir=/tmp/r{os.getpid()}-{mode}",
+            "--node-ip-address=127.0.0.1",
+        ]
+        self.process = subprocess.Popen(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     @property
     def cluster(self) -> str:
@@ -202,7 +253,7 @@ class Server:
         return f"http://127.0.0.1:{self.dashboard}"
 
     def wait(self) -> None:
-        """Until the job server answers (with or without a token: any HTTP answer)."""
+        """Waits until the job server answers (any HTTP answer, with or without a token)."""
         import urllib.error
         import urllib.request
 
@@ -218,7 +269,7 @@ class Server:
         raise AssertionError("the dashboard did not come up")
 
     def wait_for_node(self) -> None:
-        """Until the head listens and has registered itself."""
+        """Waits until the head node listens and has registered itself."""
         for _ in range(120):
             with suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), 1).close()
@@ -231,14 +282,14 @@ class Server:
     def stop(self) -> None:
         os.killpg(self.process.pid, signal.SIGTERM)
         try:
-            self.process.wait(5)  # where the raylet ends first, `ray start --block` waits much longer
+            self.process.wait(5)  # if the raylet ends first, `ray start --block` waits much longer
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(10)
 
 
 EPOCH = 10
-"""Steps in an epoch of `job_config`: 40 rows, 4 a step."""
+"""Steps per epoch of `job_config`: 40 rows, 4 per step."""
 
 
 def weights(folder: Path, steps: int) -> dict[str, torch.Tensor]:
@@ -249,21 +300,21 @@ def weights(folder: Path, steps: int) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Comparison:
-    """A disturbed run beside the undisturbed one."""
+    """The differences between a disturbed run and the undisturbed one."""
 
     weights: float
-    """Largest difference of a weight, as a share of its tensor's largest value. 0: bitwise equal."""
+    """Largest difference of a weight, relative to the largest value of its tensor. 0: bitwise equal."""
     moments: float
-    """The same of Adam's moments."""
+    """Largest difference of an Adam moment, relative to the largest value of its tensor."""
     losses: float
     """Largest relative difference of a loss."""
     same_metrics: bool
-    """The metrics files are the same, but for clocks."""
+    """Whether the metrics files are equal, apart from values that depend on a clock."""
     lost_or_repeated: int
-    """Steps whose batch (by the hash of its tokens) is not the undisturbed run's, or that stand there twice or not at all."""
+    """Steps with another batch than in the undisturbed run (by the hash of its tokens), repeated or missing steps."""
     attempts: int
     retrained: int
-    """Steps that were trained again, over all restarts by the supervisor."""
+    """Steps that were trained again, summed over all restarts by the supervisor."""
 
     @property
     def identical(self) -> bool:
@@ -276,8 +327,13 @@ def compare(folder: Path, reference: Path, steps: int = STEPS) -> Comparison:
 
     def apart(kind: str) -> float:
         different = [k for k in ours if k.startswith(kind) and not torch.equal(ours[k], theirs[k])]
-        return max((float((ours[k].double() - theirs[k].double()).abs().max() / max(float(theirs[k].abs().max()), 1e-12))
-                    for k in different), default=0.0)
+        return max(
+            (
+                float((ours[k].double() - theirs[k].double()).abs().max() / max(float(theirs[k].abs().max()), 1e-12))
+                for k in different
+            ),
+            default=0.0,
+        )
 
     rows, expected = comparable(folder), comparable(reference)
     assert [r["step"] for r in rows] == [r["step"] for r in expected]

@@ -1,4 +1,4 @@
-"""Callbacks for tests, in a module of their own so that Ray workers find them by import path."""
+"""Callbacks, trainers, formats and rewards for tests, in a module that Ray workers find by import path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StopAt(Callback):
 
 
 class KillOnce(Callback):
-    """Kills this worker's process with SIGKILL after a step, once; a file remembers it."""
+    """Kills this worker's process with SIGKILL after a step, once; a file records that it happened."""
 
     def __init__(self, step: int, marker: str):
         self.step, self.marker = step, Path(marker)
@@ -43,7 +43,7 @@ class KillOnce(Callback):
 
 
 class KillAtCheckpoint(KillOnce):
-    """Kills this worker's process when the checkpoint of a step has just become whole, once."""
+    """Kills this worker's process once, directly after the checkpoint of a step is complete."""
 
     def on_step_end(self, state: RunState) -> None: ...
 
@@ -52,7 +52,7 @@ class KillAtCheckpoint(KillOnce):
 
 
 class Slow(Callback):
-    """Makes steps longer."""
+    """Makes each step longer."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -62,7 +62,7 @@ class Slow(Callback):
 
 
 class SlowStart(Callback):
-    """Makes the start longer: the model is there, no step was made."""
+    """Makes the start longer: the model is built, and no step has run."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -72,7 +72,7 @@ class SlowStart(Callback):
 
 
 class Fails(Callback):
-    """A user's bug."""
+    """A user's callback with a bug."""
 
     def on_step_end(self, state: RunState) -> None:
         print(f"in step {state.step}")
@@ -80,7 +80,7 @@ class Fails(Callback):
 
 
 class FillDisk(Callback):
-    """After a step, writes a file that leaves so many bytes of its disk free."""
+    """After a step, writes a file that leaves `leave` bytes of its disk free."""
 
     main_only = True
 
@@ -94,7 +94,7 @@ class FillDisk(Callback):
 
 
 class Sleeper(SFTTrainer):
-    """Sleeps for two minutes on one rank in one step, once; a file remembers it. Steps are counted by batches."""
+    """Sleeps for two minutes on one rank in one step, once; a file records it. Batches count as steps."""
 
     def __init__(self, *arguments: Any, rank: int, step: int, phase: str, marker: str, **named: Any):
         super().__init__(*arguments, **named)
@@ -105,7 +105,7 @@ class Sleeper(SFTTrainer):
             self.marker.write_text("")
             time.sleep(120)
 
-    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def prefetch_rollouts(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
             self.step += 1
             self._sleep("data")
@@ -117,7 +117,7 @@ class Sleeper(SFTTrainer):
 
 
 class Keyed(Callback):
-    """Takes a secret."""
+    """Has a secret as an argument."""
 
     def __init__(self, api_key: str):
         self.api_key = api_key
@@ -128,7 +128,7 @@ class Poisoned(SFTTrainer):
 
     def __init__(self, *arguments: Any, marks: list[int], factor: str, **named: Any):
         super().__init__(*arguments, **named)
-        self.marks, self.factor = set(marks), float(factor)  # "nan": JSON has none
+        self.marks, self.factor = set(marks), float(factor)  # "nan" arrives as text: JSON has no NaN
 
     def train_step(self, micro: Micro) -> StepOutput:
         output = super().train_step(micro)
@@ -137,7 +137,7 @@ class Poisoned(SFTTrainer):
 
 
 def question_and_answer(row: dict[str, Any]) -> list[tuple[str, bool]]:
-    """A data format of one's own."""
+    """A custom data format."""
     return [(f"Q: {row['instruction']}\nA: ", False), (row["output"], True)]
 
 
@@ -152,17 +152,17 @@ def broken(row: dict[str, Any]) -> list[tuple[str, bool]]:
 
 
 def half(progress: float) -> float:
-    """A learning-rate schedule of one's own."""
+    """A custom learning-rate schedule."""
     return 1.0 if progress < 0.5 else 0.5
 
 
 def variety(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """A reward that any text has some of: its share of different characters, and of letters."""
+    """A reward that is positive for any text: its share of distinct characters plus its share of letters."""
     return [(len(set(c)) + sum(x.isalpha() for x in c)) / max(1, len(c)) for c in completions]
 
 
 def judge(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-    """The length of a completion; an exclamation mark makes it hang, a question mark fail."""
+    """Returns the lengths of completions; hangs on an exclamation mark and fails on a question mark."""
     if any("!" in c for c in completions):
         time.sleep(60)
     if any("?" in c for c in completions):
@@ -171,7 +171,7 @@ def judge(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
 
 
 class AskInLog(Callback):
-    """Asks for something where only rank 0 comes by."""
+    """Makes a request in a hook that runs on rank 0 only."""
 
     main_only = True
 
@@ -184,18 +184,31 @@ class AskInLog(Callback):
 
 
 SEEN: list[dict[str, Any]] = []
-"""What `recorded` was called with, in this process."""
+"""The arguments of all calls of `recorded` in this process."""
 
 
-def recorded(prompts: list[Any], completions: list[str], prompt_texts: list[str], completion_ids: list[list[int]],
-             answer: list[str]) -> list[float]:
-    """A reward function that remembers its arguments."""
-    SEEN.append({"prompts": prompts, "completions": completions, "prompt_texts": prompt_texts, "completion_ids": completion_ids, "answer": answer})
+def recorded(
+    prompts: list[Any],
+    completions: list[str],
+    prompt_texts: list[str],
+    completion_ids: list[list[int]],
+    answer: list[str],
+) -> list[float]:
+    """A reward function that records its arguments."""
+    SEEN.append(
+        {
+            "prompts": prompts,
+            "completions": completions,
+            "prompt_texts": prompt_texts,
+            "completion_ids": completion_ids,
+            "answer": answer,
+        }
+    )
     return [float(len(ids)) for ids in completion_ids]
 
 
 class AskDifferently(Callback):
-    """Each rank asks for another thing after the same step: the first for the first of `what`, the others for the last."""
+    """Ranks make different requests after one step: rank 0 the first of `what`, the other ranks the last."""
 
     def __init__(self, step: int, what: list[str]):
         self.step, self.what = step, what
@@ -206,21 +219,21 @@ class AskDifferently(Callback):
 
 
 class OneRankLeaves(Callback):
-    """One rank asks to leave after a step; every rank writes down why the run was left."""
+    """One rank requests preemption after a step; every rank writes the reason for the exit to a file."""
 
     def __init__(self, step: int, asks: int, folder: str):
         self.step, self.asks, self.folder = step, asks, folder
 
     def on_step_end(self, state: RunState) -> None:
         if state.step == self.step and rank() == self.asks:
-            state.request("leave", f"a reason of rank {rank()}")
+            state.request("preempt", f"a reason of rank {rank()}")
 
     def on_train_end(self, state: RunState) -> None:
-        (Path(self.folder) / f"left-{rank()}").write_text(str(state.left))
+        (Path(self.folder) / f"left-{rank()}").write_text(str(state.exit and state.exit.reason))
 
 
 class Putting(SFTTrainer):
-    """Calls an operation that has no deterministic form on any device."""
+    """Calls an operation that has no deterministic implementation on any device."""
 
     def train_step(self, micro: Micro) -> StepOutput:
         output = super().train_step(micro)
@@ -237,6 +250,6 @@ class RankMetrics(SFTTrainer):
 
 
 class AnyDevice(SingleDevice):
-    """Asks for no device."""
+    """Accepts any device."""
 
     def check(self) -> None: ...

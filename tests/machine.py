@@ -1,8 +1,9 @@
-"""The CPU that the tests see: feature detection patched, so that no test depends on what this machine has.
+"""Patches CPU feature detection, so that no test depends on the features of this machine.
 
-`TEST_CPU` chooses: `poor` has neither bf16 nor fp16 arithmetic, `rich` has both, unset leaves what the hardware reports.
-torch emulates what the hardware lacks, so tests of fp16 run on a `rich` CPU everywhere. `TEST_CORES` is the number of cores
-that Python reports. Processes that a test starts inherit the variables and apply them when they import this module.
+`TEST_CPU` selects the CPU: `poor` has neither bf16 nor fp16 arithmetic, `rich` has both, unset leaves what the hardware
+reports. torch emulates what the hardware lacks, so tests of fp16 run on a `rich` CPU everywhere. `TEST_CORES` is the
+number of cores that Python reports. Processes that a test starts inherit the variables and apply them when they import
+this module.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ OPERATORS = ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
 
 
 class Answer:
-    """A detection operator of torch with another answer; torch's registry still finds its overloads."""
+    """A detection operator of torch with a fixed answer; torch's registry still finds its overloads."""
 
     def __init__(self, operator: Any, answer: bool):
         self._operator, self._answer = operator, answer
@@ -31,14 +32,16 @@ class Answer:
 
 
 def apply_cpu() -> None:
-    """Patch torch's detection as the environment says."""
+    """Patches torch's detection according to `TEST_CPU`."""
     cpu = os.environ.get(VARIABLE)
     for name in OPERATORS if cpu else ():
-        setattr(torch.ops.mkldnn, name, Answer(getattr(torch.ops.mkldnn, name), {"poor": False, "rich": True}[cpu or ""]))
+        setattr(
+            torch.ops.mkldnn, name, Answer(getattr(torch.ops.mkldnn, name), {"poor": False, "rich": True}[cpu or ""])
+        )
 
 
 def apply_cores() -> None:
-    """Patch the number of cores as the environment says."""
+    """Patches the number of cores according to `TEST_CORES`."""
     if count := int(os.environ.get(CORES, 0)):
         os.cpu_count = lambda: count
         os.sched_getaffinity = lambda pid: set(range(count))  # type: ignore[attr-defined,unused-ignore]

@@ -1,9 +1,9 @@
-"""The table in docs/models-supported.md: which causal language models of transformers keep packed documents apart.
+"""The table in docs/models-supported.md: which causal language models of transformers isolate packed documents.
 
     python tests/models_table.py            write the table (`make models-supported`)
     python tests/models_table.py mamba lfm2 print these rows only
 
-Every model type is probed in a process of its own, which is ended when it computes for too long.
+Every model type is probed in a separate process, which is ended when it computes for too long.
 """
 
 from __future__ import annotations
@@ -23,27 +23,38 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "models-supported.md"
 BEGIN, END = "<!-- table: make models-supported -->\n", "<!-- end of table -->\n"
 SECONDS = 120
 _SLOW = 5.0
-"""CPU seconds of a first probe (of a model with large towers for images, which are not shrunk) after which the others are left out."""
-BY_POSITION, NOT_CAUSAL, NO, UNKNOWN = "by position ids", "refused: looks ahead", "no: one document a row", "could not be built"
+"""CPU seconds of a first probe after which the other probes are skipped.
+
+Models with large image towers, which are not shrunk, exceed it.
+"""
+BY_POSITION, NOT_CAUSAL, NO, UNKNOWN = (
+    "by position ids",
+    "refused: looks ahead",
+    "no: one document a row",
+    "could not be built",
+)
 
 NEEDED: dict[str, dict[str, Any]] = {
-    # Types whose defaults make no model, or leave out the kind of layer that they are known for.
+    # Types whose defaults build no model, or omit the kind of layer that characterizes them.
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 16},
-    "hunyuan_v1_dense": {"head_dim": 128}, "hunyuan_v1_moe": {"head_dim": 128}, "ministral": {"head_dim": 128},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "modernbert-decoder": {"pad_token_id": 0},
     "nemotron": {"num_key_value_heads": 8},
-    "reformer": {"is_decoder": True}, "xlm": {"causal": True},
+    "reformer": {"is_decoder": True},
+    "xlm": {"causal": True},
 }
 
 
 def probe(model_type: str) -> dict[str, Any]:
-    """What a row of the table says, as plain data."""
-    from myllm_ray.config.schema import ModelSection
+    """Returns the content of a table row as plain data."""
+    from myllm_ray.config.sections import ModelSection
     from myllm_ray.models.isolation import probe_isolation
 
     begun = time.process_time()
@@ -64,20 +75,28 @@ def probe(model_type: str) -> dict[str, Any]:
 
 
 def probe_all(names: list[str]) -> dict[str, dict[str, Any]]:
-    """Each in a fork of this process, so that one that hangs or crashes ends alone."""
+    """Probes each type in a fork of this process, so that a hang or crash ends only that fork."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(names):
             path = Path(folder) / f"{number}.json"
             child = os.fork()
             if child == 0:
-                resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))  # of computing: not of a machine that does something else
+                resource.setrlimit(
+                    resource.RLIMIT_CPU, (SECONDS, SECONDS)
+                )  # CPU time, which does not depend on other load of the machine
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
                 path.write_text(json.dumps(probe(name)))
                 os._exit(0)
             _, status = os.waitpid(child, 0)
-            why = f"ended by signal {os.WTERMSIG(status)} after at most {SECONDS} s of computing" if os.WIFSIGNALED(status) else "its process failed"
-            found[name] = json.loads(path.read_text()) if path.exists() else {"verdict": UNKNOWN, "attention": "", "reason": why}
+            why = (
+                f"ended by signal {os.WTERMSIG(status)} after at most {SECONDS} s of computing"
+                if os.WIFSIGNALED(status)
+                else "its process failed"
+            )
+            found[name] = (
+                json.loads(path.read_text()) if path.exists() else {"verdict": UNKNOWN, "attention": "", "reason": why}
+            )
             print(row_of(name, found[name]), file=sys.stderr, flush=True)
     return found
 
@@ -108,15 +127,21 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     import torch
     import transformers
 
-    counts = {verdict: sum(row["verdict"] == verdict for row in found.values()) for verdict in (BY_POSITION, NO, NOT_CAUSAL, UNKNOWN)}
-    head = (f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}: {len(found)} model types; "
-            + ", ".join(f"{verdict}: {count}" for verdict, count in counts.items()) + ".\n\n"
-            "| model type | attention | keeps packed documents apart | |\n|---|---|---|---|\n")
+    counts = {
+        verdict: sum(row["verdict"] == verdict for row in found.values())
+        for verdict in (BY_POSITION, NO, NOT_CAUSAL, UNKNOWN)
+    }
+    head = (
+        f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}: {len(found)} model types; "
+        + ", ".join(f"{verdict}: {count}" for verdict, count in counts.items())
+        + ".\n\n"
+        "| model type | attention | keeps packed documents apart | |\n|---|---|---|---|\n"
+    )
     return head + "".join(f"{row_of(name, row)}\n" for name, row in found.items())
 
 
 def written() -> dict[str, str]:
-    """The verdicts that stand in the page, by model type."""
+    """Returns the verdicts in the page, by model type."""
     rows = re.findall(r"^\| `([^`]+)` \| \w* \| ([^|]+) \|", PAGE.read_text(encoding="utf-8"), re.M)
     return {name: verdict.strip() for name, verdict in rows}
 

@@ -1,4 +1,7 @@
-"""What every process of a test imports; the fork server of `spawned` does it once, so that a process starts in tenths of a second."""
+"""Imports what every test process needs.
+
+The fork server of `spawned` imports it once, so that a process starts in tenths of a second.
+"""
 
 from __future__ import annotations
 

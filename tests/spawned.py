@@ -1,7 +1,7 @@
-"""Runs on real process groups without Ray: as many processes as asked for, one run after the other in each.
+"""Runs on real process groups without Ray: a given number of processes, and one run after the other in each.
 
-Processes come from a fork server that has imported torch, transformers and DeepSpeed (`preloaded`): each is as new as a
-spawned one, and starts in tenths of a second instead of several seconds.
+A fork server that has imported torch, transformers and DeepSpeed (`preloaded`) starts the processes. Each is as clean
+as a spawned process, and starts in tenths of a second instead of several seconds.
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ import torch.multiprocessing as mp
 from myllm_ray.config import TrainerConfig, validate
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.engine.run_folder import claim
-from myllm_ray.worker import absolute, check_model, check_names, run_worker
+from myllm_ray.preparation import absolute, check_model, check_names
+from myllm_ray.worker import run_worker
 
 BACKENDS: dict[str, list[str]] = {
     **{name: [f"accelerator.name={name}"] for name in ("single", "ddp", "fsdp", "accelerate")},
-    **{f"deepspeed-{n}": ["accelerator.name=deepspeed", f"accelerator.stage={n}"] for n in range(4)}}
+    **{f"deepspeed-{n}": ["accelerator.name=deepspeed", f"accelerator.stage={n}"] for n in range(4)},
+}
 SHARED = [name for name in BACKENDS if name != "single"]
 
 
 SERVERS: list[forkserver.ForkServer] = []
-"""One for even ranks, one for odd ones, each with a PYTHONHASHSEED of its own."""
+"""One server for even ranks and one for odd ranks, with different values of PYTHONHASHSEED."""
 
 
 def start_processes(function: Callable[..., None], arguments: tuple[Any, ...], world: int) -> None:
-    """Call `function(rank, *arguments)` in `world` processes with this one's environment, and wait for them.
+    """Calls `function(rank, *arguments)` in `world` processes with this process's environment, and waits for them.
 
-    Sets iterate differently in processes of even and odd rank.
+    Sets iterate in different orders in processes of even and odd rank.
     """
-    if not SERVERS and not torch.cuda.is_available():  # a fork of a process that looked for devices can't use them
+    if not SERVERS and not torch.cuda.is_available():  # a fork of a process that has queried the devices can't use them
         SERVERS.extend(_server(seed) for seed in (1, 3))
     contexts = []
     for rank in range(world):
@@ -48,14 +50,18 @@ def start_processes(function: Callable[..., None], arguments: tuple[Any, ...], w
             inherited = (rank, dict(os.environ), function, arguments)
             if SERVERS:
                 forkserver.connect_to_new_process = SERVERS[rank % 2].connect_to_new_process  # type: ignore[assignment]
-            contexts.append(mp.start_processes(_enter, inherited, nprocs=1, join=False, start_method="forkserver" if SERVERS else "spawn"))
+            contexts.append(
+                mp.start_processes(
+                    _enter, inherited, nprocs=1, join=False, start_method="forkserver" if SERVERS else "spawn"
+                )
+            )
     together = mp.ProcessContext([c.processes[0] for c in contexts], [c.error_files[0] for c in contexts])
     while not together.join():
         pass
 
 
 def _server(seed: int) -> forkserver.ForkServer:
-    """A fork server with this process's import path, so that it imports the same files."""
+    """Returns a fork server with this process's import path, so that it imports the same files."""
     server = forkserver.ForkServer()
     server.set_forkserver_preload(["preloaded", "pytest"])
     with _environment(PYTHONHASHSEED=str(seed), PYTHONPATH=os.pathsep.join(str(Path(p).absolute()) for p in sys.path)):
@@ -74,7 +80,9 @@ def _environment(**variables: str) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _enter(_: int, rank: int, environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _enter(
+    _: int, rank: int, environment: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     machine.apply_cpu()
@@ -84,22 +92,32 @@ def _enter(_: int, rank: int, environment: dict[str, str], function: Callable[..
 
 def _process(rank: int, world: int, store: str, jobs: list[tuple[dict[str, Any], PreparedData]]) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1"
+    )
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for raw, prepared in jobs:
-        while run_worker(validate(raw), prepared)["rewound"]:
+        while rewinds(run_worker(validate(raw), prepared)):
             pass
     leave()
 
 
+def rewinds(summary: dict[str, Any]) -> bool:
+    """Returns whether the run continues immediately from an earlier checkpoint."""
+    return summary["exit"] is not None and summary["exit"].kind == "rewind"
+
+
 def leave() -> None:
-    """End a spawned process. Not through the interpreter's end: now and then a thread of torch is not joined by then, and aborts."""
+    """Ends a spawned process without the interpreter's shutdown.
+
+    During a normal shutdown a torch thread that is not yet joined sometimes aborts the process.
+    """
     dist.destroy_process_group()
     os._exit(0)
 
 
 def run_all(world: int, configs: list[TrainerConfig]) -> list[Path]:
-    """Run the configs in `world` processes (1: in this one, without a group); returns the folders."""
+    """Runs the configs in `world` processes (1: in this process, without a group) and returns the run folders."""
     configs = [absolute(c) for c in configs]
     jobs = []
     for config in configs:
@@ -109,10 +127,9 @@ def run_all(world: int, configs: list[TrainerConfig]) -> list[Path]:
         claim(config, prepared.identity)
         jobs.append((config.model_dump(mode="json"), prepared))
         if world == 1:
-            while run_worker(config, prepared)["rewound"]:
+            while rewinds(run_worker(config, prepared)):
                 pass
     if world > 1:
         with tempfile.TemporaryDirectory() as folder:
             start_processes(_process, (world, f"{folder}/store", jobs), world)
     return [Path(c.run.storage) / c.run.name for c in configs]
-

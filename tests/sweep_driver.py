@@ -1,6 +1,6 @@
-"""A Python session that sweeps, stays, and looks at what its trials have left behind: `python sweep_driver.py <address> <sweep.json>`.
+"""A Python session that runs a sweep, stays alive, and measures which resources of its trials remain.
 
-Prints one line of JSON.
+Call: `python sweep_driver.py <address> <sweep.json>`. It prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from harness import alive
 
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.sweep import validate_sweep
-from myllm_ray.engine.pulse import read_beats
-from myllm_ray.orchestration.sweeps.desk import PLACEMENT_GROUP
+from myllm_ray.engine.liveness.heartbeat import read_heartbeats
 from myllm_ray.orchestration.sweeps.sweep import sweep
+from myllm_ray.orchestration.sweeps.trial_channel import PLACEMENT_GROUP
 
 
 class Watcher(threading.Thread):
-    """Looks at the processes and the placement groups of trials, and how long after its end each of them goes."""
+    """Measures how long after the end of a trial its processes and placement groups are gone."""
 
     def __init__(self, folder: Path):
         super().__init__(daemon=True)
@@ -38,12 +38,12 @@ class Watcher(threading.Thread):
         self.groups: dict[str, set[str]] = {}
         self.ended: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
-        """From the end of a trial, as the sweep recorded it, until nothing of it was there any more."""
+        """Seconds from the recorded end of a trial until none of its processes and placement groups existed."""
 
     def run(self) -> None:
         while not self.over or (self.ended.keys() - self.seconds.keys() and time.monotonic() < self.limit):
             for trial in (self.folder / "trials").glob("*"):
-                beats = read_beats(trial) if trial.name not in self.ended else {}
+                beats = read_heartbeats(trial) if trial.name not in self.ended else {}
                 self.pids.setdefault(trial.name, set()).update(int(b["pid"]) for b in beats.values())
                 with contextlib.suppress(OSError):
                     self.groups.setdefault(trial.name, set()).add((trial / PLACEMENT_GROUP).read_text())
@@ -60,11 +60,17 @@ class Watcher(threading.Thread):
 
 
 def memory() -> float:
-    """MiB that this process and those of actors and running tasks have to themselves. (Not the idle processes that Ray keeps for the next
-    task: their number changes by itself.)"""
+    """Returns the MiB of unshared memory of this process and of the processes of actors and running tasks.
+
+    Idle processes, which Ray keeps for the next task, do not count: their number is not under the sweep's control.
+    """
     mine = psutil.Process()
-    raylets = [p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "raylet" and any(
-        ray.get_runtime_context().gcs_address in part for part in p.info["cmdline"] or [])]
+    raylets = [
+        p
+        for p in psutil.process_iter(["name", "cmdline"])
+        if p.info["name"] == "raylet"
+        and any(ray.get_runtime_context().gcs_address in part for part in p.info["cmdline"] or [])
+    ]
     total = 0
     for process in [mine, *(child for raylet in raylets for child in raylet.children(recursive=True))]:
         try:
@@ -76,13 +82,17 @@ def memory() -> float:
 
 
 _DATAS = {"_StatsActor", "_AutoscalingCoordinatorActor", "_UsageCollectionActor"}
-"""Of Ray Data, one for all of a session; no trial's."""
+"""Actors of Ray Data, one of each per session; they belong to no trial."""
 
 
 def left() -> dict[str, list[str]]:
-    """Placement groups and actors that are there."""
+    """Returns the placement groups and actors that exist."""
     groups = [key for key, group in ray.util.placement_group_table().items() if group["state"] != "REMOVED"]
-    actors = [str(a.get("ActorClassName") or a.get("Name") or key) for key, a in ray._private.state.actors().items() if a["State"] != "DEAD"]
+    actors = [
+        str(a.get("ActorClassName") or a.get("Name") or key)
+        for key, a in ray._private.state.actors().items()
+        if a["State"] != "DEAD"
+    ]
     actors = [name for name in actors if name not in _DATAS]
     return {"groups": groups, "actors": actors}
 
@@ -90,7 +100,7 @@ def left() -> dict[str, list[str]]:
 def main(address: str, path: str) -> dict[str, Any]:
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     raw = json.loads(Path(path).read_text())
-    sweep(validate_sweep({**raw, "trials": 2, "run": {**raw["run"], "name": "warm-up"}}))  # what is paid once
+    sweep(validate_sweep({**raw, "trials": 2, "run": {**raw["run"], "name": "warm-up"}}))  # one-time costs
     time.sleep(5)
     before = memory()
     watcher = Watcher(Path(raw["run"]["storage"]) / raw["run"]["name"])
@@ -103,10 +113,16 @@ def main(address: str, path: str) -> dict[str, Any]:
     watcher.over = True
     watcher.join()
     time.sleep(max(0.0, 5 - (time.monotonic() - done)))
-    return {"statuses": [row["status"] for row in result.trials], "left": left(), "until_empty": until_empty, "memory": [before, memory()],
-            "seconds": watcher.seconds, "processes": {name: len(pids) for name, pids in watcher.pids.items()},
-            "groups": {name: len(groups) for name, groups in watcher.groups.items()},
-            "cpus": [ray.cluster_resources().get("CPU"), ray.available_resources().get("CPU")]}
+    return {
+        "statuses": [row["status"] for row in result.trials],
+        "left": left(),
+        "until_empty": until_empty,
+        "memory": [before, memory()],
+        "seconds": watcher.seconds,
+        "processes": {name: len(pids) for name, pids in watcher.pids.items()},
+        "groups": {name: len(groups) for name, groups in watcher.groups.items()},
+        "cpus": [ray.cluster_resources().get("CPU"), ray.available_resources().get("CPU")],
+    }
 
 
 if __name__ == "__main__":

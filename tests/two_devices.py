@@ -1,10 +1,10 @@
-"""An accelerator device without an accelerator: tensors that say they are on `gpu:0` and compute on the CPU.
+"""A simulated accelerator device: tensors that report the device `gpu:0` and compute on the CPU.
 
-Under `TwoDevices` an operation on tensors of both devices fails as it would on a machine with a GPU, and everything else gives
-its result. So whole runs can be looked through for tensors that were made on the wrong device.
+Under `TwoDevices` an operation on tensors of both devices fails as on a machine with a GPU, and every other operation
+returns its usual result. So a complete run can be checked for tensors that are created on the wrong device.
 
-The device is registered for the whole process, so these tests run in one of their own. It is not `cuda`: autograd asks a CUDA build
-of torch for its streams.
+The device is registered for the whole process, so these tests run in a separate process. It is not called `cuda`,
+because autograd in a CUDA build of torch queries the streams of that device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _setup_privateuseone_for_python_backend("gpu")
 GPU = torch.device("gpu", 0)
 aten = torch.ops.aten
 _ANY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
-"""Indices may be on the CPU where the tensor is on the GPU."""
+"""Operations whose indices may be on the CPU when the tensor is on the GPU."""
 _BETWEEN = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor, aten.is_same_size.default}
 
 
@@ -32,8 +32,14 @@ class OnGPU(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> OnGPU:
-        made: OnGPU = Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
-                                                     dtype=inner.dtype, device=GPU)
+        made: OnGPU = Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=GPU,
+        )
         made.inner = inner
         return made
 
@@ -44,23 +50,27 @@ class OnGPU(Tensor):
         return self.inner.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
-        raise TypeError("can't convert gpu:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first")
+        raise TypeError(
+            "can't convert gpu:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first"
+        )
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # Where the mode is not on: within another one, or in a thread of autograd's.
+        # Runs where the mode is inactive: within another mode, or in an autograd thread.
         return _run(func, args, kwargs or {})
 
 
 class TwoDevices(TorchDispatchMode):
-    """Every operation, on tensors of either device."""
+    """Dispatch mode that runs and checks every operation on tensors of either device."""
 
     def __enter__(self) -> Any:
-        # `torch.tensor(..., device="gpu")` then makes its tensor on the CPU and moves it, which is seen here.
+        # `torch.tensor(..., device="gpu")` then creates its tensor on the CPU and moves it through this mode.
         torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
         return super().__enter__()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
 
@@ -74,7 +84,10 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise RuntimeError(f"{func}: tensors of {GPU} and of the CPU, of shapes {[tuple(t.shape) for t in wrong]}")
     device = kwargs.get("device")
     if device is not None:
-        on_gpu, kwargs = torch.device(device).type == "gpu", {**kwargs, "device": torch.device("cpu") if torch.device(device).type == "gpu" else device}
+        on_gpu, kwargs = (
+            torch.device(device).type == "gpu",
+            {**kwargs, "device": torch.device("cpu") if torch.device(device).type == "gpu" else device},
+        )
     elif func in _BETWEEN:
         on_gpu = isinstance(args[0], OnGPU)
     if kwargs.get("pin_memory"):
@@ -86,4 +99,3 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _unwrap(value: Any) -> Any:
     return value.inner if isinstance(value, OnGPU) else value
-

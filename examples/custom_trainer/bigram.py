@@ -1,4 +1,4 @@
-"""A model factory of your own (`model: {factory: bigram:build}`): any torch module."""
+"""A custom model factory (`model: {factory: bigram:build}`), which may return any torch module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Bigram(nn.Module):
-    """Predicts the next token from the current one alone: (B, S) token ids -> (B, S, V) logits."""
+    """Predicts the next token from the current token only: (B, S) token ids -> (B, S, V) logits."""
 
     def __init__(self, vocab_size: int, width: int):
         super().__init__()

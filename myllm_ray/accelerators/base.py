@@ -1,7 +1,7 @@
-"""Everything that differs between backends, behind one interface.
+"""The interface of the accelerator backends.
 
-The contract: the caller passes `loss_sum / global weight` to `backward`; after the micro-batch marked `last`, the
-gradients that the optimizer sees are the sum of those terms over every rank and micro-batch.
+Contract: the caller passes `loss_sum / global weight` to `backward`. After the micro-batch that is marked `last`, the
+gradients that the optimizer reads are the sum of these terms over all ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -19,117 +19,147 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.memory import check_compiled_dropout, save_memory
+from myllm_ray.accelerators.optimizer_state import create_moments
 from myllm_ray.accelerators.precision import DTYPES, LossScale, autocast_dtypes, check_precision, hold_in
 from myllm_ray.accelerators.sharding import largest_shard, local_bytes
 from myllm_ray.common import distributed
 from myllm_ray.common.materialize import materialize
 from myllm_ray.common.modules import whole_shape
-from myllm_ray.common.types import Micro, as_mapping
+from myllm_ray.common.types import Micro
+from myllm_ray.config.by_hand import sections
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.sections import AcceleratorSection, ScalingSection, Section
+from myllm_ray.config.validation import section_of, typed
 
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
+# The group of the last run in this process; see `Accelerator._keep_group`.
 _last_group: list[Any] = []
 
 
 class Schedule(Protocol):
-    """A learning-rate schedule as a backend needs it."""
+    """The part of a learning-rate schedule that a backend uses."""
 
     def step(self) -> None:
-        """Go on to the next optimizer step."""
+        """Advances the schedule to the next optimizer step."""
 
 
 BuildSchedule = Callable[[torch.optim.Optimizer], Schedule]
-Veto = Callable[[float], bool]
-"""(norm of the gradient before clipping) -> whether this step is to be left out. The same answer on every rank."""
+Judge = Callable[[float], str | None]
+"""Maps the gradient norm before clipping to the reason why the step must be skipped, or None.
+
+It must return the same value on every rank, because the ranks step together.
+"""
 
 
 class StepResult(NamedTuple):
-    """`grad_norm`: of all parameters, before clipping. `skipped`: the step was left out (a loss scaler's overflow, a veto)."""
+    """The result of one optimizer step."""
 
     grad_norm: float
+    """2-norm of the gradient of all parameters, before clipping."""
     skipped: bool = False
+    """Whether the step changed no weight, because the gradient overflowed in fp16 or the judge rejected the step."""
+    reason: str | None = None
+    """The reason that the judge returned; None if it accepted the step or was not called."""
 
 
 class Accelerator(ABC):
-    """Where the tensors live.
+    """Base class of the backends, which place, shard and step a model.
 
     Args:
-        config: a run's config (its `accelerator` section is read), as a model or as a plain dict, or None for defaults.
+        config: The config of a run, as a model or a plain dict; None: the defaults. The backend reads its `accelerator`
+            section.
 
     Raises:
-        ConfigError: options that the backend does not have, or that contradict the config.
-        UserError: the backend's library is not installed.
+        ConfigError: An option does not exist in this backend, or contradicts the config.
+        UserError: The library of the backend is not installed.
     """
 
+    Config: ClassVar[type[Section] | None] = None
+    """Class of `accelerator.options`; None: the options belong to the backend's library, and `__init__` checks them."""
     distributed = False
-    """Whether the backend needs a process group, also with one process."""
+    """Whether the backend needs a process group even with one process."""
     stages: ClassVar[tuple[int | None, ...]] = (None,)
-    """Values of `accelerator.stage` that mean something here."""
+    """Values of `accelerator.stage` that the backend accepts."""
     state_is_a_copy = False
-    """Whether `state` gives copies, which training leaves alone, and not the live tensors."""
+    """Whether `state` returns copies, which training does not modify, instead of the live tensors."""
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """Where the backend can move `optimizer` and `parameters` to."""
+    """Maps `optimizer` and `parameters` to the places that the backend can offload them to."""
 
     def __init__(self, config: Any = None):
-        self.config = as_mapping(config)
-        self.section: Mapping[str, Any] = self.config.get("accelerator") or {}
-        self.precision: str = self.section.get("precision") or "fp32"
-        self.device_name: str = self.section.get("device") or "auto"
-        self.options = dict(self.section.get("options") or {})
-        self.offload: dict[str, Any] = {"optimizer": "none", "parameters": "none", "path": None,
-                                        **(self.section.get("offload") or {})}
+        self.config = sections(config)
+        self.section = section_of(self.config, "accelerator", AcceleratorSection)
+        self.precision, self.device_name, self.offload = (
+            self.section.precision,
+            self.section.device,
+            self.section.offload,
+        )
+        self.options: Any = self.section.options
+        if self.Config is not None:
+            self.options = typed(self.Config, self.section.options, "accelerator.options")
         self.device = torch.device("cpu")
-        self.veto: Veto | None = None
-        """Asked once a step, when the norm is known and no weight has changed yet; not about an overflow of fp16."""
-        self._owns_group = False
+        self._owns_group = self._is_set_up = False
         for what in ("optimizer", "parameters"):
-            if self.offload[what] not in ("none", *self.offloads.get(what, ())):
-                name = self.section.get("name", type(self).__name__)
-                raise ConfigError(f"accelerator.offload.{what}={self.offload[what]}: {name} can't; it offloads "
-                                  f"{', '.join(f'{k} to {v}' for k, vs in self.offloads.items() for v in vs) or 'nothing'}")
+            where = getattr(self.offload, what)
+            if where not in ("none", *self.offloads.get(what, ())):
+                name = self.section.name if "name" in self.section.model_fields_set else type(self).__name__
+                raise ConfigError(
+                    f"accelerator.offload.{what}={where}: not supported by {name}, which offloads "
+                    f"{', '.join(f'{k} to {v}' for k, vs in self.offloads.items() for v in vs) or 'nothing'}"
+                )
 
     def check(self) -> None:
-        """Look whether this machine can do what the config asks, without starting anything.
-
-        What the backend has on no machine comes first (`check_backend`): advice about this machine's device would not help.
+        """Checks whether this machine supports the config, without starting anything.
 
         Raises:
-            ConfigError: the device is not there, it can't compute in this precision, or a folder can't be written.
+            ConfigError: The device does not exist, it does not support the precision, or a folder can't be written.
         """
         device = self._choose_device()
+        # Limits of the backend come first: if no machine supports the config, advice about this device does not help.
         self.check_backend(device)
         check_precision(self.precision, device)
 
     def check_backend(self, device: torch.device) -> None:
-        """Refuse what this backend can't do on any device of this type. Must not depend on what the machine has.
+        """Rejects a config that this backend does not support on any device of this type.
+
+        The result must not depend on the features of this machine.
 
         Raises:
-            ConfigError: says what is wrong, and what to use.
+            ConfigError: Names the problem and a supported alternative.
         """
 
     def check_model(self, model: nn.Module) -> None:
-        """Look whether this backend can place the model (it may be on the meta device), before anything is written.
+        """Checks whether this backend can place the model, before anything is written.
+
+        Args:
+            model: The model, possibly on the meta device.
 
         Raises:
-            ConfigError: it would be sharded in part only, or dropout is to be compiled.
+            ConfigError: Only a part of the model would be sharded, or the model has dropout and would be compiled.
         """
         check_compiled_dropout(model, self.section)
 
     def setup(self) -> None:
-        """Choose the device, and adopt the process group that Ray or torchrun made, or make one of one process.
+        """Chooses the device, and joins the process group if the backend needs one.
+
+        The group is the one that Ray initialized, or a new one: of torchrun's processes, or of this process alone.
+        Repeated calls have no effect.
 
         Raises:
-            ConfigError: see `check`.
+            ConfigError: See `check`.
         """
+        if self._is_set_up:
+            return
         self.check()
         self.device = self._choose_device()
         if self.device.type == "cuda":
+            # "cuda" without an index, also inside libraries, then refers to the device of this worker.
             torch.cuda.set_device(self.device)
         if self.distributed and not distributed.is_distributed():
             self._init_group()
         self.loss_scale = LossScale(self.device, enabled=self.precision == "fp16", ranks=distributed.world_size())
+        self._is_set_up = True
 
     def _choose_device(self) -> torch.device:
         available = torch.cuda.is_available()
@@ -137,19 +167,23 @@ class Accelerator(ABC):
             raise ConfigError("accelerator.device=cuda: torch sees no CUDA device here; use auto or cpu")
         if self.device_name == "cpu" or not available:
             return torch.device("cpu")
+        # A worker may see fewer devices than its node has ranks, for example only its own one, at index 0.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
     def _init_group(self) -> None:
         backend = distributed.backend(self.device.type)
-        timeout = timedelta(seconds=(self.config.get("scaling") or {}).get("timeout_seconds", distributed.TIMEOUT_SECONDS))
+        timeout = timedelta(seconds=section_of(self.config, "scaling", ScalingSection).timeout_seconds)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
             dist.init_process_group(backend, timeout=timeout)
         else:
+            # HashStore is in-process, so a group of one process needs no address and no port.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         self._owns_group = True
 
     def close(self) -> None:
-        """Give up what `setup` made."""
+        """Releases what `setup` created."""
+        self._is_set_up = False
+        # A group that Ray initialized is left to Ray.
         if self._owns_group and distributed.is_distributed():
             self._keep_group()
             dist.destroy_process_group()
@@ -157,20 +191,24 @@ class Accelerator(ABC):
 
     @staticmethod
     def _keep_group() -> None:
-        """Put off the end of gloo's threads until the next group ends.
+        """Keeps a reference to the default group, so that its destructor does not run before the next group is closed.
 
-        A group's destructor joins its threads while it holds the interpreter's lock; a thread that still drops the Python
-        objects of its last work waits for that lock, and both wait for ever (torch 2.13).
+        The destructor of a gloo group joins the group's threads while it holds the GIL. A thread that still has to
+        release the Python objects of its last operation waits for the GIL, so both deadlock (torch 2.13).
         """
         _last_group[:] = [dist.group.WORLD]
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
-        """Place and wrap the model, then build optimizer and schedule on it (sharding must come before the optimizer).
+        """Places and wraps the model, builds the optimizer and the schedule, and returns the wrapped model.
 
         Args:
-            model: with its weights, or on the meta device with the source of its weights beside it (`common/materialize.py`).
-            build_optimizer, build_schedule: called on what the backend made.
+            model: The model with its weights, or on the meta device with an attached source of its weights
+                (`common/materialize.py`).
+            build_optimizer: Called with the placed model.
+            build_schedule: Called with the optimizer.
         """
+        # Order: `save_memory` changes the blocks inside the wrapper, and sharding replaces the parameters, so the
+        # optimizer is built after `wrap`.
         save_memory(model, self.section)
         self.module = model
         self.model = self.wrap(self.module)
@@ -180,13 +218,20 @@ class Accelerator(ABC):
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, on the device, as this backend runs it."""
+        """Returns the model, moved to the device and wrapped or sharded by this backend."""
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        """A model that is used but not trained, placed as the trained one is, without gradients.
+        """Places a model that is not trained in the same way as the trained one, without gradients.
 
-        In half precision it holds what the trained model computes with: equal weights give equal outputs. A model on the meta
-        device is filled from its source, by a backend that shards without any rank holding the whole.
+        In half precision, the parameters have the dtype in which the trained model uses them, so equal weights result
+        in equal outputs. A model on the meta device is filled from its source; a backend that shards parameters does
+        this without a complete copy on any rank.
+
+        Args:
+            model: The model, possibly on the meta device.
+
+        Returns:
+            The placed model, in evaluation mode.
         """
         if self.precision != "fp32":
             hold_in(model, autocast_dtypes(model, DTYPES[self.precision]))
@@ -194,92 +239,130 @@ class Accelerator(ABC):
 
     @property
     def shards(self) -> int:
-        """Ranks over which each parameter is divided."""
+        """Number of ranks over which each parameter is sharded."""
         return 1
 
     def parameter_bytes(self, model: nn.Module) -> tuple[int, int]:
-        """Bytes of a model's parameters that this rank holds between steps, and the most that it should hold.
+        """Returns the bytes of parameters that this rank holds between steps, and the expected maximum.
 
         Args:
-            model: the trained one, or one that `prepare_frozen` gave.
+            model: The trained model, or a model that `prepare_frozen` returned.
         """
         parameters = list(model.parameters())
         expected = sum(largest_shard(whole_shape(p), self.shards) * p.element_size() for p in parameters)
         return sum(local_bytes(p) for p in parameters), expected
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in the configured precision."""
+        """Returns a context in which operations run in the configured precision."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
 
     def microbatch(self, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch; gradients are exchanged in the `last` one of a step."""
+        """Returns a context for the forward and backward pass of a micro-batch.
+
+        Args:
+            last: Whether this is the last micro-batch of the step, which reduces the gradients over ranks.
+        """
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of `loss_sum / global weight`."""
+        """Accumulates the gradients of a loss.
+
+        Args:
+            loss: Scalar `loss_sum / global weight` of a micro-batch.
+        """
         self.loss_scale.scale(loss).backward()
 
-    def optimizer_step(self, gradient_clip: float | None) -> StepResult:
-        """Unscale, clip, step, advance the schedule, clear the gradients.
+    def optimizer_step(self, gradient_clip: float | None, judge: Judge | None = None) -> StepResult:
+        """Unscales and clips the gradients, steps the optimizer and the schedule, and clears the gradients.
 
-        The schedule goes on also where an overflow of fp16 skipped the step: a learning rate belongs to a step's number.
+        Args:
+            gradient_clip: Maximum norm of the gradient; None: no clipping.
+            judge: Called once after the norm is computed and before any weight changes, unless fp16 overflowed.
+
+        Returns:
+            The gradient norm, and whether and why the step was skipped.
         """
+        # `gradient_clip` is a bound on the true gradients, so the loss scale is removed first.
         self.loss_scale.unscale_(self.optimizer)
         norm = self.clip(gradient_clip)
-        skipped = self.loss_scale.step(self.optimizer, math.isfinite(norm), vetoed=self.vetoed(norm))
+        # The norm is the same on every rank, and so are the decisions that follow from it.
+        reason = self.judge(norm, judge)
+        skipped = self.loss_scale.step(self.optimizer, math.isfinite(norm), reject=reason is not None)
+        # Also after a skipped step: the learning rate is a function of the step number.
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm, skipped)
+        return StepResult(norm, skipped, reason)
 
-    def vetoed(self, norm: float) -> bool:
-        """Whether the step is to be left out, for another reason than fp16's overflow."""
+    def judge(self, norm: float, judge: Judge | None) -> str | None:
+        """Calls the judge, unless fp16 overflowed, and returns its reason to skip the step or None."""
+        # The loss scaler handles an overflow: it skips the step and halves the scale.
         overflow = self.loss_scale.enabled and not math.isfinite(norm)
-        return self.veto is not None and not overflow and self.veto(norm)
+        return None if judge is None or overflow else judge(norm)
 
     def clip(self, gradient_clip: float | None) -> float:
-        """Scale the gradients down to a norm of at most `gradient_clip`; returns the norm they had."""
+        """Scales the gradients to a norm of at most `gradient_clip`, in place, and returns the norm before clipping."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # The norm of sharded gradients is a DTensor. `full_tensor` reduces it over ranks, so every rank must call it.
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if gradient_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm)
         return float(norm)
 
     def move(self, micro: Micro) -> Micro:
-        """A micro-batch on the device."""
+        """Returns a micro-batch on the device."""
         if self.device.type == "cpu":
             return micro
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro.items()}
 
     def generation(self) -> AbstractContextManager[Any]:
-        """A context in which the model's `generate` is legal (parameters whole)."""
+        """Returns a context in which the model's parameters are complete on every rank, as `generate` requires."""
         return nullcontext()
 
     def all_reduce(self, values: Iterable[float | Tensor]) -> Tensor:
-        """Sums over ranks of some numbers, or tensors, which are flattened: (n,) float64 on the CPU."""
-        items = [v.detach().to("cpu", torch.float64).flatten() if isinstance(v, Tensor) else torch.tensor([v], dtype=torch.float64)
-                 for v in values]
+        """Returns the sums of values over all ranks.
+
+        Args:
+            values: Numbers or tensors, in the same order and with the same sizes on every rank. Tensors are flattened.
+
+        Returns:
+            (n,) float64 on the CPU, n being the total number of elements.
+        """
+        # float64, because fp32 represents integers, such as counts of tokens, only up to 2**24. One collective for all
+        # values, on the device of the training collectives.
+        items = [
+            v.detach().to("cpu", torch.float64).flatten()
+            if isinstance(v, Tensor)
+            else torch.tensor([v], dtype=torch.float64)
+            for v in values
+        ]
         return distributed.all_reduce_(torch.cat(items).to(self.device)).cpu()
 
     def all_reduce_ints(self, values: Iterable[int]) -> list[int]:
-        """Sums over ranks modulo 2**64, as signed 64-bit integers."""
+        """Returns the sums of integers over all ranks, modulo 2**64, as signed 64-bit integers."""
         tensor = torch.tensor(list(values), dtype=torch.int64, device=self.device)
         return [int(v) for v in distributed.all_reduce_(tensor).cpu()]
 
     def barrier(self) -> None:
+        """Waits until every rank has reached this call."""
         distributed.barrier()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything to save, by fully-qualified parameter name: `model.<name>`, `optimizer.<name>.<moment>`, fp32.
+        """Returns the fp32 tensors of a checkpoint, by name: `model.<name>` and `optimizer.<name>.<moment>`.
 
-        The same keys and global shapes on every backend; sharded tensors are DTensors. A tied parameter stands once.
-        To load, fill these very tensors and give them to `load_state`: whether they are the live ones is the backend's affair.
+        `<name>` is the fully qualified name of a parameter. Keys and global shapes are the same on every backend.
+        Sharded tensors are DTensors. A tied parameter appears once.
+
+        To load a checkpoint, fill these tensors in place and pass them to `load_state`. `state_is_a_copy` specifies
+        whether they are the live tensors.
         """
+        # Optimizers create their moments in the first step, but a checkpoint may be loaded before that.
         if not self.optimizer.state:
-            self.init_optimizer_state(self.optimizer)
+            create_moments(self.optimizer)
         tensors: dict[str, Tensor] = {}
+        # `named_parameters` yields a tied parameter once, under its first name.
         names = {id(p): name for name, p in self.module.named_parameters()}
         for name, tensor in self.module.named_parameters():
             tensors[f"model.{name}"] = tensor.data
@@ -291,29 +374,13 @@ class Accelerator(ABC):
         return tensors
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over tensors that `state` gave and a checkpoint filled. Here they are the live ones."""
+        """Loads the tensors that `state` returned, after a checkpoint filled them.
+
+        The base class does nothing, because its `state` returns the live tensors.
+        """
 
     def buffers(self) -> dict[str, Tensor]:
-        """The persistent buffers, as `state` names them."""
+        """Returns the persistent buffers, by their names in `state`."""
+        # A state dict has no other buffers.
         persistent = self.module.state_dict(keep_vars=True)
         return {f"model.{name}": buffer for name, buffer in self.module.named_buffers() if name in persistent}
-
-    @staticmethod
-    def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-        """Let an optimizer make its moments, by a step that changes nothing: zero gradients, learning rate 0."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        rates = [group["lr"] for group in optimizer.param_groups]
-        saved = [(p.detach().clone(), p.grad) for p in parameters]
-        for group in optimizer.param_groups:
-            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        with torch.no_grad():
-            for parameter, (value, gradient) in zip(parameters, saved, strict=True):
-                parameter.copy_(value)
-                parameter.grad = gradient
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        for value in [v for p in parameters for v in optimizer.state[p].values() if isinstance(v, Tensor)]:
-            value.zero_()

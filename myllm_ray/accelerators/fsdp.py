@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over ranks; gathered block by block while computing."""
+"""FSDP2: shards parameters, gradients and optimizer state over ranks, and gathers parameters block by block."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -14,63 +15,85 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from myllm_ray.accelerators.base import Accelerator
-from myllm_ray.accelerators.options import check_names
 from myllm_ray.accelerators.precision import DTYPES, hold_in
-from myllm_ray.accelerators.sharding import CLASSES, blocks_of, shard_units
+from myllm_ray.accelerators.sharding import blocks_of, shard_units
 from myllm_ray.common import distributed
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.materialize import Source, fill, source_of
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.sections import Section
 
 
 class FSDPAccelerator(Accelerator):
-    """`fully_shard` per block (Zhao et al., 2023, arXiv:2304.11277): fp32 shards, compute in `precision`, fp32 reduce.
+    """Shards each block of the model with `fully_shard` (Zhao et al., 2023, arXiv:2304.11277).
 
-    `accelerator.options`: `reshard_after_forward` (true: give gathered blocks back after the forward pass; false: keep
-    them for the backward pass; a number: reshard to so many ranks), `replicas` (hybrid sharding: so many groups of
-    ranks hold a whole model each, sharded within the group) and `transformer_layer_cls_to_wrap` (names of the classes of the blocks;
-    default: the blocks that repeat). Frozen models are sharded in the same way, and held in `precision`.
+    Shards are fp32, gathered parameters are in `precision`, and gradients are reduced in fp32. Models that are not
+    trained are sharded in the same way, with shards in `precision`.
     """
 
+    class Config(Section):
+        """Options of FSDP2."""
+
+        reshard_after_forward: bool | PositiveInt | None = Field(
+            True,
+            description="true: free gathered blocks after the forward pass; false: keep them for the backward pass; "
+            "a number: reshard to this many ranks",
+        )
+        replicas: PositiveInt = Field(
+            1, description="hybrid sharding: groups of ranks that hold a whole model each, sharded within the group"
+        )
+        transformer_layer_cls_to_wrap: list[str] | None = Field(
+            None, description="class names of the blocks; default: the blocks that repeat; []: none"
+        )
+
+    options: Config
     distributed = True
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {"parameters": ("cpu",)}
 
     def __init__(self, config: Any = None):
         super().__init__(config)
-        check_names(self.options, ("reshard_after_forward", "replicas", CLASSES), "fsdp")
         self._device_mesh: DeviceMesh | None = None
 
     @property
     def shards(self) -> int:
-        return max(1, world_size() // int(self.options.get("replicas", 1)))
+        return max(1, world_size() // self.options.replicas)
 
     def check_model(self, model: nn.Module) -> None:
         super().check_model(model)
-        blocks_of(model, self.options.get(CLASSES))
+        blocks_of(model, self.options.transformer_layer_cls_to_wrap)
 
     def _mesh(self) -> DeviceMesh:
-        """One for all models: every mesh of two dimensions makes process groups."""
+        """Returns the device mesh, which all models share, because a mesh of two dimensions creates process groups."""
         if self._device_mesh is None:
             self._device_mesh = self._make_mesh()
         return self._device_mesh
 
     def _make_mesh(self) -> DeviceMesh:
-        replicas = int(self.options.get("replicas", 1))
-        if replicas < 1 or world_size() % replicas:
+        replicas = self.options.replicas
+        if world_size() % replicas:
             raise ConfigError(f"accelerator.options.replicas={replicas} does not divide the {world_size()} workers")
         if replicas == 1:
             return init_device_mesh(self.device.type, (world_size(),))
-        mesh = init_device_mesh(self.device.type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            self.device.type, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard")
+        )
+        # The groups of a mesh get torch's default timeout, not that of the default group.
         if (timeout := distributed.timeout()) is not None:
             for group in mesh.get_all_groups():
                 distributed_c10d._set_pg_timeout(timeout, group)
         return mesh
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        return self._shard(model, MixedPrecisionPolicy(param_dtype=self._compute, reduce_dtype=torch.float32, cast_forward_inputs=False))
+        # `fully_shard` modifies the model in place, so `module` and `model` are the same object. Gradients are reduced
+        # in fp32: in half precision, the sum over ranks would be rounded.
+        return self._shard(
+            model,
+            MixedPrecisionPolicy(param_dtype=self._compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        )
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
-        if self._compute is not None:  # as the trained model is while it is gathered
+        # The dtype of the trained model's parameters while they are gathered. There are no fp32 masters to keep.
+        if self._compute is not None:
             hold_in(model, {name: self._compute for name, p in model.named_parameters() if p.is_floating_point()})
         return self._shard(model.requires_grad_(False).eval(), MixedPrecisionPolicy(cast_forward_inputs=False))
 
@@ -81,38 +104,53 @@ class FSDPAccelerator(Accelerator):
     def _shard(self, model: nn.Module, policy: MixedPrecisionPolicy) -> nn.Module:
         source = source_of(model)
         if source is None:
-            model.to("cpu" if self.offload["parameters"] == "cpu" else self.device)
+            model.to("cpu" if self.offload.parameters == "cpu" else self.device)
         arguments: dict[str, Any] = {
-            "mesh": self._mesh(), "reshard_after_forward": self.options.get("reshard_after_forward", True), "mp_policy": policy}
-        if self.offload["parameters"] == "cpu":
+            "mesh": self._mesh(),
+            "reshard_after_forward": self.options.reshard_after_forward,
+            "mp_policy": policy,
+        }
+        if self.offload.parameters == "cpu":
+            # The optimizer steps on the CPU. Pinned memory makes the copies to and from the GPU asynchronous.
             arguments["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
-        shard_units(model, blocks_of(model, self.options.get(CLASSES)), self.shards, arguments)
+        # A model on the meta device is sharded first and filled afterwards, so no rank holds all of its parameters.
+        shard_units(model, blocks_of(model, self.options.transformer_layer_cls_to_wrap), self.shards, arguments)
         if source is not None:
             self._fill(model, source)
         return model
 
     def _fill(self, model: nn.Module, source: Source) -> None:
-        """Give a sharded model on the meta device its weights: of each tensor, this rank's part."""
-        place = torch.device("cpu") if self.offload["parameters"] == "cpu" else self.device
-        # What `to_empty` does, but for the shards alone: it would also empty the buffers.
+        """Creates the weights of a sharded model on the meta device, one tensor at a time, and keeps the local shards.
+
+        Args:
+            model: The sharded model, modified in place.
+            source: Returns the complete value of a parameter or buffer by its name, the same on every rank.
+        """
+        place = torch.device("cpu") if self.offload.parameters == "cpu" else self.device
+        # Like `to_empty`, but only for the shards: `to_empty` would also overwrite buffers.
         model._apply(lambda t: torch.empty_like(t, device=place) if isinstance(t, DTensor) else t)
         with torch.no_grad():
             for name, shard in model.named_parameters():
                 assert isinstance(shard, DTensor)
-                part = distribute_tensor(source(name).to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None)
+                # src_data_rank=None: every rank takes its shard from its own copy, without communication.
+                part = distribute_tensor(
+                    source(name).to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None
+                )
                 shard.to_local().copy_(part.to_local())
         fill(model, source, self.device)  # the buffers
 
     def microbatch(self, last: bool) -> AbstractContextManager[Any]:
+        # Without the reduction, gradients accumulate unsharded on every rank until the last micro-batch.
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        # FSDP averages over ranks; the contract is a sum.
+        # FSDP averages over ranks, but the contract is a sum.
         super().backward(loss * world_size())
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
+        # Each `unshard` is a collective; all ranks call them in the order of the modules.
         modules = [m for m in self.model.modules() if isinstance(m, FSDPModule)]
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
@@ -121,17 +159,27 @@ class FSDPAccelerator(Accelerator):
             yield
         finally:
             for module in modules:
-                module.set_reshard_after_forward(self.options.get("reshard_after_forward", True), recurse=False)
+                module.set_reshard_after_forward(bool(self.options.reshard_after_forward), recurse=False)
                 module.reshard()
 
     def generation(self) -> AbstractContextManager[Any]:
-        """All parameters whole on every rank meanwhile, so that ranks may call the model unequally often."""
-        if not isinstance(self.options.get("reshard_after_forward", True), bool):
-            raise ConfigError("accelerator.options.reshard_after_forward: answers can't be sampled with a number here; use true or false")
+        """Returns a context in which all parameters are complete on every rank.
+
+        In this context the model runs without collectives, so ranks may call it a different number of times.
+
+        Raises:
+            ConfigError: `reshard_after_forward` is a number.
+        """
+        if not isinstance(self.options.reshard_after_forward, bool):
+            raise ConfigError(
+                "accelerator.options.reshard_after_forward: a number is not supported when answers are sampled; "
+                "use true or false"
+            )
         return self._gathered()
 
     def state(self) -> dict[str, Tensor]:
-        for module in self.model.modules():  # after an evaluation the root's parameters are still gathered
+        # After a forward pass without a backward pass, such as an evaluation, parameters may still be gathered.
+        for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         return super().state()

@@ -1,4 +1,4 @@
-"""Precision: what the model computes in. Master weights, moments and the reduction of gradients stay in fp32."""
+"""The precision of the computation. Master weights, moments and gradient reductions are fp32 in every precision."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def why_not(precision: str, device: torch.device) -> str | None:
-    """Why a device can't train in a precision, or None."""
+    """Returns the reason why a device can't train in a precision, or None if it can."""
     if precision == "fp32":
         return None
     if device.type == "cuda":
+        # Without `including_emulation=False`, torch also reports GPUs that emulate bf16.
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            return f"{torch.cuda.get_device_name(device)} has no bf16 (compute capability 8.0 and later has)"
+            return f"{torch.cuda.get_device_name(device)} does not support bf16 (compute capability 8.0 or later does)"
         return None
     has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
     if precision == "fp16" and (has is None or not has()):
@@ -31,10 +32,10 @@ def why_not(precision: str, device: torch.device) -> str | None:
 
 
 def check_precision(precision: str, device: torch.device) -> None:
-    """Refuse a precision that the device does not have.
+    """Rejects a precision that the device does not support.
 
     Raises:
-        ConfigError: says why, and what to use.
+        ConfigError: Names the reason and the supported alternatives.
     """
     reason = why_not(precision, device)
     if reason:
@@ -43,25 +44,44 @@ def check_precision(precision: str, device: torch.device) -> None:
 
 
 def autocast_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Weights that autocast casts to `dtype` at every use, by name: held in it, they take half the memory and give the same numbers.
+    """Returns the weights that autocast casts to `dtype` at every use, as a mapping of names to `dtype`.
 
-    These are the weights of linear layers and stacked experts. Embeddings, and heads tied to them, norms and biases are used in fp32.
+    These are the weights of linear layers and of stacked experts (three dimensions). Stored in `dtype`, they take half
+    the memory and result in the same outputs. Embeddings, heads that are tied to them, norms and biases are used in
+    fp32 and are not included.
+
+    Args:
+        model: The model, possibly on the meta device.
+        dtype: The dtype of autocast.
     """
+    # By identity, so that a head that is tied to an embedding is recognized.
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     found: dict[str, torch.dtype] = {}
     for prefix, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's, of transformers
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # transformers, GPT-2
         for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            # Weights of experts are plain parameters of a custom module. Weights of torch.nn with three dimensions
+            # (Conv1d) are not matrices of a matmul.
             stacked = parameter.dim() == 3 and not type(module).__module__.startswith("torch.nn.")
-            if id(parameter) not in tables and parameter.is_floating_point() and (stacked or (linear and parameter.dim() == 2)):
+            if (
+                id(parameter) not in tables
+                and parameter.is_floating_point()
+                and (stacked or (linear and parameter.dim() == 2))
+            ):
                 found[name] = dtype
     return found
 
 
 def hold_in(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Change the dtypes of parameters, in place; of a model on the meta device, of those that its source will give."""
+    """Changes the dtypes of parameters in place.
+
+    Args:
+        model: The model. On the meta device, its source is replaced too, so that it returns values of these dtypes.
+        dtypes: Maps parameter names to their new dtypes. Other parameters keep theirs.
+    """
     for name, parameter in model.named_parameters():
         if name in dtypes:
+            # The parameter stays the same object, so tied parameters stay tied.
             parameter.data = parameter.data.to(dtypes[name])
     if (source := source_of(model)) is not None:
         attach_source(model, functools.partial(_cast, source, dtypes))
@@ -73,9 +93,17 @@ def _cast(source: Source, dtypes: Mapping[str, torch.dtype], name: str) -> Tenso
 
 
 def autocast_forward(model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> None:
-    """Put a context around a model's forward, in place: for backends that switch off a context around the call."""
+    """Replaces a model's forward, in place, by one that runs inside a context.
+
+    For backends that disable an autocast context around the call of the model.
+
+    Args:
+        model: The model.
+        context: Creates the context, once per call.
+    """
     forward = model.forward
 
+    # `wraps` keeps the signature of `forward`, from which callers read the names of the arguments.
     @functools.wraps(forward)
     def autocasting(*args: Any, **kwargs: Any) -> Any:
         with context():
@@ -85,16 +113,20 @@ def autocast_forward(model: nn.Module, context: Callable[[], AbstractContextMana
 
 
 FIRST_SCALE = 2.0**16
+"""Initial loss scale of a run, and the default of `torch.amp.GradScaler`."""
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al., 2018, arXiv:1710.03740, §3.2); does nothing where disabled.
+    """Dynamic loss scaling for fp16 (Micikevicius et al., 2018, arXiv:1710.03740, §3.2).
 
-    The scale halves when a gradient is not finite (that step is skipped) and doubles after 2000 good steps.
+    The scale halves after a step with a non-finite gradient, which is skipped, and doubles after 2000 finite steps.
 
     Args:
-        ranks: number of ranks over which gradients are averaged. `backward` multiplies the loss by it, so the scaler inside
-            takes so much less, and a local gradient overflows at the same scale whatever the number of workers.
+        device: The device of the loss.
+        enabled: Whether to scale. If False, the scale is 1.
+        ranks: Number of ranks over which the backend averages gradients. `backward` multiplies the loss by this number,
+            so the internal scale is divided by it. A local gradient then overflows at the same scale for any number of
+            workers.
     """
 
     def __init__(self, device: torch.device, enabled: bool, ranks: int = 1):
@@ -103,40 +135,60 @@ class LossScale:
 
     @property
     def value(self) -> float:
+        """The loss scale, independent of the number of ranks."""
         return float(self._scaler.get_scale()) * self.ranks
 
     def adopt(self, scaler: torch.amp.GradScaler) -> None:
-        """Speak for a scaler that a backend made."""
+        """Uses a scaler that a backend created, and resets its scale to `FIRST_SCALE`."""
         self._scaler = scaler
         self.load_state_dict({"scale": FIRST_SCALE, "good_steps": 0})
 
     def scale(self, loss: Tensor) -> Tensor:
+        """Returns the loss multiplied by the internal scale."""
         scaled: Tensor = self._scaler.scale(loss)
         return scaled
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients as they are without the scale."""
+        """Divides the gradients of an optimizer by the internal scale, in place."""
         self._scaler.unscale_(optimizer)
 
-    def step(self, optimizer: torch.optim.Optimizer, finite: bool, vetoed: bool = False) -> bool:
-        """Step unless the gradient is not finite or there is a veto, and adapt the scale; returns whether it was skipped.
+    def step(self, optimizer: torch.optim.Optimizer, finite: bool, reject: bool = False) -> bool:
+        """Steps the optimizer, unless the gradient overflowed or the step is rejected, and updates the scale.
 
-        Not by `GradScaler.step`: that leaves the skipping to a fused optimizer, and SGD's (torch 2.13, CPU) fills its momentum
-        with the overflow of a skipped first step.
+        Args:
+            optimizer: The optimizer.
+            finite: Whether the gradient norm is finite. Ignored if scaling is disabled.
+            reject: Whether to skip the step in any case.
+
+        Returns:
+            Whether the step was skipped.
         """
-        skipped = vetoed or (self.enabled and not finite)
+        # Not with `GradScaler.step`: it makes a fused optimizer skip the step itself, and fused SGD (torch 2.13, CPU)
+        # writes the overflow of a skipped first step into its momentum.
+        skipped = reject or (self.enabled and not finite)
         if not skipped:
             optimizer.step()
+        # `update` uses the overflow check of `unscale_`: a rejected step with a finite gradient counts as a good one.
         self._scaler.update()
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON; empty where disabled."""
+        """Returns the scale and the number of steps since it last changed, as JSON; {} if disabled."""
         state = self._scaler.state_dict()
         return {"scale": self.value, "good_steps": state["_growth_tracker"]} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; one of another precision has nothing to go on from."""
+        """Restores the state from a checkpoint.
+
+        Args:
+            state: The result of `state_dict`. It is empty for a checkpoint of another precision, and then ignored.
+        """
+        # Checkpoints contain the scale without the factor `ranks`, so the number of workers may differ.
         if self.enabled and state:
-            self._scaler.load_state_dict({**self._scaler.state_dict(), "scale": state["scale"] / self.ranks,
-                                          "_growth_tracker": state["good_steps"]})
+            self._scaler.load_state_dict(
+                {
+                    **self._scaler.state_dict(),
+                    "scale": state["scale"] / self.ranks,
+                    "_growth_tracker": state["good_steps"],
+                }
+            )

@@ -1,4 +1,4 @@
-"""How a model is cut into the units that FSDP gathers one at a time, and how much of it a rank then holds."""
+"""The units of a model that FSDP gathers one at a time, and the sizes of the shards."""
 
 from __future__ import annotations
 
@@ -14,22 +14,27 @@ from myllm_ray.common.modules import outside_blocks, repeated_blocks
 from myllm_ray.config.errors import ConfigError
 
 CLASSES = "transformer_layer_cls_to_wrap"
-"""The option that names the classes of the blocks; the key of the FSDP section in transformers' TrainingArguments."""
+"""The option with the class names of the blocks, named like the key in `fsdp_config` of transformers."""
 OUTSIDE = 0.25
-"""Largest share of the parameters, embeddings and output head aside, that may belong to no block."""
+"""Maximum fraction of the parameters outside all blocks. Embeddings and the output head are not counted."""
 
 
 def blocks_of(model: nn.Module, classes: Iterable[str] | None = None) -> list[nn.Module]:
-    """The blocks to shard one by one: those that repeat, or the outermost modules of the named classes.
+    """Returns the blocks that are sharded individually.
+
+    Args:
+        model: The model.
+        classes: Class names; the blocks are the outermost modules of these classes. None: the repeated blocks.
 
     Raises:
-        ConfigError: a class has no module, or a large part of the model belongs to no block, so that every rank would gather
-            it at once.
+        ConfigError: No module has one of the classes; or a large part of the model is outside the repeated blocks, so
+            that every rank would gather this part at once.
     """
     if classes is None:
         blocks = repeated_blocks(model)
         _refuse_large_root(model, blocks)
         return blocks
+    # The user selected the blocks, so a large part outside of them is accepted.
     blocks = list(_outermost(model, set(classes)))
     missing = sorted(set(classes) - {type(block).__name__ for block in blocks})
     if missing:
@@ -40,9 +45,11 @@ def blocks_of(model: nn.Module, classes: Iterable[str] | None = None) -> list[nn
 def _refuse_large_root(model: nn.Module, blocks: list[nn.Module]) -> None:
     outside, total = outside_blocks(model, blocks)
     if outside > OUTSIDE * total:
-        raise ConfigError(f"accelerator: {outside / total:.0%} of the parameters of {type(model).__name__} ({outside:,}, embeddings and "
-                          "output head aside) belong to no nn.ModuleList of blocks, so every rank would gather them at once: name the "
-                          f"classes of its blocks in accelerator.options.{CLASSES}, or give [] there to train it so")
+        raise ConfigError(
+            f"accelerator: {outside / total:.0%} of the parameters of {type(model).__name__} ({outside:,}, without "
+            "embeddings and output head) are in no nn.ModuleList of blocks, so every rank would gather them at once: "
+            f"list the classes of its blocks in accelerator.options.{CLASSES}, or set it to [] to accept this"
+        )
 
 
 def _outermost(module: nn.Module, classes: set[str]) -> Iterable[nn.Module]:
@@ -54,38 +61,53 @@ def _outermost(module: nn.Module, classes: set[str]) -> Iterable[nn.Module]:
 
 
 def shard_units(model: nn.Module, blocks: list[nn.Module], shards: int, arguments: Mapping[str, Any]) -> None:
-    """`fully_shard` every block, then what is left as the root unit.
+    """Applies `fully_shard` to every block and then to the model, whose remaining parameters form the root unit.
 
-    Blocks that share a parameter (Zamba's attention) form one unit: FSDP2 shards a shared parameter within a unit only.
+    Blocks that share a parameter (the attention of Zamba) form one unit, because FSDP2 supports a shared parameter only
+    within a unit.
 
     Args:
-        shards: ranks over which a parameter is divided.
-        arguments: of `fully_shard`.
+        model: The model, modified in place.
+        blocks: The result of `blocks_of`.
+        shards: Number of ranks over which a parameter is sharded.
+        arguments: Keyword arguments of `fully_shard`.
     """
+    # Blocks come first: `fully_shard` of the model takes the parameters that no inner unit has.
     for unit in _units(blocks):
         fully_shard(unit[0] if len(unit) == 1 else unit, shard_placement_fn=placement(shards), **arguments)  # type: ignore[call-overload]
     fully_shard(model, shard_placement_fn=placement(shards), **arguments)
 
 
 def _units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
+    """Returns the blocks in groups, so that blocks of different groups share no parameter."""
     units: list[tuple[set[int], list[nn.Module]]] = []
     for block in blocks:
         owned = {id(p) for p in block.parameters()}
+        # The block may share parameters with several units, which are then merged into one.
         sharing = [unit for unit in units if unit[0] & owned]
         units = [unit for unit in units if not unit[0] & owned]
-        units.append((owned.union(*(ids for ids, _ in sharing)), [m for _, members in sharing for m in members] + [block]))
+        units.append(
+            (owned.union(*(ids for ids, _ in sharing)), [m for _, members in sharing for m in members] + [block])
+        )
     return [members for _, members in units]
 
 
 def placement(shards: int) -> Callable[[nn.Parameter], Shard | None]:
-    """Which dimension of a parameter is divided: the first, but of stacked experts one that divides evenly.
+    """Returns the `shard_placement_fn` of `fully_shard`, which selects the dimension of a parameter to shard.
 
-    Of a tensor (experts, out, in) with 16 experts, 48 of 64 ranks would hold nothing, and 16 four times their share.
+    This is the first dimension, except for stacked experts whose number is not divisible by `shards`. These are sharded
+    along the largest other dimension that is divisible. Otherwise, with a parameter (experts, out, in) of 16 experts
+    and 64 ranks, 16 ranks would hold one expert each, four times their share, and 48 ranks would hold nothing.
+
+    Args:
+        shards: Number of ranks over which a parameter is sharded.
     """
+
     def choose(parameter: nn.Parameter) -> Shard | None:
         shape = parameter.shape
         if len(shape) < 3 or shape[0] % shards == 0:
             return None
+        # FSDP2 supports dimensions other than the first only if they are divisible by the number of ranks.
         even = [dim for dim in range(1, len(shape)) if shape[dim] % shards == 0]
         return Shard(max(even, key=lambda dim: shape[dim])) if even else None
 
@@ -93,18 +115,25 @@ def placement(shards: int) -> Callable[[nn.Parameter], Shard | None]:
 
 
 def largest_shard(shape: Iterable[int], shards: int) -> int:
-    """Elements that the fullest rank holds of a parameter of this shape."""
+    """Returns the number of elements in the largest shard of a parameter.
+
+    Args:
+        shape: Shape of the complete parameter.
+        shards: Number of ranks over which it is sharded.
+    """
     sizes = list(shape)
     if not sizes:
         return 1
     whole = math.prod(sizes)
     if len(sizes) >= 3 and any(size % shards == 0 for size in sizes):
         return whole // shards
+    # `Shard(0)` divides the first dimension into chunks of the rounded-up size; the last chunks are smaller or empty.
     return math.ceil(sizes[0] / shards) * (whole // sizes[0] if sizes[0] else 0)
 
 
 def local_bytes(parameter: Tensor) -> int:
-    """Bytes of a parameter that this rank holds: of a DTensor its shard, of a parameter under ZeRO-3 its partition."""
+    """Returns the bytes of a parameter that this rank holds: its shard of a DTensor, or its partition under ZeRO-3."""
+    # ZeRO-3 stores the partition in the attribute `ds_tensor` of the parameter.
     partition: Tensor | None = getattr(parameter, "ds_tensor", None)
     if partition is not None:
         return partition.numel() * partition.element_size()

@@ -1,4 +1,4 @@
-"""One device: a GPU where there is one, else the CPU."""
+"""Training on one device: a GPU if one is available, otherwise the CPU."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from torch import nn
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common.materialize import materialize
-from myllm_ray.config.schema import AcceleratorSection
+from myllm_ray.config.sections import AcceleratorSection
 
 
 class SingleGPUAccelerator(Accelerator):
-    """Trains on one device, without a process group (the original's name; it also serves the CPU)."""
+    """Trains on one device, without a process group. Despite its name, it also supports the CPU."""
 
     @classmethod
     def like(cls, section: AcceleratorSection) -> Self:
-        """One device that computes in the precision of another backend, without what is sharded or offloaded there."""
+        """Returns a backend for one device with the precision of another backend, without its sharding and offloading.
+
+        Args:
+            section: The `accelerator` section of the other backend.
+        """
         return cls({"accelerator": {"precision": section.precision, "device": section.device}})
 
     def wrap(self, model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Process-group helpers that also work where there is no process group."""
+"""Helpers for process groups that also work in a process without a group."""
 
 from __future__ import annotations
 
@@ -9,38 +9,49 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_SECONDS = 7200.0
-"""Default timeout of a process group: `scaling.timeout_seconds`."""
+"""Default timeout of a process group in seconds; `scaling.timeout_seconds` overrides it."""
 
 
 def backend(device: str) -> str:
-    """Of the process group for tensors on a device. gloo beside nccl: norms of offloaded gradients, and checkpoints that are
-    written in the background, are reduced on the CPU."""
+    """Returns the process-group backend for tensors on a device.
+
+    On CUDA the group has gloo in addition to nccl, because the norms of offloaded gradients and the checkpoints that
+    are written in the background use collectives on CPU tensors.
+    """
     return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
 
 
 def is_distributed() -> bool:
+    """Returns whether this process has an initialized process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
+    """Returns the rank of this process; 0 without a group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
+    """Returns the number of ranks; 1 without a group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def is_main() -> bool:
+    """Returns whether this process is rank 0."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Waits until every rank has reached this call; returns immediately without a group."""
     if is_distributed():
         dist.barrier()
 
 
 def timeout() -> timedelta | None:
-    """That of the main process group; groups made beside it get torch's default unless they are given this one."""
+    """Returns the timeout of the default process group, or None without a group.
+
+    torch gives additional groups its own default timeout, so the caller passes this one to them.
+    """
     if not is_distributed():
         return None
     found: timedelta = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
@@ -48,21 +59,28 @@ def timeout() -> timedelta | None:
 
 
 def all_reduce_(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:
-    """Sum (or `op`) over ranks, in place; the tensor itself without a group."""
+    """Reduces a tensor over all ranks in place and returns it; without a group, returns it unchanged.
+
+    Args:
+        tensor: The tensor to reduce.
+        op: The reduction; default: sum.
+    """
     if is_distributed() and world_size() > 1:
         dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
     return tensor
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone: a consequence, not a cause."""
-    # torch raises most of these as plain RuntimeErrors; what marks them is where gloo and NCCL say they happened.
+    """Returns whether a collective failed because another process exited, so that the cause is on another rank."""
+    # torch raises most of these errors as plain RuntimeErrors, so the texts of gloo and NCCL identify them.
     return isinstance(error, dist.DistError) or any(
-        sign in str(error) for sign in ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error"))
+        sign in str(error)
+        for sign in ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL error")
+    )
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:
-    """The value of every rank, by rank, on all of them. JSON-like values only."""
+    """Returns the values of all ranks, ordered by rank, on every rank. The values must be JSON-like."""
     if not is_distributed() or world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -71,7 +89,7 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
 
 
 def from_main(value: Any) -> Any:
-    """Rank 0's value, on all ranks."""
+    """Broadcasts the value of rank 0 to all ranks and returns it."""
     if not is_distributed() or world_size() == 1:
         return value
     box = [value]

@@ -1,4 +1,4 @@
-"""Optional libraries: imported where they are used, and missed in one clear line."""
+"""Imports of optional libraries, with an error that names the package to install."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from myllm_ray.config.errors import UserError
 
 
 def require(module: str, package: str, why: str) -> ModuleType:
-    """Import `module`, or say which `pip install` brings it.
+    """Imports and returns an optional module.
+
+    Args:
+        module: The module to import.
+        package: The package to install when the module is missing.
+        why: The feature that needs the module, for the error message.
 
     Raises:
-        UserError: the module is not installed.
+        UserError: The module is not installed. The message contains the `pip install` command.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and not module.startswith(error.name):
-            raise
+            raise  # the module is installed, and one of its own imports is missing
         raise UserError(f"{why} needs {module}: pip install '{package}'") from None

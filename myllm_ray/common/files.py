@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and JSON lines that can be continued."""
+"""Atomic file writes, and JSON Lines files that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any, Literal, TextIO
 
 @contextmanager
 def published(path: Path, existing: Literal["replace", "keep", "error"]) -> Iterator[Path]:
-    """Yield a path beside `path` for a file or a folder, and rename it to `path` when the block ends without an error.
+    """Yields a temporary path next to `path` and renames it to `path` when the block ends without an error.
 
-    Readers find nothing at `path`, or all of it. After an error nothing is left.
+    Readers see either no file or folder at `path`, or the complete one. After an error the temporary one is removed.
 
     Args:
-        path: of a file or a folder.
-        existing: what becomes of a folder that is there already, maybe from another process meanwhile. `keep`: this one is
-            discarded, as both are the same; `error`: OSError. A file is always replaced.
+        path: The final path of the file or folder.
+        existing: What to do if a folder already exists at `path`, possibly created by another process in the meantime.
+            `replace` removes it first. `keep` keeps it and discards the new one, which has the same content. `error`
+            raises OSError. A file is always replaced.
     """
     beside = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
@@ -41,7 +42,13 @@ def published(path: Path, existing: Literal["replace", "keep", "error"]) -> Iter
 
 
 def write_atomic(path: Path, text: str, durable: bool = True) -> None:
-    """Write beside, then rename: a reader sees the old file or the new one, never half. `durable`: also after a power cut."""
+    """Writes a text file atomically: a reader sees either the old file or the complete new one.
+
+    Args:
+        path: The file to write.
+        text: Its content.
+        durable: Whether to flush the file to disk, so that it also survives a power failure.
+    """
     with published(path, existing="replace") as beside, open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         if durable:
@@ -50,11 +57,15 @@ def write_atomic(path: Path, text: str, durable: bool = True) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically and flushed to disk."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. A last line cut off by a kill is left out."""
+    """Yields the objects of a JSON Lines file, and nothing if the file does not exist.
+
+    Lines that are not valid JSON are skipped: a process that is killed leaves a truncated last line.
+    """
     if not path.exists():
         return
     with open(path, encoding="utf-8") as file:
@@ -68,10 +79,10 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class JSONLines:
-    """Append objects to a file, one a line, flushed one by one.
+    """Appends objects to a JSON Lines file and flushes after each line.
 
-    Opening keeps only the earlier lines that satisfy `keep`: a run that resumes from step 10 drops what was written
-    about steps 11 and later, so that each step has one line however often it was trained.
+    Opening the file removes the existing lines that do not satisfy `keep`. A run that resumes from step 10 drops the
+    lines of steps 11 and later, so that each step has one line even if it was trained several times.
     """
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]):
@@ -85,15 +96,20 @@ class JSONLines:
         return json.dumps(row, ensure_ascii=False) + "\n"
 
     def write(self, row: dict[str, Any]) -> None:
+        """Appends one object and flushes the file."""
         self._file.write(self._dump(row))
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """A second name for a file that never changes, as good as a copy of it; a copy where the file system has no such thing."""
+    """Creates a hard link to a file, or a copy where the file system does not support hard links.
+
+    Both names share the content, so the file must never be modified afterwards.
+    """
     try:
         os.link(source, target)
     except OSError:
@@ -101,7 +117,7 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Make a folder and write into it; the reason where that fails, or None."""
+    """Creates a folder and writes a test file into it; returns the reason if that fails, else None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{uuid.uuid4().hex}"

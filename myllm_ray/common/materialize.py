@@ -1,7 +1,7 @@
-"""Models without memory: on the meta device, with a source that gives each tensor when somebody asks for it.
+"""Models on the meta device, with a source that creates each tensor on request.
 
-So that a model larger than a worker's memory can be built: a sharding backend asks for one tensor at a time, keeps its part and
-forgets the rest.
+This makes it possible to build a model that is larger than a worker's memory: a sharding backend requests one tensor at
+a time, keeps its shard and frees the rest.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 
 Source = Callable[[str], Tensor]
-"""Gives the initial value of a parameter or buffer by its fully-qualified name, on the CPU. The same in every process."""
+"""Maps the fully qualified name of a parameter or buffer to its initial value on the CPU, the same in every process."""
 
 
 def attach_source(model: nn.Module, source: Source) -> nn.Module:
-    """Say where the values of a model on the meta device come from."""
+    """Attaches the source of initial values to a model on the meta device and returns the model."""
     model.__dict__["_initial_values"] = source
     return model
 
 
 def source_of(model: nn.Module) -> Source | None:
-    """The source of a model on the meta device; None for a model that has its values."""
+    """Returns the source of a model on the meta device, or None for a model that already has its values."""
     return cast("Source | None", model.__dict__.get("_initial_values"))
 
 
 def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-    """The model with all its values, on a device; one tensor at a time."""
+    """Moves a model to a device, after creating its values one tensor at a time if it is on the meta device."""
     source = source_of(model)
     if source is None:
         return model.to(device)
@@ -38,18 +38,28 @@ def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modu
 
 
 Filled = dict[int, tuple[Tensor, Tensor]]
-"""Meta tensors by their id, each with the value that took its place. Holding both keeps an id from being used again."""
+"""Maps the id of a meta tensor to that tensor and its value. The reference to the tensor prevents reuse of its id."""
 
 
 @torch.no_grad()
-def fill(module: nn.Module, source: Source, device: torch.device | str, prefix: str = "", recurse: bool = True,
-         done: Filled | None = None) -> None:
-    """Replace a module's meta tensors by their values. A tensor that stands in two places is one tensor afterwards, too.
+def fill(
+    module: nn.Module,
+    source: Source,
+    device: torch.device | str,
+    prefix: str = "",
+    recurse: bool = True,
+    done: Filled | None = None,
+) -> None:
+    """Replaces the meta tensors of a module by their values. Tied tensors stay tied.
 
     Args:
-        module: may be a part of the model, whose name in the model is `prefix`.
-        recurse: also the modules inside.
-        done: what was filled before; share it between the parts of one model.
+        module: The model or one of its submodules.
+        source: Creates the values.
+        device: The device of the values.
+        prefix: The name of `module` in the model.
+        recurse: Whether to fill the submodules too.
+        done: The tensors that were filled before. Pass the same mapping for all parts of one model, so that tensors
+            that are tied across parts stay tied.
     """
     done = {} if done is None else done
     for name, inner in module.named_modules(prefix=prefix) if recurse else [(prefix, module)]:

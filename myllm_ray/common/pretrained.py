@@ -1,4 +1,7 @@
-"""Where a model or a tokenizer by name is: a local folder, a run of this package, or the Hugging Face hub, which is asked once a process."""
+"""Resolves the name of a model or tokenizer: a local folder, a run of this package, or a Hugging Face hub id.
+
+The hub is queried once per process for each name.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,16 @@ from pathlib import Path
 from myllm_ray.config.errors import ConfigError
 
 _SECONDS = 10.0
-"""For an answer of the hub; HF_HUB_ETAG_TIMEOUT says otherwise."""
+"""Timeout for requests to the hub, in seconds; HF_HUB_ETAG_TIMEOUT overrides it."""
 _SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-"""Files of a model's folder but for its weights and its code."""
+"""Patterns for the files of a model's folder other than weights and code."""
 
 
 def checkpoint_in(name: str | None) -> Path | None:
-    """The checkpoint that a name means: one itself, or the newest of a run's folder; None for everything else.
+    """Returns the checkpoint that a name refers to, or None if it refers to something else.
 
-    Looks at names alone: whether the checkpoint is whole is for the caller to check.
+    The name is the path of a checkpoint, or the folder of a run, which means its newest checkpoint. The function checks
+    only that a manifest exists; the caller checks that the checkpoint is complete.
     """
     path = Path(name or "").expanduser()
     if not name or not path.is_dir():
@@ -30,31 +34,32 @@ def checkpoint_in(name: str | None) -> Path | None:
 
 
 def architecture_folder(checkpoint: Path) -> Path:
-    """The folder beside a run's checkpoints that holds the config of its model, as transformers writes it."""
+    """Returns the folder of a run that contains its model's config in the format of transformers."""
     return checkpoint.parent.parent / "model"
 
 
 def tokenizer_folder(checkpoint: Path) -> Path:
-    """The folder beside a run's checkpoints that holds its tokenizer."""
+    """Returns the folder of a run that contains its tokenizer."""
     return checkpoint.parent.parent / "tokenizer"
 
 
 def pretrained_folder(name: str, key: str, weights: bool = False, code: bool = False) -> Path:
-    """The local folder of a model or tokenizer in Hugging Face format; fetched from the hub where it is not one.
+    """Returns the local folder of a model or tokenizer in Hugging Face format, after downloading it if needed.
 
     Args:
-        key: of the config, for the message.
-        weights: also the safetensors files.
-        code: also Python files.
+        name: A local folder or a hub id.
+        key: The config key, for error messages.
+        weights: Whether to download the safetensors files too.
+        code: Whether to download the Python files too.
 
     Raises:
-        ConfigError: there is no such folder, and the hub does not give it.
+        ConfigError: The folder does not exist, or the download failed.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{key}: no folder {name!r} (seen from {Path.cwd()})")
+        raise ConfigError(f"{key}: no folder {name!r} (working directory: {Path.cwd()})")
     return _from_hub(name, key, weights, code)
 
 
@@ -66,14 +71,16 @@ def _from_hub(name: str, key: str, weights: bool, code: bool) -> Path:
     patterns = [*_SMALL, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", _SECONDS))
     try:
-        # Asked by itself, because the question that snapshot_download begins with has no time-out.
+        # A separate request, because snapshot_download makes the same request first without a timeout.
         revision = HfApi().model_info(name, timeout=seconds).sha
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=seconds))
-    except Exception as error:  # of requests, of the file system, or of the hub's own classes, which share no base
+    except Exception as error:  # errors of requests, of the file system and of the hub share no base class
         if not isinstance(error, RepositoryNotFoundError):
-            with suppress(Exception):  # what was fetched before serves without a connection
+            with suppress(Exception):  # without a connection, use an earlier download
                 return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
         reason = " ".join(str(error).partition("For more information")[0].split())[:200] or type(error).__name__
         if isinstance(error, RepositoryNotFoundError):
             reason = "the hub has no such repository, or it is private (set HF_TOKEN)"
-        raise ConfigError(f"{key}: no folder {name!r} here ({Path.cwd()}), and as a hub id it can't be loaded: {reason}") from None
+        raise ConfigError(
+            f"{key}: no folder {name!r} in {Path.cwd()}, and it can't be loaded as a hub id: {reason}"
+        ) from None

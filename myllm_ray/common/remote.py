@@ -1,4 +1,4 @@
-"""Storage behind a URL (s3://, gs://, hf://, memory://, ...), by fsspec."""
+"""Access to remote storage by URL (s3://, gs://, hf://, memory://, ...) through fsspec."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": 
 
 
 def open_storage(url: str, key: str, error: type[UserError]) -> tuple[Any, str]:
-    """The file system of a URL or path, and the path in it.
+    """Returns the file system of a URL or path, and the path inside that file system.
 
     Args:
-        key: the config key that the URL comes from, for messages.
-        error: raised where the URL is none.
+        url: The URL or local path.
+        key: The config key that contains the URL, for error messages.
+        error: The exception class to raise for an invalid URL.
 
     Raises:
-        UserError: the library that this kind of storage needs is not installed.
+        UserError: The library for this kind of storage is not installed, or the URL is invalid (then of class `error`).
     """
     try:
         filesystem, inner = url_to_fs(url)

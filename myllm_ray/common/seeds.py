@@ -1,4 +1,4 @@
-"""Random numbers as a function of where they are used, so that they depend neither on world size nor on restarts."""
+"""Random numbers that are a function of where they are used, independent of world size and restarts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from a purpose and numbers: `derive_seed("dropout", seed, step, micro)`. Stable across machines."""
+    """Returns a 63-bit seed derived from a purpose and numbers, such as `derive_seed("dropout", seed, step, micro)`.
+
+    The result is the same on every machine.
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(*parts: int | str) -> np.random.Generator:
-    """A numpy generator with the derived seed. PCG64: its stream is fixed by numpy's compatibility policy."""
+    """Returns a numpy generator with the derived seed.
+
+    It uses PCG64, whose stream numpy's compatibility policy guarantees across versions.
+    """
     return np.random.Generator(np.random.PCG64(derive_seed(*parts)))
 
 
 def seed_all(*parts: int | str) -> None:
-    """Seed torch (all devices), numpy and random with the derived seed."""
+    """Seeds torch (all devices), numpy and `random` with the derived seed."""
     seed = derive_seed(*parts)
     torch.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

@@ -1,4 +1,4 @@
-"""The polite ways to end a process: the first asks, the second is obeyed at once."""
+"""Handling of Ctrl-C and SIGTERM: the first signal requests a stop, the second interrupts immediately."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 @contextmanager
 def stop_on_signals(ask: Callable[[str], None]) -> Iterator[None]:
-    """Inside, the first Ctrl-C or SIGTERM calls `ask` with its name; the second raises KeyboardInterrupt.
+    """Handles Ctrl-C and SIGTERM inside the block and restores the previous handlers afterwards.
 
-    Outside the main thread, where Python lets nobody handle signals, they stay as they were.
+    The first signal calls `ask`; the second raises KeyboardInterrupt. Python allows signal handlers in the main thread
+    only, so in other threads the handlers are left unchanged.
+
+    Args:
+        ask: Requests a stop; receives the name of the signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

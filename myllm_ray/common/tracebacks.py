@@ -1,4 +1,4 @@
-"""What an exception says in one line: its type, its message, and the line of the user's own code that it came from."""
+"""One-line descriptions of exceptions: the type, the message and the line of user code that raised it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,32 @@ from pathlib import Path
 _PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep
 _STANDARD = tuple(str(Path(sysconfig.get_path(name)).resolve()) + os.sep for name in ("stdlib", "platstdlib"))
 _INSTALLED = f"{os.sep}site-packages{os.sep}"
-_LIBRARIES = ("torch", "ray", "transformers", "accelerate", "deepspeed", "peft", "numpy", "pyarrow", "tokenizers", "safetensors",
-              "pydantic", "rich", "typer", "datasets", "jinja2")
+_LIBRARIES = (
+    "torch",
+    "ray",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "numpy",
+    "pyarrow",
+    "tokenizers",
+    "safetensors",
+    "pydantic",
+    "rich",
+    "typer",
+    "datasets",
+    "jinja2",
+)
 _MOST = 300
-"""Characters of a message that are shown."""
+"""Largest number of characters of a message that are shown."""
 
 
 def describe(error: BaseException) -> str:
-    """`ValueError: mine (my_module.py:12 in train_step)`, and the notes that were added to the exception."""
+    """Returns the exception in one line, including the notes added to it.
+
+    Example: `ValueError: mine (my_module.py:12 in train_step)`.
+    """
     said = " ".join(str(error).split())[:_MOST]
     place = _place(error)
     notes = "".join(f", {note}" for note in getattr(error, "__notes__", ()))
@@ -25,7 +43,7 @@ def describe(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str | None:
-    """The last line of the user's code in the traceback; where there is none, of this package; else of any."""
+    """Returns the innermost line of user code in the traceback, else of this package, else of any code."""
     frames = traceback.extract_tb(error.__traceback__)
     for kind in (is_users, _is_ours, lambda name: True):
         found = next((frame for frame in reversed(frames) if kind(frame.filename)), None)
@@ -39,7 +57,7 @@ def _is_ours(filename: str) -> bool:
 
 
 def is_users(filename: str) -> bool:
-    """Neither this package, nor Python's, nor one of the libraries that it calls."""
+    """Returns whether a file is user code: not this package, the standard library or a library that it calls."""
     if filename.startswith("<") or _is_ours(filename):
         return False
     if _INSTALLED in filename:
@@ -48,6 +66,6 @@ def is_users(filename: str) -> bool:
 
 
 def _short(filename: str) -> str:
-    """Relative to the working directory where it is below it."""
+    """Returns the path relative to the working directory, or the file's name if it is outside that directory."""
     relative = os.path.relpath(filename)
     return Path(filename).name if relative.startswith("..") else relative

@@ -1,26 +1,35 @@
-"""Small types that the floors of the house hand to each other."""
+"""Small types that several packages of `myllm_ray` share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 Micro = dict[str, Tensor]
-"""A micro-batch: tensors by name, first dimension rows. `input_ids`, `labels`, `position_ids`: (rows, tokens), int64."""
+"""A micro-batch: tensors by name, whose first dimension is the row.
+
+`input_ids`, `labels` and `position_ids` are (rows, tokens), int64.
+"""
 
 MetricPairs = dict[str, tuple[Tensor | float, Tensor | float]]
-"""Metrics as (sum, weight): what can be added up over micro-batches and ranks before it is divided once."""
+"""Metrics as (sum, weight). Both are added over micro-batches and ranks and divided once, at the end."""
+
+REQUESTS = ("save", "evaluate", "stop", "preempt", "abort")
+"""The actions that a callback can request from the engine (`RunState.request`)."""
 
 IGNORE = -100
-"""The label of a token that is not trained on."""
+"""The label of a token that is not a target of the loss."""
 
 
 class Position(NamedTuple):
-    """A place in the data, one for the whole job: rows of `epoch` already consumed. Independent of how a batch is cut."""
+    """A position in the data, the same on all ranks: the epoch and the number of its rows that were consumed.
+
+    It does not depend on how a batch is split.
+    """
 
     epoch: int = 0
     row: int = 0
@@ -28,42 +37,32 @@ class Position(NamedTuple):
 
 @dataclass
 class Batch:
-    """One rank's share of a global batch."""
+    """One rank's share of a global batch. `next` is the position after the batch."""
 
     micros: list[Micro]
     position: Position
     next: Position
     fingerprint: int
-    """Sum over this rank's rows of a hash of (place in the global batch, token ids); ranks add up modulo 2**64."""
+    """Sum over this rank's rows of a hash of (index in the global batch, token ids). Sums of ranks add modulo 2**64."""
 
 
 class BatchStream(Protocol):
-    """Global batches in an order that depends on the config and the data alone."""
+    """A stream of global batches whose order depends only on the config and the data."""
 
     sources: list[str]
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Global batches in one epoch (the last one is filled up with empty rows)."""
+        """Returns the number of global batches in an epoch. The last one is padded with empty rows."""
 
     def batches(self, start: Position, steps: int) -> Iterator[Batch]:
-        """This rank's share of `steps` global batches from `start` on, from one epoch into the next."""
-
-
-def steps_of_run(max_steps: int | None, epochs: int | None, steps_per_batch: int, steps_in_epoch: Callable[[int], int]) -> int:
-    """Optimizer steps of a run: `max_steps`, or those of `epochs` passes over the data (default: one).
-
-    Args:
-        steps_per_batch: optimizer steps for each global batch (PPO: epochs × minibatches).
-        steps_in_epoch: global batches in an epoch.
-    """
-    return max_steps or steps_per_batch * sum(steps_in_epoch(epoch) for epoch in range(epochs or 1))
+        """Yields this rank's share of `steps` global batches, starting at `start` and continuing into later epochs."""
 
 
 @dataclass
 class StepOutput:
-    """What a trainer makes of one micro-batch.
+    """The result of a trainer for one micro-batch.
 
-    `loss_sum` is a sum, never a mean: the engine divides once, by the weight of the whole global batch.
+    `loss_sum` is a sum, not a mean. The engine divides it once, by the weight of the global batch.
     """
 
     loss_sum: Tensor
@@ -71,12 +70,12 @@ class StepOutput:
 
 
 class RouterLosses(NamedTuple):
-    """What the routers of a mixture-of-experts model say of a micro-batch (ops/load_balancing.py)."""
+    """Loss and load of the routers of a mixture-of-experts model for one micro-batch (ops/load_balancing.py)."""
 
     loss_sum: Tensor
-    """Scalar with gradient: the sequences' balancing losses, each times its weight, added up; the mean over layers."""
+    """Scalar with gradient: the weighted sum of the sequences' load-balancing losses, averaged over layers."""
     loads: Tensor
-    """(layers, experts) tokens that each expert got."""
+    """(layers, experts): number of tokens of each expert."""
 
 
 class TokenLosses(NamedTuple):
@@ -87,64 +86,67 @@ class TokenLosses(NamedTuple):
     nll: Tensor
     """(T,) fp32, detached."""
     correct: Tensor
-    """(T,) bool: the target was the most likely token."""
+    """(T,) bool: whether the target was the most likely token."""
     router: RouterLosses | None = None
-    """Where the model was given `sequences` and has routers."""
+    """Set if the model received `sequences` and has routers."""
 
 
 class TokenScores(NamedTuple):
-    """What a policy thinks of the T scored tokens of a micro-batch."""
+    """Scores that a policy assigns to T tokens of a micro-batch."""
 
     log_probs: Tensor
     """(T,) with gradient, in nats."""
     entropies: Tensor
-    """(T,) entropy of the distribution each was drawn from, with gradient; zeros where it was not asked for."""
+    """(T,) entropy of the distribution of each token, in nats, with gradient; zeros if it was not requested."""
     values: Tensor | None = None
-    """(T,) what a critic expects from before each token on, with gradient."""
+    """(T,) the critic's estimate of the return from the state before each token, with gradient."""
     router: RouterLosses | None = None
-    """Where the model was given `sequences` and has routers."""
+    """Set if the model received `sequences` and has routers."""
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """Whether documents that share a row are independent of each other in a model, as `models/isolation.py` found."""
+    """Whether a model keeps documents that share a row independent of each other; computed by `models/isolation.py`."""
 
     isolated: bool | None
-    """None: it could not be found out, and has to be treated as no."""
+    """None: it could not be determined, which is treated as False."""
     reason: str
-    """In words, for a log line."""
+    """An explanation for log lines."""
     leak: float = 0.0
-    """By how many nats the log-probability of a token differs from that in a row without other documents, at most."""
+    """Largest difference, in nats, of a token's log-probability from its value in a row without other documents."""
     causal: bool = True
-    """Whether a token is predicted from what precedes it alone: false for models that look ahead, whatever shares the row."""
+    """Whether a token depends only on the tokens before it; false for models that attend to later tokens."""
 
     def __str__(self) -> str:
         return self.reason
 
 
 class Samples(NamedTuple):
-    """N sampled answers."""
+    """A batch of N sampled answers."""
 
     tokens: Tensor
-    """(N, L) token ids, the token that ended an answer included; anything behind it."""
+    """(N, L) token ids, including the token that ended an answer. Values after it are arbitrary."""
     lengths: Tensor
-    """(N,) tokens in each answer."""
+    """(N,) number of tokens of each answer."""
     ended: Tensor
-    """(N,) bool: it ended by itself, rather than at the longest length."""
+    """(N,) bool: whether the answer ended with an end token or a stop text, not at the largest length."""
 
 
 class Sampled(NamedTuple):
-    """`Samples`, with what the policy that drew them thought of them."""
+    """`Samples` with the log-probabilities of their tokens under the policy that sampled them."""
 
     tokens: Tensor
     lengths: Tensor
     ended: Tensor
     log_probs: Tensor
-    """(N, L), zero behind the end of an answer."""
+    """(N, L), in nats, zero after the end of an answer."""
 
 
 class RolloutJob(NamedTuple):
-    """A micro-batch of prompts to be answered somewhere else."""
+    """A micro-batch of prompts that other processes answer.
+
+    `prompts`, `mask`, `group` and `seeds` are the arguments of `Sampler`.
+    """
 
     prompts: Tensor
     mask: Tensor
@@ -153,55 +155,79 @@ class RolloutJob(NamedTuple):
 
 
 class RolloutPool(Protocol):
-    """Samples answers elsewhere, with the weights that it was last given."""
+    """A pool of processes that sample answers with the weights that were loaded last."""
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Weights of the model by name, for all jobs from now on."""
+        """Loads the weights of the model, by name, for all later jobs."""
 
     def submit(self, job: RolloutJob) -> Any:
-        """Ask for answers; the result is for `result`."""
+        """Submits a job and returns a handle for `result`."""
 
     def result(self, asked: Any) -> Sampled:
-        """Wait for answers."""
+        """Waits for the answers of the job with the handle `asked` and returns them."""
 
 
 class Sampler(Protocol):
-    """Samples answers from a model."""
+    """A callable that samples answers from a model."""
 
     max_new_tokens: int
     temperature: float
     end_tokens: tuple[int, ...]
-    """Any of these ends an answer; the first fills up behind its end."""
+    """Token ids that end an answer. The first one is also the padding after the end of an answer."""
 
     def __call__(self, model: nn.Module, prompts: Tensor, mask: Tensor, group: int, seeds: list[int]) -> Samples:
-        """`group` answers to each of the prompts (B, P), padded on the right as `mask` says; a seed for each answer."""
+        """Samples `group` answers to each prompt.
+
+        Args:
+            model: The model to sample from.
+            prompts: (B, P) token ids, padded on the right.
+            mask: (B, P), zero at padding.
+            group: Number of answers per prompt.
+            seeds: One seed per answer.
+        """
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of an answer, special tokens and stop texts left out."""
+        """Returns the text of an answer without special tokens and stop texts."""
 
 
 class Reward(Protocol):
-    """Gives rewards to answers."""
+    """A callable that assigns rewards to answers."""
 
     name: str
     weight: float
     failures: int
-    """Answers that got the fallback, so far."""
+    """Number of answers so far that received the fallback reward."""
 
     def __call__(self, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> list[float]:
-        """One finite number for each completion.
+        """Returns one finite reward per completion.
 
         Args:
-            prompts: as the data has them: texts, or lists of messages {role, content}.
-            completions: texts, special tokens and stop texts left out.
-            columns: one value for each completion: `prompt_texts` (what the model read, with special tokens), `prompt_ids`,
-                `completion_ids`, and the other fields of the data.
+            prompts: The prompts of the data: texts, or lists of messages {role, content}.
+            completions: Texts without special tokens and stop texts.
+            columns: Lists with one value per completion: `prompt_texts` (the input of the model, with special tokens),
+                `prompt_ids`, `completion_ids`, and the other fields of the data.
         """
+
+
+class Exit(NamedTuple):
+    """The reason why a run ended before its last step."""
+
+    kind: Literal["preempted", "rewind", "aborted"]
+    """How the run ended.
+
+    preempted: it saved a checkpoint and can be resumed. rewind: it resumes from the checkpoint before a bad step.
+    aborted: it ended without saving a checkpoint and is not resumed.
+    """
+    reason: str
+    """An explanation for log lines."""
 
 
 @dataclass
 class RunState:
-    """What callbacks see of a run. Plain data, so it also travels from a Ray worker to the driver."""
+    """The state of a run that callbacks receive.
+
+    It contains only data that can be pickled, because Ray workers send it to the driver.
+    """
 
     step: int = 0
     total_steps: int = 0
@@ -210,30 +236,40 @@ class RunState:
     folder: str | None = None
     is_main: bool = True
     requests: dict[str, str] = field(default_factory=dict)
-    """Open requests, of callbacks (see `request`) and from outside (`leave`), each with its reason."""
-    left: str | None = None
-    """Why the run was left before its end, to go on from its newest checkpoint; None where it has ended."""
-    rewound: bool = False
-    """It was left because of a bad step: to go on at once, from the checkpoint before it."""
-    abandoned: bool = False
-    """It was left because nobody wants it any more: no checkpoint was saved."""
+    """Open requests and their reasons, from callbacks (see `request`) and from outside the process (`preempt`)."""
+    exit: Exit | None = None
+    """The reason of an early end; None while the run trains and after its last step."""
 
     def request(self, what: str, reason: str = "") -> None:
-        """Ask the engine to `save`, `evaluate` or `stop` after this step; to `leave` the run: to save, whatever the config says, and go on
-        another time; or to `abandon` it: to end without saving.
+        """Requests an action of the engine. The request of one rank applies to all ranks.
 
-        All ranks follow when one asks.
+        Args:
+            what: `evaluate`: in this step if the request is made in on_step_end. All other actions follow the last
+                step of the batch. `save`: save a checkpoint. `stop`: end the run as if this were its last step.
+                `preempt`: save, even if the config disables checkpoints, and end; on Ray the supervisor resumes the run
+                at once, unless a stop was requested. `abort`: end without saving.
+            reason: An explanation for logs.
+
+        Raises:
+            ValueError: `what` is not in `REQUESTS`.
         """
-        if what not in ("save", "evaluate", "stop", "leave", "abandon"):
-            raise ValueError(f"a callback can request save, evaluate, stop, leave or abandon, not {what!r}")
+        if what not in REQUESTS:
+            raise ValueError(f"a callback can request {', '.join(REQUESTS[:-1])} or {REQUESTS[-1]}, not {what!r}")
         self.requests[what] = reason
 
 
 def shifted_targets(labels: Tensor) -> Tensor:
-    """The target of each position: the label of the next one, `IGNORE` at the end. Labels (B, S) -> targets (B, S)."""
+    """Returns the target of each position: the label of the next position, and `IGNORE` at the last one.
+
+    Args:
+        labels: (B, S).
+
+    Returns:
+        (B, S) targets.
+    """
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def as_mapping(config: Any) -> Mapping[str, Any]:
-    """A config as nested mappings, whether it came as a pydantic model or as a plain dict."""
+    """Returns a config, given as a pydantic model, a mapping or None, as nested mappings."""
     return config.model_dump() if hasattr(config, "model_dump") else (config or {})

@@ -1,19 +1,22 @@
-"""Errors that are the user's to fix: one clear line, exit code 2."""
+"""Errors that the user can fix. The command line prints one line and exits with code 2."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something in the config, the data or the environment is wrong.
+    """Base of the errors in the config, the data or the environment.
 
-    The message is one line that says what is wrong, where, and what to do. The command line prints it without
-    a traceback and exits with 2; code that calls the library can catch it.
+    The message is one line that states what is wrong, where, and what to do. The command line prints it without a
+    traceback and exits with code 2.
+
+    Args:
+        message: The message. Line breaks are replaced with spaces.
     """
 
     exit_code = 2
 
     def __init__(self, message: object = ""):
-        super().__init__(" ".join(str(message).split("\n")))  # also where a key or a value of the user's has a line break
+        super().__init__(" ".join(str(message).split("\n")))  # keys and values of the user may contain line breaks
 
 
 class ConfigError(UserError):
@@ -29,4 +32,4 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """Training reached a state from which going on would be wrong (a non-finite loss, a stream out of order)."""
+    """Training can't continue correctly, for example after a non-finite loss or with data in the wrong order."""

@@ -1,39 +1,40 @@
-"""From a file and overrides to a validated config: include, environment variables, dotted overrides, clear errors."""
+"""Loading of configs: includes, environment variables, overrides, validation and error messages."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from myllm_ray.config.components import check_components
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.config.other_names import near_key, right_key
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.trainers import config_class
+from myllm_ray.config.validation import explain
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".gz", ".zst")
-_SHORTHAND = {
-    "model": "name", "tokenizer": "name", "optimizer": "name", "scheduler": "name", "accelerator": "name", "run": "name",
-    "scaling": "workers", "data": "train.path", "data.train": "path", "data.validation": "path", "batch": "global_size",
-    "model.lora": "rank"}
-"""{section: the key that was meant where the section is given as one value}."""
-_MOST_UNKNOWN = 4
-"""Unknown keys named in one message."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainerConfig:
-    """Read a YAML or JSON config and apply `key.sub=value` overrides.
+    """Reads a config, applies overrides and validates the result.
+
+    Args:
+        path: A YAML or JSON file.
+        overrides: Overrides, each `key.sub=value`.
+
+    Returns:
+        The config, of the class that belongs to its trainer.
 
     Raises:
-        ConfigError: one line that names the key, the file and what to do.
+        ConfigError: The file can't be read or is not valid. The message is one line that names the key, the file and
+            what to do.
     """
     raw = read_file(Path(path))
     for override in overrides:
@@ -42,10 +43,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainerConfi
 
 
 def read_file(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file as a mapping, `include:` merged below it and `${VAR}` replaced."""
+    """Returns the content of a config file, merged with its includes and with `${VAR}` replaced.
+
+    Args:
+        path: A YAML or JSON file.
+
+    Raises:
+        ConfigError: The file can't be read, is not a mapping, or includes itself.
+    """
     resolved = path.resolve()
     if resolved in _chain:
-        raise ConfigError(f"{path}: include goes round in a circle: {' -> '.join(p.name for p in (*_chain, resolved))}")
+        raise ConfigError(f"{path}: circular include: {' -> '.join(p.name for p in (*_chain, resolved))}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -71,12 +79,12 @@ def read_file(path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     if isinstance(raw, list) and raw and all(isinstance(row, dict) for row in raw):
         raise _is_data(path)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, this file holds {type(raw).__name__}")
+        raise ConfigError(f"{path}: a config is a mapping of keys to values, this file contains {type(raw).__name__}")
     return include(dict(substitute(raw, str(path))), path, (*_chain, resolved))
 
 
 def _is_json_lines(text: str) -> bool:
-    """Whether the first two lines are a JSON object each."""
+    """Whether the first two non-empty lines are both JSON objects."""
     lines = [line for line in text[:100_000].splitlines()[:20] if line.strip()][:2]
     try:
         return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
@@ -85,12 +93,20 @@ def _is_json_lines(text: str) -> bool:
 
 
 def _is_data(path: Path) -> ConfigError:
-    return ConfigError(f"{path} is data, not a config: a config names it under data.train.path (start from a file in configs/, "
-                       f"and give data.train.path={path})")
+    """Returns the error for a data file that is given as a config."""
+    return ConfigError(
+        f"{path} is a data file, not a config: use a config, such as a file in configs/, "
+        f"and give 'data.train={{path: {path}, format: FORMAT}}' with the format of the rows, such as instruction"
+    )
 
 
 def include(raw: dict[str, Any], path: Path, _chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A mapping from the file at `path`, laid on the files that its `include` names, relative to that file."""
+    """Returns a mapping merged over the files of its `include`.
+
+    Args:
+        raw: The mapping.
+        path: The file that contains it. Included paths are relative to the folder of this file.
+    """
     names = raw.get("include")
     base: dict[str, Any] = {}
     for name in [names] if isinstance(names, str) else names or []:
@@ -99,7 +115,7 @@ def include(raw: dict[str, Any], path: Path, _chain: tuple[Path, ...] = ()) -> d
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`; mappings merge key by key, anything else replaces."""
+    """Returns `base` updated with `over`. Mappings are merged recursively; any other value is replaced."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -108,7 +124,17 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def substitute(value: Any, where: str) -> Any:
-    """Replace `${VAR}` and `${VAR:-default}` in every string; a string that was all variable is parsed as YAML."""
+    """Returns a value with `${VAR}` and `${VAR:-default}` replaced in all strings.
+
+    A string that consists of a single variable is parsed as YAML after the replacement, so that it can be a number.
+
+    Args:
+        value: A mapping, a list, a string or any other value.
+        where: The name of the file, for error messages.
+
+    Raises:
+        ConfigError: A variable without a default is not set.
+    """
     if isinstance(value, dict):
         return {k: substitute(v, where) for k, v in value.items()}
     if isinstance(value, list):
@@ -127,7 +153,15 @@ def substitute(value: Any, where: str) -> Any:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set `a.b.c=value` in place; the value is parsed as YAML, list items are reached by their number."""
+    """Applies an override `a.b.c=value` in place.
+
+    Args:
+        raw: The config, which is modified.
+        override: The override. Its value is parsed as YAML. A part of the key can be the index of a list item.
+
+    Raises:
+        ConfigError: The override or its value is not valid.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} is not of the form key.sub=value, such as optimizer.lr=1e-3")
@@ -139,7 +173,17 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def set_key(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Set the dotted key `a.b.c` in place; list items are reached by their number."""
+    """Sets the value of a dotted key in place and creates missing mappings.
+
+    Args:
+        raw: The config, which is modified.
+        key: The key, such as `a.b.c`. A part can be the index of a list item.
+        value: The value.
+        where: The origin of the key, for error messages.
+
+    Raises:
+        ConfigError: A list has no item with the given index.
+    """
     *parents, last = key.split(".")
     target: Any = raw
     for part in parents:
@@ -156,106 +200,41 @@ def set_key(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def _item(items: list[Any], part: str, where: str) -> int:
+    """Returns the index of a list item, given as text."""
     if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"{where}: {part!r} is not the number of a list item (0 to {len(items) - 1})")
+        raise ConfigError(f"{where}: {part!r} is not the index of a list item (0 to {len(items) - 1})")
     return int(part)
 
 
-def validate(raw: Mapping[str, Any], where: str = "config") -> TrainerConfig:
-    """Check a plain mapping against the schema of its trainer.
+def validate(raw: Mapping[str, Any], where: str = "config", components: bool = True) -> TrainerConfig:
+    """Validates a mapping against the schema of its trainer and of its components.
+
+    Args:
+        raw: The config as a mapping.
+        where: The name of the file, for error messages.
+        components: Whether to also check accelerator, callbacks and formats, which imports them. A trained model is
+            opened without this check.
+
+    Returns:
+        The config, of the class that belongs to its trainer.
 
     Raises:
-        ConfigError: the first thing that is wrong, with its dotted key.
+        ConfigError: The config is not valid. The message names the dotted key of the most important error.
     """
-    cls = config_class(raw.get("trainer", "pretrain"))
+    trainer = raw.get("trainer", "pretrain")
     try:
-        return cls.model_validate(raw)
+        cls = config_class(trainer) if isinstance(trainer, str) else TrainerConfig
+        config = cls.model_validate(raw)
+        if components:
+            check_components(config)
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error, cls, raw)}") from None
-
-
-def explain(error: ValidationError, cls: type[BaseModel], raw: Any) -> str:
-    """One line for the most telling of pydantic's complaints: unknown keys first, for they explain missing ones."""
-    details = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    unknown = [d for d in details if d["type"] == "extra_forbidden"][:_MOST_UNKNOWN]
-    more = f" (and {rest} more)" if (rest := len(details) - max(1, len(unknown))) else ""
-    if unknown:
-        return "; ".join(_unknown_key(_location(detail), cls) for detail in unknown) + more
-    first = details[0]
-    location = _location(first)
-    key = ".".join(str(part) for part in location)
-    if first["type"] == "missing":
-        return f"{key} is missing{more}"
-    if first["type"] == "value_error":
-        return f"{key + ': ' if key else ''}{first['ctx']['error']}{more}"
-    if first["type"] in ("model_type", "model_attributes_type", "dict_type") and key in _SHORTHAND:
-        return f"{key} is a section of keys, not one value: write {key}.{_SHORTHAND[key]}={first['input']}"
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}: {message} (got {first['input']!r}){more}"
-
-
-def _location(detail: Any) -> list[int | str]:
-    """Where a complaint of pydantic's is, as parts of a dotted key."""
-    *above, last = detail["loc"] or ("",)
-    keep_last = detail["type"] == "extra_forbidden" or not _is_union_tag(last)  # an unknown key may be called anything
-    return [*(part for part in above if not _is_union_tag(part)), *([last] if keep_last else [])]
-
-
-def _unknown_key(location: list[int | str], cls: type[BaseModel]) -> str:
-    """An unknown key, and the one that was meant: at the right place, of another tool, or almost spelt like it."""
-    key = ".".join(str(part) for part in location)
-    meant = right_key(cls, location)
-    if meant is not None:
-        return f"unknown key {key}: use {meant}"
-    known = _known_keys(cls, location[:-1])
-    close = difflib.get_close_matches(str(location[-1]), known, 1)
-    if close:
-        return f"unknown key {key}: did you mean {close[0]}?"
-    meant = near_key(cls, str(location[-1]))
-    return f"unknown key {key}: " + (f"did you mean {meant}?" if meant else f"known here: {', '.join(sorted(known))}")
-
-
-def _is_union_tag(part: int | str) -> bool:
-    """Whether pydantic put the name of a union's member here, which stands in no file."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "dict", "int", "constrained-int"))
-
-
-def _known_keys(cls: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = next((f for name, f in cls.model_fields.items() if part == (f.alias or name)), None)
-        if field is None:
-            return []
-        nested = _section_in(field.annotation)
-        if nested is None:
-            return []
-        cls = nested
-    return [field.alias or name for name, field in cls.model_fields.items()]
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _section_in(arg))), None)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return config
 
 
 def to_yaml(config: TrainerConfig | Mapping[str, Any]) -> str:
-    """The resolved config as YAML, every default written out: what `config.yaml` in a run folder holds."""
+    """Returns the config as YAML with all defaults, which is the content of `config.yaml` in a run's folder."""
     raw = config.model_dump(mode="json") if isinstance(config, TrainerConfig) else dict(config)
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema that editors use: the union of all trainers' configs, `include` allowed."""
-    from myllm_ray.config.trainers import CONFIG_OF_TRAINER
-
-    schema: dict[str, Any] = TrainerConfig.model_json_schema()
-    for cls in CONFIG_OF_TRAINER.values():
-        extra = cls.model_json_schema()
-        schema["properties"].update(extra["properties"])
-        schema["$defs"].update(extra["$defs"])
-    schema["properties"]["include"] = {"description": "another config file that this one is laid on",
-                                       "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    schema.pop("required", None)  # an included file may hold what this one leaves out
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "myllm_ray run"}

@@ -1,6 +1,6 @@
-"""Names that other training tools use, and the key or name that means the same here. Used in error messages only.
+"""Names of other training tools and the corresponding keys and names of this package, for error messages.
 
-The tools: transformers' TrainingArguments, TRL, axolotl, LLaMA-Factory, torchtitan, DeepSpeed.
+The tools are transformers' TrainingArguments, TRL, axolotl, LLaMA-Factory, torchtitan and DeepSpeed.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from typing import get_args, get_origin
 
 from pydantic import BaseModel
 
-from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.config.trainers import CONFIG_OF_TRAINER
-
 _GLOBAL_SIZE = "batch.global_size (rows of one optimizer step, over all workers)"
-_ACCUMULATION = ("batch.global_size (rows of one optimizer step, over all workers; it is cut into micro-batches of "
-                 "batch.micro_size)")
+_ACCUMULATION = (
+    "batch.global_size (rows of one optimizer step, over all workers, split into micro-batches of batch.micro_size)"
+)
 _BY_KEY = {
     "run.max_steps": "max_train_steps training_steps num_train_steps total_steps num_steps steps train_steps",
     "run.epochs": "num_train_epochs num_epochs n_epochs",
     "run.name": "run_name experiment_name job_name",
-    "run.storage (the run's folder is <run.storage>/<run.name>)":
-        "output_dir dump_folder save_dir out_dir checkpoint_dir",
+    "run.storage (the run's folder is <run.storage>/<run.name>)": "output_dir dump_folder save_dir out_dir "
+    "checkpoint_dir",
     "run.seed": "data_seed random_seed",
     "run.overwrite": "overwrite_output_dir overwrite_cache",
     "optimizer.lr": "learning_rate base_lr max_lr peak_lr",
@@ -34,28 +32,23 @@ _BY_KEY = {
     "scheduler.warmup_ratio": "warmup_percentage",
     "scheduler.min_lr_ratio": "min_lr min_lr_rate cosine_min_lr_ratio min_lr_factor",
     "gradient_clip": "max_grad_norm max_norm grad_clip gradient_clipping clip_grad_norm gradient_clip_val",
-    "batch.micro_size":
-        "per_device_train_batch_size per_device_eval_batch_size per_device_batch_size micro_batch_size "
-        "local_batch_size train_micro_batch_size_per_gpu eval_batch_size device_batch_size",
+    "batch.micro_size": "per_device_train_batch_size per_device_eval_batch_size per_device_batch_size micro_batch_size "
+    "local_batch_size train_micro_batch_size_per_gpu eval_batch_size device_batch_size",
     _GLOBAL_SIZE: "batch_size global_batch_size train_batch_size",
-    _ACCUMULATION:
-        "gradient_accumulation_steps accumulate_grad_batches grad_accum grad_accum_steps "
-        "gradient_accumulation",
-    "data.train.path":
-        "dataset datasets dataset_path dataset_name dataset_dir train_file train_files train_data "
-        "train_dataset data_path data_files training_data",
+    _ACCUMULATION: "gradient_accumulation_steps accumulate_grad_batches grad_accum grad_accum_steps "
+    "gradient_accumulation",
+    "data.train.path": "dataset datasets dataset_path dataset_name dataset_dir train_file train_files train_data "
+    "train_dataset data_path data_files training_data",
     "data.train.format": "template chat_template dataset_type dataset_format format_type",
     "data.train.fields": "dataset_text_field text_column column_mapping",
     "data.train.limit": "max_samples max_train_samples",
     "data.validation.path": "eval_dataset validation_file eval_file eval_data validation_data test_datasets",
     "data.validation.split": "val_set_size val_size test_size validation_split eval_split validation_split_percentage",
-    "data.sequence_length":
-        "max_seq_length max_seq_len max_length seq_len seq_length sequence_len cutoff_len model_max_length "
-        "block_size context_length max_source_length",
+    "data.sequence_length": "max_seq_length max_seq_len max_length seq_len seq_length sequence_len cutoff_len "
+    "model_max_length block_size context_length max_source_length",
     "data.packing": "sample_packing neat_packing pack_sequences",
-    "model.name":
-        "model_name_or_path model_name base_model model_id model_path pretrained_model_name_or_path "
-        "hf_assets_path initial_load_path",
+    "model.name": "model_name_or_path model_name base_model model_id model_path pretrained_model_name_or_path "
+    "hf_assets_path initial_load_path",
     "model.config": "config_name base_model_config model_config",
     "model.attention": "attn_implementation attn_impl flash_attn flash_attention use_flash_attention_2",
     "model.lora": "adapter use_lora use_peft peft peft_config finetuning_type lora_config",
@@ -72,24 +65,21 @@ _BY_KEY = {
     "accelerator.precision=fp16": "fp16",
     "accelerator.activation_checkpointing": "gradient_checkpointing activation_checkpoint use_gradient_checkpointing",
     "accelerator.compile": "torch_compile",
-    "scaling.workers":
-        "num_gpus num_processes nproc_per_node world_size num_workers n_gpu data_parallel_size "
-        "data_parallel_replicate_degree",
+    "scaling.workers": "num_gpus num_processes nproc_per_node world_size num_workers n_gpu data_parallel_size "
+    "data_parallel_replicate_degree",
     "scaling.gpus_per_worker": "use_gpu",
     "checkpoint.every_steps": "save_steps save_every save_strategy saves_per_epoch save_interval",
     "checkpoint.keep_last": "save_total_limit keep_latest_k max_checkpoints",
     "checkpoint.keep_best": "load_best_model_at_end metric_for_best_model",
     "checkpoint.resume": "resume_from_checkpoint resume_from auto_resume_from_checkpoints load_checkpoint",
-    "evaluation.every_steps":
-        "eval_steps eval_strategy evaluation_strategy eval_every evals_per_epoch eval_interval "
-        "validation_freq",
+    "evaluation.every_steps": "eval_steps eval_strategy evaluation_strategy eval_every evals_per_epoch eval_interval "
+    "validation_freq",
     "evaluation.at_start": "eval_on_start",
     "logging.every_steps": "logging_steps log_every log_freq log_interval logging_strategy",
     "callbacks": "report_to logger loggers",
     "stability.on_spike": "loss_watchdog_threshold",
-    "sft.train_on_prompt":
-        "train_on_inputs completion_only_loss assistant_only_loss train_on_responses_only mask_prompt "
-        "train_on_source",
+    "sft.train_on_prompt": "train_on_inputs completion_only_loss assistant_only_loss train_on_responses_only "
+    "mask_prompt train_on_source",
     "trainer (pretrain, sft, reward, dpo, ppo, grpo); ZeRO's stage is accelerator.stage": "stage",
     "trainer": "rl training_type train_type method algorithm task_type",
     "dpo.beta": "rl_beta pref_beta dpo_beta",
@@ -108,17 +98,32 @@ _BY_KEY = {
     "rollout.max_new_tokens": "max_completion_length response_length max_response_length generation_max_length",
 }
 KEYS = {name: key for key, names in _BY_KEY.items() for name in names.split()}
-"""{key of another tool: the key here, and where it helps a word about it}."""
+"""{key of another tool: the key of this package, in some cases with an explanation}."""
 
 NAMES: dict[str, dict[str, str]] = {
     "formats": {
         **dict.fromkeys(("alpaca", "instruct", "instructions", "alpaca_chat", "input_output"), "instruction"),
-        **dict.fromkeys(("sharegpt", "chatml", "chat_template", "conversation", "conversations", "conversational",
-                         "messages", "openai", "multiturn", "dialog", "dialogue"), "chat"),
+        **dict.fromkeys(
+            (
+                "sharegpt",
+                "chatml",
+                "chat_template",
+                "conversation",
+                "conversations",
+                "conversational",
+                "messages",
+                "openai",
+                "multiturn",
+                "dialog",
+                "dialogue",
+            ),
+            "chat",
+        ),
         **dict.fromkeys(("completion", "pretraining", "plain", "raw", "corpus", "txt", "language_modeling"), "text"),
         **dict.fromkeys(("prompt-completion", "prompt_response", "completions", "input-output"), "prompt_completion"),
-        **dict.fromkeys(("dpo", "ranking", "pairwise", "comparison", "preferences", "paired", "chosen_rejected"),
-                        "preference"),
+        **dict.fromkeys(
+            ("dpo", "ranking", "pairwise", "comparison", "preferences", "paired", "chosen_rejected"), "preference"
+        ),
         **dict.fromkeys(("kto", "unpaired_preference", "binary"), "unpaired"),
         **dict.fromkeys(("prompt_only", "prompts", "grpo", "ppo"), "prompt"),
     },
@@ -133,23 +138,27 @@ NAMES: dict[str, dict[str, str]] = {
         **dict.fromkeys(("none", "cpu", "gpu", "cuda"), "single (the device: accelerator.device)"),
         **dict.fromkeys(("dp", "data_parallel", "multi_gpu"), "ddp"),
         **dict.fromkeys(("fsdp2", "fsdp1", "fully_shard"), "fsdp"),
-        **{f"{name}{stage}": f"deepspeed (with accelerator.stage={stage})"
-           for name in ("zero", "zero-", "deepspeed-") for stage in range(4)},
+        **{
+            f"{name}{stage}": f"deepspeed (with accelerator.stage={stage})"
+            for name in ("zero", "zero-", "deepspeed-")
+            for stage in range(4)
+        },
     },
 }
-"""{kind of name in the config: {name of another tool: the name here}}."""
+"""{kind of name in the config: {name of another tool: the name in this package}}."""
 
 
 def right_key(cls: type[BaseModel], location: Sequence[int | str]) -> str | None:
-    """The key that an unknown key at `location` was meant to be: another tool's, or one of ours at the wrong place.
+    """Returns the key that corresponds to an unknown key: a key of another tool, or a key in the wrong section.
 
     Args:
-        cls: the config's class; only runs' configs have such keys.
+        cls: The class of the config. Only configs of runs have suggestions.
+        location: The parts of the unknown key.
 
     Returns:
-        Dotted keys, perhaps with a word about them; None: nothing is near.
+        One or more dotted keys, in some cases with an explanation, or None.
     """
-    if not issubclass(cls, TrainerConfig):
+    if not _is_run(cls):
         return None
     name = str(location[-1]).lower().replace("-", "_")
     wrong = ".".join(str(part) for part in location)
@@ -159,8 +168,13 @@ def right_key(cls: type[BaseModel], location: Sequence[int | str]) -> str | None
 
 
 def near_key(cls: type[BaseModel], name: str) -> str | None:
-    """The key at another place, or of another tool, whose name is spelt almost like this one."""
-    if not issubclass(cls, TrainerConfig):
+    """Returns the key of another section or another tool whose name is similar, or None.
+
+    Args:
+        cls: The class of the config.
+        name: The last part of the unknown key.
+    """
+    if not _is_run(cls):
         return None
     here = {key.rpartition(".")[2] for key in keys_of(cls)}
     close = difflib.get_close_matches(name.lower(), [*here, *KEYS], 1, cutoff=0.85)
@@ -168,31 +182,46 @@ def near_key(cls: type[BaseModel], name: str) -> str | None:
 
 
 def _elsewhere(cls: type[BaseModel], name: str, section: str = "") -> str | None:
-    """Keys of this name; those below `section` first."""
+    """Returns the keys with this name, preferably in `section`, or None if there are none or more than three."""
     found = [key for key in keys_of(cls) if key.rpartition(".")[2] == name]
     found = [key for key in found if not (key.startswith("data.validation.") and len(found) > 1)]
     found = [key for key in found if key.startswith(f"{section}.")] or found
     return " or ".join(found) if 0 < len(found) <= 3 else None
 
 
+def _is_run(cls: type[BaseModel]) -> bool:
+    from myllm_ray.config.schema import TrainerConfig  # imports this module
+
+    return issubclass(cls, TrainerConfig)
+
+
 def _elsewhere_by_trainer(cls: type[BaseModel], name: str, wrong: str) -> str | None:
-    """A key that only other trainers have."""
-    for trainer, other in CONFIG_OF_TRAINER.items():
+    """Returns a key with this name that only the config of another trainer has, or None."""
+    from myllm_ray.config.trainers import builtin_config_classes
+
+    for trainer, other in builtin_config_classes().items():
         if other is not cls and (found := _elsewhere(other, name)):
             return f"{found} with trainer: {trainer}" if found != wrong else f"it with trainer: {trainer}"
     return None
 
 
 def _of_trainer(cls: type[BaseModel], key: str) -> str:
-    """What to add where only another trainer's config has the key."""
+    """Returns a suffix that names the trainer, if only the config of another trainer has the key."""
     if key in set(keys_of(cls)) or " " in key:
         return ""
-    trainer = next((name for name, other in CONFIG_OF_TRAINER.items() if key in set(keys_of(other))), None)
+    from myllm_ray.config.trainers import builtin_config_classes
+
+    trainer = next((name for name, other in builtin_config_classes().items() if key in set(keys_of(other))), None)
     return f" with trainer: {trainer}" if trainer else ""
 
 
 def keys_of(cls: type[BaseModel], above: str = "") -> Iterator[str]:
-    """All dotted keys of a config class, but for those in lists of sections."""
+    """Yields all dotted keys of a config class, except those in lists of sections.
+
+    Args:
+        cls: The class.
+        above: The prefix of the keys.
+    """
     for name, field in cls.model_fields.items():
         key = f"{above}{field.alias or name}"
         yield key
@@ -202,6 +231,7 @@ def keys_of(cls: type[BaseModel], above: str = "") -> Iterator[str]:
 
 
 def _section(annotation: object) -> type[BaseModel] | None:
+    """Returns the section in a type annotation, or None; lists of sections are ignored."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) is list:

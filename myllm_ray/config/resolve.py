@@ -1,8 +1,8 @@
-"""Names to objects: the one table of short names, and import paths for everything of the user's own.
+"""Resolution of names in a config: short names of built-in components, and import paths of custom components.
 
-A name that crosses a process boundary is an import path (`my_pkg.my_mod:MyTrainer`): a class registered by a
-decorator in the driver would be unknown on a Ray worker. Installed packages add short names through the entry point
-groups `myllm_ray.trainers`, `myllm_ray.accelerators`, `myllm_ray.callbacks`, `myllm_ray.formats`.
+Custom components are named by import path (`my_pkg.my_mod:MyTrainer`), because a class that is registered in the driver
+would be unknown on a Ray worker. Installed packages add short names with the entry point groups `myllm_ray.trainers`,
+`myllm_ray.accelerators`, `myllm_ray.callbacks` and `myllm_ray.formats`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "deepspeed": "myllm_ray.accelerators.deepspeed:DeepSpeedAccelerator",
     },
     "callbacks": {
-        "print": "myllm_ray.engine.displays:PrintCallback",
-        "progress": "myllm_ray.engine.displays:ProgressCallback",
-        "jsonl": "myllm_ray.engine.records:JSONLCallback",
-        "report": "myllm_ray.engine.report:ReportCallback",
+        "print": "myllm_ray.engine.reporting.console:PrintCallback",
+        "progress": "myllm_ray.engine.reporting.console:ProgressCallback",
+        "jsonl": "myllm_ray.engine.reporting.jsonl:JSONLCallback",
+        "report": "myllm_ray.engine.reporting.report:ReportCallback",
         "early_stopping": "myllm_ray.engine.callbacks:EarlyStoppingCallback",
     },
     "formats": {
@@ -53,30 +53,47 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
 
 
 def names(kind: str) -> dict[str, str]:
-    """All short names of a kind (trainers, accelerators, callbacks, formats), installed packages' included."""
+    """Returns all short names of a kind, including those of installed packages, with their import paths.
+
+    Args:
+        kind: trainers, accelerators, callbacks or formats.
+    """
     found = {e.name: e.value for e in entry_points(group=f"myllm_ray.{kind}")}
     return {**found, **SHORT_NAMES[kind]}
 
 
 def import_path(kind: str, name: str, key: str) -> str:
-    """The import path behind a short name; an import path is its own. Imports nothing.
+    """Returns the import path of a short name, and an import path unchanged. Imports nothing.
+
+    Args:
+        kind: trainers, accelerators, callbacks or formats.
+        name: a short name or an import path.
+        key: the config key with this value, for error messages.
 
     Raises:
-        ConfigError: `name` (the value of config key `key`) is neither.
+        ConfigError: `name` is neither a short name nor an import path.
     """
     if ":" in name:
         return name
+    if name in SHORT_NAMES[kind]:
+        return SHORT_NAMES[kind][name]
     table = names(kind)
     if name in table:
         return table[name]
     close = [meant] if (meant := NAMES.get(kind, {}).get(name.lower())) else difflib.get_close_matches(name, table, 1)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise ConfigError(f"{key}: there is no {name!r}; {hint}choose from {', '.join(sorted(table))}, "
-                      "or give an import path such as my_pkg.my_mod:my_name")
+    raise ConfigError(
+        f"{key}: unknown name {name!r}; {hint}choose from {', '.join(sorted(table))}, "
+        "or give an import path such as my_pkg.my_mod:my_name"
+    )
 
 
 def load_object(path: str, key: str) -> Any:
-    """Import `my_pkg.my_mod:name`. The working directory is importable, as it is for `python my_script.py`.
+    """Imports and returns an object. Modules in the working directory can be imported, as with `python my_script.py`.
+
+    Args:
+        path: an import path, `my_pkg.my_mod:name`.
+        key: the config key with this value, for error messages.
 
     Raises:
         ConfigError: the module or the name in it can't be found.
@@ -84,17 +101,27 @@ def load_object(path: str, key: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if module_name.endswith(".py") or "/" in module_name or not attribute:
         module = module_name.removesuffix(".py").strip("./").replace("/", ".")
-        meant = f"{module}:{attribute}" if attribute else ":".join(module.rsplit(".", 1)) if "." in module else f"{module}:name"
-        raise ConfigError(f"{key}: {path!r} is not an import path" + (": drop .py" if module_name.endswith(".py") else "")
-                          + f"; write module:name, here {meant}")
+        meant = (
+            f"{module}:{attribute}"
+            if attribute
+            else ":".join(module.rsplit(".", 1))
+            if "." in module
+            else f"{module}:name"
+        )
+        raise ConfigError(
+            f"{key}: {path!r} is not an import path"
+            + (": drop .py" if module_name.endswith(".py") else "")
+            + f"; write module:name, here {meant}"
+        )
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())
     try:
         target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise ConfigError(f"{key}: no module {error.name!r} (from {path!r}): is it installed, or in the folder "
-                              "that you start from?") from None
+            raise ConfigError(
+                f"{key}: no module {error.name!r} (from {path!r}): install it, or start in the folder that contains it"
+            ) from None
         raise
     for part in attribute.split("."):
         if not hasattr(target, part):
@@ -104,5 +131,5 @@ def load_object(path: str, key: str) -> Any:
 
 
 def resolve(kind: str, name: str, key: str) -> Any:
-    """The object behind a short name or an import path (see `import_path`, `load_object`)."""
+    """Returns the object of a short name or an import path; see `import_path` and `load_object`."""
     return load_object(import_path(kind, name, key), key)

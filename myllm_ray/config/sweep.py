@@ -1,4 +1,7 @@
-"""The file of a sweep: which keys of which run are searched, and how. The shape of the YAML file, and nothing else."""
+"""The config of a sweep: the keys of a run's config that are searched, and how they are searched.
+
+This module only defines and validates the structure of the YAML file.
+"""
 
 from __future__ import annotations
 
@@ -10,74 +13,94 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.config.load import apply_override, explain, include, read_file, set_key, validate
-from myllm_ray.config.schema import Section, TrainerConfig
+from myllm_ray.config.load import apply_override, include, read_file, set_key, validate
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.sections import Section
+from myllm_ray.config.validation import explain
 
 SCHEDULERS = ("fifo", "asha", "hyperband", "median", "pbt")
 CHECKPOINTED = ("hyperband", "pbt")
-"""Schedulers that pause trials and go on from their checkpoints."""
+"""Schedulers that pause trials and resume them from their checkpoints."""
 
 
 class Dimension(Section):
-    """The values that one key may take. The names are Ray Tune's."""
+    """The values that one key can have. The names of the kinds are those of Ray Tune."""
 
     uniform: tuple[float, float] | None = None
     loguniform: tuple[PositiveFloat, PositiveFloat] | None = None
     quniform: tuple[float, float, PositiveFloat] | None = Field(None, description="[low, high, step]")
-    randint: tuple[int, int] | None = Field(None, description="[low, high): high is not among them")
+    randint: tuple[int, int] | None = Field(None, description="[low, high): integers, high is excluded")
     choice: list[Any] | None = None
-    grid: list[Any] | None = Field(None, description="every one of these, with every other grid's values")
+    grid: list[Any] | None = Field(None, description="list of values; all combinations with the other grids are tried")
 
     @model_validator(mode="after")
     def _one(self) -> Dimension:
         given = self.given
         if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(type(self).model_fields)} (got {', '.join(given) or 'none'})")
+            raise ValueError(
+                f"give exactly one of {', '.join(type(self).model_fields)} (got {', '.join(given) or 'none'})"
+            )
         values = given[self.kind]
         if self.kind in ("choice", "grid") and not values:
             raise ValueError(f"{self.kind} is an empty list")
         if self.kind not in ("choice", "grid") and values[0] >= values[1]:
-            raise ValueError(f"{self.kind}: [low, high], so the first number is the smaller one (got {list(values)})")
+            raise ValueError(f"{self.kind} is [low, high]: the first number must be smaller (got {list(values)})")
         return self
 
     @property
     def given(self) -> dict[str, Any]:
+        """The keys of this dimension that are set, with their values."""
         return {name: value for name in type(self).model_fields if (value := getattr(self, name)) is not None}
 
     @property
     def kind(self) -> str:
+        """The kind of values, such as `uniform` or `choice`."""
         return next(iter(self.given))
 
     @property
     def values(self) -> list[Any]:
-        """What stands in the list: choices, or bounds."""
+        """The choices, or the bounds (and the step of `quniform`)."""
         return list(self.given[self.kind])
 
     def examples(self) -> list[Any]:
-        """Values to try the key with: all choices, or both ends."""
-        return self.values if self.kind in ("choice", "grid") else [self.values[0], self.values[1] - (self.kind == "randint")]
+        """Returns values with which the key is checked: all choices, or the smallest and the largest value."""
+        return (
+            self.values
+            if self.kind in ("choice", "grid")
+            else [self.values[0], self.values[1] - (self.kind == "randint")]
+        )
 
 
 class SchedulerOptions(Section):
-    """Which trials are stopped or changed before their end. Steps are optimizer steps of a trial."""
+    """The scheduler, which stops or changes trials before their end. Steps are optimizer steps of a trial."""
 
     name: Literal["fifo", "asha", "hyperband", "median", "pbt"] = Field(
-        "fifo", description="fifo: all run to their end; asha: successive halving without waiting (Li et al., 2018, arXiv:1810.05934); "
-        "hyperband: Li et al., 2016, arXiv:1603.06560; median: stops what is worse than the median (Golovin et al., 2017); "
-        "pbt: population-based training (Jaderberg et al., 2017, arXiv:1711.09846)")
-    grace_steps: PositiveInt | None = Field(None, description="asha, median: no trial is stopped earlier; default: a tenth of the steps")
-    reduction_factor: float = Field(3, gt=1, description="asha, hyperband: one of so many goes on at each rung")
-    every_steps: PositiveInt | None = Field(None, description="pbt: steps between two exchanges; default: a fifth of the steps")
-    quantile: float = Field(0.25, gt=0, le=0.5, description="pbt: the share of the worst that takes over from the best")
-    resample: float = Field(0.25, ge=0, le=1, description="pbt: how often a value is drawn anew instead of changed a little")
+        "fifo",
+        description="fifo: all trials run to their end; asha: asynchronous successive halving (Li et al., 2018, "
+        "arXiv:1810.05934); hyperband: Li et al., 2016, arXiv:1603.06560; median: stops trials that are worse than the "
+        "median (Golovin et al., 2017); pbt: population-based training (Jaderberg et al., 2017, arXiv:1711.09846)",
+    )
+    grace_steps: PositiveInt | None = Field(
+        None, description="asha, median: number of steps before a trial can be stopped; default: a tenth of the steps"
+    )
+    reduction_factor: float = Field(3, gt=1, description="asha, hyperband: one of this many trials continues per rung")
+    every_steps: PositiveInt | None = Field(
+        None, description="pbt: number of steps between two exchanges; default: a fifth of the steps"
+    )
+    quantile: float = Field(0.25, gt=0, le=0.5, description="pbt: share of the worst trials that copy one of the best")
+    resample: float = Field(
+        0.25, ge=0, le=1, description="pbt: probability that a value is sampled again instead of perturbed"
+    )
 
 
 class BudgetSection(Section):
-    """What a sweep may spend."""
+    """The budget of a sweep."""
 
-    steps: PositiveInt | None = Field(None, description="of each trial: its run.max_steps; default: what the base config says")
-    minutes: PositiveFloat | None = Field(None, description="of the whole sweep, by the clock; trials that are running are stopped")
-    trial_hours: PositiveFloat | None = Field(None, description="of all trials together")
+    steps: PositiveInt | None = Field(None, description="run.max_steps of each trial; default: that of the base config")
+    minutes: PositiveFloat | None = Field(
+        None, description="wall time of the whole sweep; running trials are stopped when it ends"
+    )
+    trial_hours: PositiveFloat | None = Field(None, description="hours of all trials together")
 
 
 class SweepRun(Section):
@@ -89,27 +112,38 @@ class SweepRun(Section):
 
 
 class SweepConfig(Section):
-    """A search over keys of a run's config. Trial i is a pure function of this file and i (but for optuna, and pbt's exchanges)."""
+    """A search over keys of a run's config.
 
-    base: str | dict[str, Any] = Field(description="the run's config: a file, relative to this one, or the config itself (with `include`, if you like)")
-    space: dict[str, Dimension] = Field(min_length=1, description="dotted keys of the base config")
-    metric: str = Field("loss", description="any metric that the run logs")
+    Trial i is a function of this config and i only, except with optuna and for the exchanges of pbt.
+    """
+
+    base: str | dict[str, Any] = Field(
+        description="config of the run: a path relative to this file, or the config itself, which may use `include`"
+    )
+    space: dict[str, Dimension] = Field(min_length=1, description="values to search, by dotted key of the base config")
+    metric: str = Field("loss", description="the metric to optimize, any metric that the run logs")
     mode: Literal["min", "max"] = "min"
-    trials: PositiveInt | None = Field(None, description="default: 10; grid: every combination once")
+    trials: PositiveInt | None = Field(None, description="number of trials; default: 10; grid: all combinations")
     search: Literal["random", "grid", "optuna"] = "random"
     scheduler: SchedulerOptions = Field(default_factory=SchedulerOptions)
-    max_concurrent: Literal["auto"] | PositiveInt = Field("auto", description="trials at a time; auto: what the cluster can hold")
-    report_every: PositiveInt | None = Field(None, description="steps between two values that the scheduler sees; default: fits it")
+    max_concurrent: Literal["auto"] | PositiveInt = Field(
+        "auto", description="number of concurrent trials; auto: as the resources of the cluster allow"
+    )
+    report_every: PositiveInt | None = Field(
+        None, description="number of steps between two reports to the scheduler; default: depends on the scheduler"
+    )
     budget: BudgetSection = Field(default_factory=BudgetSection)
     run: SweepRun = Field(default_factory=SweepRun)
-    seed: int = Field(0, ge=0, description="of the search; the runs have their own")
-    fork_from: str | None = Field(None, description="a checkpoint, or a run's folder, that all trials start from")
-    keep: Literal["best", "all"] = Field("best", description="checkpoints of which trials stay; metrics stay of all")
+    seed: int = Field(0, ge=0, description="seed of the search; run.seed is the seed of the runs")
+    fork_from: str | None = Field(None, description="checkpoint, or folder of a run, from which all trials start")
+    keep: Literal["best", "all"] = Field(
+        "best", description="trials whose checkpoints are kept; metrics of all trials are kept"
+    )
 
     @field_validator("scheduler", mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
-        """`asha`, or `{asha: {grace_steps: 10}}`."""
+        """Accepts the short forms `asha` and `{asha: {grace_steps: 10}}`."""
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and len(value) == 1 and next(iter(value)) in SCHEDULERS:
@@ -130,32 +164,46 @@ class SweepConfig(Section):
         elif grids:
             raise ValueError(f"space.{grids[0]}: grid is for search: grid; use choice")
         if self.scheduler.name in CHECKPOINTED and self.search == "optuna":
-            raise ValueError(f"scheduler: {self.scheduler.name} chooses among trials that exist: use search: random with it, or fifo, asha "
-                             "or median with optuna")
+            raise ValueError(
+                f"scheduler: {self.scheduler.name} can't be used with search: optuna: use search: random, or "
+                "scheduler: fifo, asha or median"
+            )
         if self.scheduler.name == "pbt" and (self.trials or 10) < 2:
             raise ValueError("scheduler: pbt needs at least 2 trials")
         return self
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read a sweep's file and apply `key.sub=value` overrides; `base` becomes the base's content, validated.
+    """Reads the file of a sweep, applies overrides and validates the result.
+
+    Args:
+        path: A YAML or JSON file.
+        overrides: Overrides, each `key.sub=value`.
+
+    Returns:
+        The config of the sweep, whose `base` is the validated content of the base config.
 
     Raises:
-        ConfigError: one line that names the key, the file and what to do.
+        ConfigError: The file can't be read or is not valid. The message is one line that names the key, the file and
+            what to do.
     """
     path = Path(path)
     raw = read_file(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         dotted, _, kind = key.removeprefix("space.").rpartition(".")
-        if equals and dotted and key.startswith("space."):  # space.optimizer.lr.choice=[...]: the key searched has dots itself
+        if (
+            equals and dotted and key.startswith("space.")
+        ):  # in space.optimizer.lr.choice=[...], the key of the base config contains dots
             nested: dict[str, Any] = {}
             apply_override(nested, f"{kind}={value}")
             raw["space"] = {**(raw.get("space") or {}), dotted: nested}
         else:
             apply_override(raw, override)
     if "base" not in raw and "trainer" in raw:
-        raise ConfigError(f"{path}: this is a run's config: a sweep's file names it as `base`, and the keys to search under `space`")
+        raise ConfigError(
+            f"{path}: this is the config of a run: write a sweep file that names it as `base`, and the keys in `space`"
+        )
     base = raw.get("base")
     if isinstance(base, str):
         raw["base"] = read_file(path.parent / base)
@@ -165,7 +213,15 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def validate_sweep(raw: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
-    """Check a plain mapping; every key of the space is tried in the base config."""
+    """Validates the config of a sweep and tries every key of the search space in the base config.
+
+    Args:
+        raw: The config, as read from a file.
+        where: The name of the file, for error messages.
+
+    Raises:
+        ConfigError: The config is not valid, or a key or a value of the space is not valid in the base config.
+    """
     raw = dict(raw)
     if isinstance(raw.get("base"), str):
         raw["base"] = read_file(Path(raw["base"]))
@@ -174,11 +230,11 @@ def validate_sweep(raw: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error, SweepConfig, raw)}") from None
     assert isinstance(sweep.base, dict)
-    # Defaults written out: what is recorded must still mean the same when a later version has others.
+    # Writes out the defaults, so that the recorded config keeps its meaning if a later version changes them.
     sweep.base = validate(sweep.base, where=f"{where}: base").model_dump(mode="json")
     for key, dimension in sweep.space.items():
         problems = [problem for value in dimension.examples() if (problem := _problem(sweep, {key: value}))]
-        # Single values may be wrong alone and right beside another key's; an unknown key never is.
+        # A value may be valid only in combination with a value of another key. An unknown key is never valid.
         known = [p for p in problems if "unknown key" in p]
         if known or (len(problems) == len(dimension.examples()) and len(sweep.space) == 1):
             raise ConfigError(f"{where}: space.{key}: {(known or problems)[0]}")
@@ -186,6 +242,7 @@ def validate_sweep(raw: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
 
 
 def _problem(sweep: SweepConfig, values: Mapping[str, Any]) -> str | None:
+    """Returns the error of the base config with these values, or None."""
     try:
         run_config(sweep, values, "trial", "")
     except ConfigError as error:
@@ -194,10 +251,16 @@ def _problem(sweep: SweepConfig, values: Mapping[str, Any]) -> str | None:
 
 
 def run_config(sweep: SweepConfig, values: Mapping[str, Any], name: str, storage: str) -> TrainerConfig:
-    """The run that trains the base config with these values of its keys.
+    """Returns the config of a trial: the base config with the given values.
+
+    Args:
+        sweep: The config of the sweep.
+        values: Values by dotted key.
+        name: Name of the trial's run.
+        storage: Folder of the trial's run.
 
     Raises:
-        ConfigError: these values do not go together.
+        ConfigError: A value is not valid, or the values contradict each other.
     """
     assert isinstance(sweep.base, dict)
     raw = copy.deepcopy(sweep.base)

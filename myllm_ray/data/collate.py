@@ -1,4 +1,8 @@
-"""From rows of segments to the tensors of a micro-batch, by way of one Arrow row that Ray Data can carry."""
+"""Builds the tensors of a micro-batch from rows of segments.
+
+A micro-batch is first built as flat NumPy arrays, which Ray Data can transport as one Arrow row, and then converted to
+tensors on the worker.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +21,21 @@ from myllm_ray.ops.segments import restarting_positions
 
 
 def build_micro(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0) -> dict[str, Any]:
-    """Rows of segments as flat int32 arrays, all of one width: the longest row's, rounded up to a multiple of 8.
+    """Builds a micro-batch from rows of segments, as flat int32 arrays.
 
-    The first token of each segment has the label `IGNORE`: nothing in the row precedes it that could predict it.
-    `position_ids` restart at each segment, and in the padding, which models therefore treat as a document of its own.
+    All rows are padded to one width: the length of the longest row, rounded up to a multiple of 8, at least 8.
+    The first token of each segment has the label `IGNORE`, because no token of its segment precedes it.
+    `position_ids` restart at each segment and at the padding, so models treat the padding as a separate document.
 
     Args:
-        store: where the tokens are.
-        rows: see `packing.Row`; an empty one is all padding.
-        pad_id: the token id that fills up.
-        place: number of the first row within its global batch, for the fingerprint and for `places` (rows, 1).
+        store: Token store that the segments refer to.
+        rows: Rows, see `packing.Row`. An empty row is all padding.
+        pad_id: Token id of the padding.
+        place: Index of the first row within its global batch, used by the fingerprint and by `places` (rows, 1).
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` and `source_ids`, flattened from (rows, width); `places`, flattened from
+        (rows, 1); and the integers `rows` and `fingerprint`. `source_ids` is -1 at the padding.
     """
     longest = max(sum(s.length for s in row) for row in rows)
     width = max(8, -(-longest // 8) * 8)
@@ -42,17 +51,19 @@ def build_micro(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0)
             end = at + segment.length
             ids[i, at:end] = tokens
             labels[i, at:end] = np.where(trained, tokens, IGNORE)
+            # The previous token of the row, if any, belongs to another segment and must not predict this one.
             labels[i, at] = IGNORE
             sources[i, at:end] = store.source_of(np.asarray([segment.document]))[0]
             at = end
         fingerprint += row_fingerprint(place + i, ids[i, :at], labels[i, :at])
     places = np.arange(place, place + len(rows), dtype=np.int32)[:, None]
     flat = {"input_ids": ids, "labels": labels, "position_ids": positions, "source_ids": sources, "places": places}
+    # The fingerprint is a sum, so that it does not depend on how the rows are split over micro-batches and ranks.
     return {"rows": len(rows), "fingerprint": wrap64(fingerprint), **{k: v.reshape(-1) for k, v in flat.items()}}
 
 
 def row_fingerprint(place: int, ids: np.ndarray, labels: np.ndarray) -> int:
-    """A 64-bit hash of a row's tokens and labels and of its place in the global batch; padding does not count."""
+    """Returns a 64-bit hash of a row's tokens, its labels and its index in the global batch. Padding is excluded."""
     digest = hashlib.blake2b(place.to_bytes(8, "little"), digest_size=8)
     digest.update(ids.astype(np.int32).tobytes())
     digest.update(labels.astype(np.int32).tobytes())
@@ -60,15 +71,23 @@ def row_fingerprint(place: int, ids: np.ndarray, labels: np.ndarray) -> int:
 
 
 def wrap64(value: int) -> int:
-    """`value` modulo 2**64, as a signed 64-bit integer (what a tensor and an Arrow column can hold)."""
+    """Returns `value` modulo 2**64 as a signed 64-bit integer, which fits an int64 tensor or Arrow column."""
     value &= 2**64 - 1
     return value - 2**64 if value >= 2**63 else value
 
 
 def to_arrow(micro: dict[str, Any], epoch: int, row: int) -> pa.Table:
-    """One micro-batch as a table of one row: every array a list, beside `rows`, `fingerprint` and where it stands."""
-    columns = {"epoch": pa.array([epoch], pa.int64()), "row": pa.array([row], pa.int64()),
-               "rows": pa.array([micro["rows"]], pa.int64()), "fingerprint": pa.array([micro["fingerprint"]], pa.int64())}
+    """Returns a micro-batch as an Arrow table with one row.
+
+    Each array becomes a list column. The columns `epoch` and `row` hold the position of the micro-batch in the data;
+    `rows` and `fingerprint` are copied from `micro`.
+    """
+    columns = {
+        "epoch": pa.array([epoch], pa.int64()),
+        "row": pa.array([row], pa.int64()),
+        "rows": pa.array([micro["rows"]], pa.int64()),
+        "fingerprint": pa.array([micro["fingerprint"]], pa.int64()),
+    }
     for name, value in micro.items():
         if isinstance(value, np.ndarray):
             columns[name] = pa.array([value], pa.list_(pa.from_numpy_dtype(value.dtype)))
@@ -76,7 +95,10 @@ def to_arrow(micro: dict[str, Any], epoch: int, row: int) -> pa.Table:
 
 
 def to_tensors(micro: dict[str, Any]) -> Micro:
-    """Flat arrays as tensors of (rows, width): int64, or float32."""
+    """Converts flat arrays to tensors of shape (rows, width): integers to int64, floats to float32."""
     wide = {"i": np.int64, "f": np.float32}
-    return {name: torch.from_numpy(value.astype(wide[value.dtype.kind])).view(int(micro["rows"]), -1)
-            for name, value in micro.items() if isinstance(value, np.ndarray)}
+    return {
+        name: torch.from_numpy(value.astype(wide[value.dtype.kind])).view(int(micro["rows"]), -1)
+        for name, value in micro.items()
+        if isinstance(value, np.ndarray)
+    }

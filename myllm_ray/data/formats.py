@@ -1,6 +1,6 @@
-"""Formats: what a row of the data means, as parts of text that are trained on or not.
+"""Formats: functions that map a data row to the text, the messages or the record to train on.
 
-A format is a function `row -> Conversation`; one of your own is named by import path in `data.train.format` and may
+A format is a function `row -> Formatted`. A custom format is given as an import path in `data.train.format`, and can
 return a list of `(text, trained_on)` pairs.
 """
 
@@ -16,11 +16,18 @@ from myllm_ray.data.messages import BadRow as BadRow
 from myllm_ray.data.messages import Messages, read_messages
 
 Part = tuple[str, bool]
-"""A piece of text, and whether the loss stands on it."""
+"""A piece of text, and whether the loss includes it."""
 
 
 class Instruction(list[Part]):
-    """An instruction and its answer: in a plain layout, and as the chat that it is where the tokenizer has a chat template."""
+    """An instruction and its answer, in two layouts: plain parts, and a chat.
+
+    The chat is used if the tokenizer has its own chat template, else the plain parts.
+
+    Args:
+        parts: (text, trained on) pairs of the plain layout.
+        messages: the same instruction and answer as messages.
+    """
 
     def __init__(self, parts: Iterable[Part], messages: Messages):
         super().__init__(parts)
@@ -32,7 +39,11 @@ Text = str | Messages
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to a prompt, of which one is better, by `margin` where that is known. All three texts, or all messages."""
+    """A prompt with a preferred and a rejected answer.
+
+    `prompt`, `chosen` and `rejected` are all texts, or all messages. `margin` is how much better the chosen answer is,
+    0 if not known.
+    """
 
     prompt: Text
     chosen: Text
@@ -42,7 +53,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class Labelled:
-    """An answer that is desirable or not."""
+    """A prompt with one answer, labelled as desirable or undesirable."""
 
     prompt: Text
     completion: Text
@@ -51,7 +62,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a rollout begins with; `columns` are handed to reward functions."""
+    """The prompt of a rollout; `columns` are passed to reward functions."""
 
     prompt: Text
     columns: Mapping[str, Any] = dataclass_field(default_factory=dict)
@@ -62,24 +73,26 @@ Format = Callable[[Mapping[str, Any]], Formatted]
 
 
 def field(row: Mapping[str, Any], name: str, required: bool = True) -> str:
-    """A text field of a row.
+    """Returns a text field of a row; an empty text if the field is missing and not `required`.
 
     Raises:
-        BadRow: it is missing, or not a string.
+        BadRow: a required field is missing, or the field is not a string.
     """
     value = row.get(name)
     if value is None:
         if not required:
             return ""
-        raise BadRow(f"no field {name!r}; the row has {', '.join(sorted(map(str, row))) or 'no fields'} "
-                     "(data.*.fields renames columns)")
+        raise BadRow(
+            f"no field {name!r}; the row has {', '.join(sorted(map(str, row))) or 'no fields'} "
+            "(data.*.fields renames columns)"
+        )
     if not isinstance(value, str):
         raise BadRow(f"field {name!r} is {type(value).__name__}, not text")
     return value
 
 
 def text(row: Mapping[str, Any]) -> Formatted:
-    """`text`: trained on whole."""
+    """Reads the field `text`; the loss includes all of it."""
     value = field(row, "text")
     if not value:
         raise BadRow("field 'text' is empty")
@@ -87,7 +100,7 @@ def text(row: Mapping[str, Any]) -> Formatted:
 
 
 def prompt_completion(row: Mapping[str, Any]) -> Formatted:
-    """`prompt` and `completion`: the loss stands on the completion."""
+    """Reads the fields `prompt` and `completion`; the loss includes the completion only."""
     completion = field(row, "completion")
     if not completion:
         raise BadRow("field 'completion' is empty: there is nothing to train on")
@@ -95,35 +108,52 @@ def prompt_completion(row: Mapping[str, Any]) -> Formatted:
 
 
 def instruction(row: Mapping[str, Any]) -> Formatted:
-    """`instruction`, optional `input`, `output`: a chat of two turns where the tokenizer has a chat template of its own, else
-    in the layout of Alpaca (Taori et al., 2023) without its preamble."""
+    """Reads the fields `instruction`, `input` (optional) and `output`; the loss includes the output only.
+
+    The result is a chat of two turns if the tokenizer has its own chat template, else the layout of Alpaca
+    (Taori et al., 2023) without its preamble.
+    """
     output = field(row, "output")
     if not output:
         raise BadRow("field 'output' is empty: there is nothing to train on")
     asked, given = field(row, "instruction"), field(row, "input", required=False)
     prompt = f"### Instruction:\n{asked}\n\n" + (f"### Input:\n{given}\n\n" if given else "")
-    turns = [{"role": "user", "content": f"{asked}\n\n{given}" if given else asked}, {"role": "assistant", "content": output}]
+    turns = [
+        {"role": "user", "content": f"{asked}\n\n{given}" if given else asked},
+        {"role": "assistant", "content": output},
+    ]
     return Instruction([(prompt + "### Response:\n", False), (output, True)], Messages(turns))
 
 
 def chat(row: Mapping[str, Any]) -> Formatted:
-    """`messages` or `conversations` (data/messages.py), and optional `tools`; the loss is on the assistant's turns."""
+    """Reads the fields `messages` or `conversations` (see `data/messages.py`), and `tools` (optional).
+
+    The loss includes the assistant's turns, except those excluded by `train` or `weight`.
+
+    Raises:
+        BadRow: no message of the assistant is trained on.
+    """
     name = "messages" if row.get("messages") is not None or "conversations" not in row else "conversations"
-    messages = read_messages(row.get(name), name, row.get("tools"), row.get("system") if name == "conversations" else None)
+    messages = read_messages(
+        row.get(name), name, row.get("tools"), row.get("system") if name == "conversations" else None
+    )
     if not any(messages.trained):
         silent = any(m["role"] == "assistant" for m in messages)
-        raise BadRow(("every message of the assistant has train: false" if silent else "no message of the assistant")
-                     + ": there is nothing to train on")
+        raise BadRow(
+            ("every message of the assistant has train: false" if silent else "no message of the assistant")
+            + ": there is nothing to train on"
+        )
     return messages
 
 
 def _turns(row: Mapping[str, Any], name: str) -> Text:
-    """A field that is a text, or a list of messages."""
+    """Reads a field that is a text, one message, or a list of messages."""
     value = row.get(name)
     return read_messages(value, name, row.get("tools")) if isinstance(value, (list, Mapping)) else field(row, name)
 
 
 def _answer(row: Mapping[str, Any], name: str) -> Text:
+    """Reads an answer field; raises BadRow if its text is empty."""
     answer = _turns(row, name)
     if isinstance(answer, str) and not answer.strip():
         raise BadRow(f"field {name!r} is empty: there is no answer")
@@ -131,52 +161,75 @@ def _answer(row: Mapping[str, Any], name: str) -> Text:
 
 
 def _only_assistant(answer: Text, name: str) -> Text:
-    """An answer, all of it by the assistant: what the user or a tool wrote in it would be scored as the model's."""
+    """Checks that an answer has only trained assistant messages, and returns it.
+
+    The messages of a user or a tool in an answer would be scored as output of the model.
+
+    Raises:
+        BadRow: the answer is empty, or has a message that is not trained on.
+    """
     if isinstance(answer, Messages) and (not answer or not all(answer.trained)):
-        raise BadRow(f"{name} must be messages of the assistant, all trained on; what comes before belongs to the prompt")
+        raise BadRow(
+            f"{name} must be messages of the assistant, all trained on; what comes before belongs to the prompt"
+        )
     return answer
 
 
 def _same_form(prompt: Text, *answers: Text) -> None:
+    """Raises BadRow unless the prompt and the answers are all texts or all messages."""
     if len({isinstance(t, Messages) for t in (prompt, *answers)}) > 1:
         raise BadRow("prompt and answers must all be texts, or all lists of messages")
 
 
 def preference(row: Mapping[str, Any]) -> Formatted:
-    """`prompt`, `chosen`, `rejected` (texts, or lists of messages), and an optional `margin`.
+    """Reads the fields `prompt`, `chosen`, `rejected` (texts or lists of messages), and `margin` (optional).
 
-    Without a `prompt`, it is what the row has as `messages` or `conversations`, or what the two answers, lists of messages, have in
-    common at their beginning.
+    A row without `prompt` uses its field `messages` or `conversations` as the prompt. A row without these uses the
+    common prefix of the two answers, which must then be lists of messages.
+
+    Raises:
+        BadRow: a field is missing or empty, the answers are equal, the forms differ, or the margin is not finite.
     """
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
     if chosen == rejected:
         raise BadRow("chosen and rejected are the same: there is no preference to learn")
     prompt: Text
-    before = next((name for name in ("messages", "conversations") if name in row), "prompt") if "prompt" not in row else "prompt"
+    before = (
+        next((name for name in ("messages", "conversations") if name in row), "prompt")
+        if "prompt" not in row
+        else "prompt"
+    )
     if before not in row and isinstance(chosen, Messages) and isinstance(rejected, Messages):
-        same = next(i for i in range(len(chosen) + 1) if i >= len(chosen) or i >= len(rejected) or chosen[i] != rejected[i])
+        same = next(
+            i for i in range(len(chosen) + 1) if i >= len(chosen) or i >= len(rejected) or chosen[i] != rejected[i]
+        )
         prompt, chosen, rejected = chosen.part(0, same), chosen.part(same), rejected.part(same)
         if not prompt or not chosen or not rejected:
-            raise BadRow("chosen and rejected need messages in common, the prompt, and one each that differs")
+            raise BadRow(
+                "chosen and rejected need messages in common, which are the prompt, and at least one that differs each"
+            )
     else:
         prompt = _turns(row, before)
     _same_form(prompt, _only_assistant(chosen, "chosen"), _only_assistant(rejected, "rejected"))
     margin = row.get("margin") or 0.0
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-        raise BadRow(f"field 'margin' is {margin!r}, not a number")
+        raise BadRow(f"field 'margin' is {margin!r}, not a finite number")
     return Preference(prompt, chosen, rejected, float(margin))
 
 
 def unpaired(row: Mapping[str, Any]) -> Formatted:
-    """`prompt`, `completion` and `label`: whether the completion is desirable (KTO)."""
+    """Reads the fields `prompt`, `completion` and `label`, True if the completion is desirable (KTO)."""
     label = row.get("label")
     if not isinstance(label, bool) and label not in (0, 1):
-        raise BadRow(f"field 'label' is {label!r}: true where the completion is desirable, else false")
+        raise BadRow(f"field 'label' is {label!r}: it must be true if the completion is desirable, else false")
     prompt, completion = _turns(row, "prompt"), _answer(row, "completion")
     _same_form(prompt, _only_assistant(completion, "completion"))
     return Labelled(prompt, completion, bool(label))
 
 
 def prompt(row: Mapping[str, Any]) -> Formatted:
-    """`prompt` (a text, or a list of messages, with optional `tools`); all other fields are handed to the reward functions by their names."""
+    """Reads the field `prompt` (a text or a list of messages), and `tools` (optional) for a list of messages.
+
+    All fields except `prompt` are passed to the reward functions by name.
+    """
     return Prompt(_turns(row, "prompt"), {k: v for k, v in row.items() if k != "prompt"})

@@ -1,4 +1,4 @@
-"""What training will see: counts, lengths, packing, the rows themselves. Behind `myllm-ray data`."""
+"""Reports on prepared data, used by `myllm-ray data`: counts, lengths, packing, and the rows of a step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 from myllm_ray.common.types import Position
 from myllm_ray.data.chat_template import end_tokens
 from myllm_ray.data.collate import wrap64
+from myllm_ray.data.examples import LABELLED, PAIRS, PROMPTS, TOKENS, split
 from myllm_ray.data.packing import Row
 from myllm_ray.data.prepare import PreparedData
-from myllm_ray.data.records import LABELLED, PAIRS, PROMPTS, TOKENS, split
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.targets import count_targets, target_warnings
 from myllm_ray.data.tokenize import decode
@@ -24,6 +24,8 @@ _SAMPLE = 2000
 
 @dataclass
 class SourceReport:
+    """Counts of one data source; `first_skipped` is the place of its first skipped row, and the reason."""
+
     name: str
     documents: int
     tokens: int
@@ -34,7 +36,12 @@ class SourceReport:
 
 @dataclass
 class DataReport:
-    """`histogram`: (from, to, documents) by length in tokens. `efficiency`: share of row positions that hold a token."""
+    """A report on the prepared data.
+
+    `histogram`: (from, to, documents) by length in tokens. `longer_than_row`: number of documents longer than a row.
+    `efficiency`: fraction of row positions that contain a token. `trained_share`: fraction of the tokens that are
+    trained on.
+    """
 
     sources: list[SourceReport]
     histogram: list[tuple[int, int, int]]
@@ -48,31 +55,54 @@ class DataReport:
 
 
 def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
-    """Look at the whole index, and at the tokens of the first documents."""
+    """Returns a report on prepared data, from the whole index and the tokens of the first `_SAMPLE` documents."""
     spec = prepared.train
     store, size = spec.plan.store, spec.plan.packing.size
-    sources = [SourceReport(s["name"], s["documents"], s["tokens"], s["skipped"], s["first_skipped"], s["duplicates"])
-               for s in store.meta["sources"]]
+    sources = [
+        SourceReport(s["name"], s["documents"], s["tokens"], s["skipped"], s["first_skipped"], s["duplicates"])
+        for s in store.meta["sources"]
+    ]
     rows = spec.plan.rows_in_epoch(0)
     if store.kind == TOKENS:
-        lengths = np.concatenate([store.lengths(np.arange(a, min(a + 65536, len(store)))) for a in range(0, len(store), 65536)])
+        lengths = np.concatenate(
+            [store.lengths(np.arange(a, min(a + 65536, len(store)))) for a in range(0, len(store), 65536)]
+        )
         placed, longer = int(spec.plan.segments(0)[0][:, 2].sum()), int((lengths > size).sum())
     else:
         lengths = np.asarray([sum(len(ids) for ids, _ in parts_of(store, document)) for document in range(len(store))])
         placed, longer = int(lengths.sum()), sum(int(s["cut"]) for s in store.meta["sources"])
     trained, total, ended = _sampled(store, tokenizer)
-    if store.kind == TOKENS:  # of all rows, behind what is cut off
+    if store.kind == TOKENS:  # exact counts over all rows, without the tokens that are cut off
         trained, total = count_targets(spec.plan).kept, placed
     return DataReport(
-        sources=sources, histogram=list(_histogram(lengths)), longer_than_row=longer, rows=rows,
-        steps_per_epoch=spec.steps_in_epoch(0), efficiency=placed / (rows * size), trained_share=trained / max(1, total),
+        sources=sources,
+        histogram=list(_histogram(lengths)),
+        longer_than_row=longer,
+        rows=rows,
+        steps_per_epoch=spec.steps_in_epoch(0),
+        efficiency=placed / (rows * size),
+        trained_share=trained / max(1, total),
         validation_rows=prepared.validation.plan.rows_in_epoch(0) if prepared.validation else 0,
-        warnings=[*prepared.notes, *target_warnings(spec), *end_warnings(store, tokenizer),
-                  *(_warnings(tokenizer, ended, min(len(store), _SAMPLE)) if store.kind != PROMPTS else [])])
+        warnings=[
+            *prepared.notes,
+            *target_warnings(spec),
+            *end_warnings(store, tokenizer),
+            *(_warnings(tokenizer, ended, min(len(store), _SAMPLE)) if store.kind != PROMPTS else []),
+        ],
+    )
 
 
-def parts_of(store: Any, document: int, start: int = 0, length: int | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The (ids, trained on) of a document; of a record those of its prompt, and of each answer."""
+def parts_of(
+    store: Any, document: int, start: int = 0, length: int | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the (ids, trained on) pairs of a document: one pair, or for a record, one for its prompt and each answer.
+
+    Args:
+        store: the store of the document.
+        document: number of the document.
+        start: first token to read.
+        length: number of tokens to read; None: all.
+    """
     stored = store.read(document, start, length)
     if store.kind == TOKENS:
         return [decode(stored)]
@@ -81,38 +111,45 @@ def parts_of(store: Any, document: int, start: int = 0, length: int | None = Non
 
 
 def _sampled(store: Any, tokenizer: Any) -> tuple[int, int, int]:
-    """(tokens trained on, tokens, documents in which an ending token is trained on) of the first documents."""
+    """Returns (trained tokens, tokens, documents with a trained end token) of the first `_SAMPLE` documents."""
     parts = [part for document in range(min(len(store), _SAMPLE)) for part in parts_of(store, document)]
     ended = sum(ended_documents(store, end_tokens(tokenizer)))
     return sum(int(trained.sum()) for _, trained in parts), sum(len(ids) for ids, _ in parts), ended
 
 
 def ended_documents(store: Any, ends: Sequence[int]) -> Iterator[bool]:
-    """For each of the first documents whether one of the tokens `ends` is trained on in it."""
+    """Yields, for each of the first `_SAMPLE` documents, whether it trains on one of the tokens `ends`."""
     for document in range(min(len(store), _SAMPLE)):
         yield any(np.isin(ids[trained], ends).any() for ids, trained in parts_of(store, document))
 
 
 def end_warnings(store: Any, tokenizer: Any) -> Iterator[str]:
-    """A warning where none of the first documents trains on a token that ends an answer."""
+    """Yields a warning if no document of the first `_SAMPLE` trains on a token that ends an answer."""
     if store.kind != PROMPTS and not any(ended_documents(store, end_tokens(tokenizer))):
-        yield (f"the token that ends a turn ({_names(tokenizer)}) is never trained on: the model will not learn to stop; put it inside the "
-               "trained part of the chat template or format")
+        yield (
+            f"the token that ends a turn ({_names(tokenizer)}) is never trained on: the model will not learn to stop; "
+            "put it inside the trained part of the chat template or format"
+        )
 
 
 def _names(tokenizer: Any) -> str:
+    """Returns the spellings of the tokens that end an answer, for messages."""
     return " or ".join(tokenizer.convert_ids_to_tokens(sorted(end_tokens(tokenizer))))
 
 
 def _warnings(tokenizer: Any, ended: int, sampled: int) -> Iterator[str]:
+    """Yields warnings about documents without a trained end token, and about the padding token."""
     if 0 < ended < sampled:
         yield f"{sampled - ended} of {sampled} documents never train on a token that ends a turn ({_names(tokenizer)})"
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        yield (f"padding equals the end-of-text token ({tokenizer.eos_token}): harmless here, where padding is told by the "
-               "loss mask, but tools that mask by the pad token would never train on it")
+        yield (
+            f"padding equals the end-of-text token ({tokenizer.eos_token}): training here is not affected, because "
+            "padding is determined by the loss mask, but tools that mask by the pad token would never train on it"
+        )
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Yields (from, to, count) of lengths, in bins that double in width."""
     low = 1
     while low <= int(lengths.max()):
         count = int(((lengths >= low) & (lengths < 2 * low)).sum())
@@ -120,26 +157,29 @@ def _histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
         low *= 2
 
 
-def position_of_step(spec: StreamSpec, step: int) -> Position:
-    """Where the batch of optimizer step `step` (counted from 1, as in the log) begins."""
-    return deque(spec.positions(Position(), step), maxlen=1)[0]
+def rows_of_step(spec: StreamSpec, step: int, steps_per_batch: int = 1) -> tuple[Position, list[Row], int]:
+    """Returns (position, rows, fingerprint) of a step's global batch; the fingerprint is the one in the ledger.
 
-
-def rows_of_step(spec: StreamSpec, step: int) -> tuple[Position, list[Row], int]:
-    """(position, rows, fingerprint as in the ledger) of a step's global batch."""
-    position = position_of_step(spec, step)
+    Args:
+        spec: the training data.
+        step: optimizer step, counted from 1, as in the log.
+        steps_per_batch: optimizer steps that the trainer makes of each global batch.
+    """
+    position = deque(spec.positions(Position(), -(-step // steps_per_batch)), maxlen=1)[0]
     rows = spec.plan.rows(position.epoch, position.row, position.row + spec.global_size)
     fingerprint = wrap64(spec.build(position.epoch, position.row, spec.global_size)["fingerprint"])
     return position, rows, fingerprint & (2**64 - 1)
 
 
 def part_names(kind: str) -> tuple[str, ...]:
-    """What the parts of a document are, by the kind of its store: nothing where it is one text."""
-    return {PAIRS: ("prompt", "chosen", "rejected"), LABELLED: ("prompt", "completion"), PROMPTS: ("prompt",)}.get(kind, ())
+    """Returns the names of a document's parts, by the kind of its store; empty if a document is one text."""
+    return {PAIRS: ("prompt", "chosen", "rejected"), LABELLED: ("prompt", "completion"), PROMPTS: ("prompt",)}.get(
+        kind, ()
+    )
 
 
 def pieces(spec: StreamSpec, row: Row, tokenizer: Any) -> Iterator[tuple[int, str, bool]]:
-    """A row as (number of the part in its document, text, trained on) runs, in order."""
+    """Yields the runs of a row as (part number in the document, text, trained on), in order."""
     for segment in row:
         for number, (ids, trained) in enumerate(parts_of(spec.plan.store, *segment)):
             edges = np.flatnonzero(np.diff(trained.astype(np.int8))) + 1
@@ -148,7 +188,7 @@ def pieces(spec: StreamSpec, row: Row, tokenizer: Any) -> Iterator[tuple[int, st
 
 
 def label_of(spec: StreamSpec, row: Row) -> str:
-    """What is known of the answers of a row: whether a completion is desirable, by what margin one is better."""
+    """Returns the label of a row's answers: whether the completion is desirable, or the margin; empty if not known."""
     kind = spec.plan.store.kind
     if not row or kind not in (PAIRS, LABELLED):
         return ""

@@ -1,9 +1,9 @@
-"""Chats as people have them: rows of OpenAI's, ShareGPT's and Hugging Face's layout, as messages for templates.
+"""Reads chats in the OpenAI, ShareGPT and Hugging Face layouts as messages for chat templates.
 
     OpenAI, Hugging Face   {"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}
     ShareGPT               {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
 
-Either key may hold either kind of message.
+Either key may contain either kind of message.
 """
 
 from __future__ import annotations
@@ -25,22 +25,25 @@ ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-"""ShareGPT's names of roles; every other name is kept."""
+"""Maps ShareGPT's role names to those of chat templates; all other names are unchanged."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of what a model thinks before it answers; transformers hands each to templates under all of these names."""
+"""Keys of a message's reasoning; transformers also copies the text to the other names that chat templates read."""
 
 
 class BadRow(DataError):
-    """One row can't be used; `data.on_bad_row` decides whether that ends the run or the row is skipped and counted."""
+    """Raised for a row that can't be used.
+
+    `data.on_bad_row` determines whether the error ends the run, or the row is skipped and counted.
+    """
 
 
 class Messages(list[dict[str, Any]]):
     """A chat, to be rendered by the tokenizer's chat template.
 
     Args:
-        messages: {role, content, ...} each.
+        messages: the messages, each {role, content, ...}.
         tools: definitions of the tools that the assistant may call, as JSON schemas.
-        trained: for each message, whether the loss is on it; default: on the assistant's.
+        trained: for each message, whether the loss includes it. Default: True for the assistant's messages.
     """
 
     def __init__(
@@ -54,25 +57,27 @@ class Messages(list[dict[str, Any]]):
         self.trained = [m["role"] == "assistant" for m in self] if trained is None else list(trained)
 
     def part(self, start: int, stop: int | None = None) -> Messages:
-        """Messages [start, stop), with the same tools."""
+        """Returns messages [start, stop), with the same tools."""
         return Messages(self[start:stop], self.tools, self.trained[start:stop])
 
     def followed_by(self, others: Messages) -> Messages:
-        """These messages and then the others, with the tools of these."""
+        """Returns these messages followed by `others`, with the tools of these messages."""
         return Messages([*self, *others], self.tools, [*self.trained, *others.trained])
 
 
 def read_messages(value: Any, name: str, tools: Any = None, system: Any = None) -> Messages:
-    """A list of messages as templates read them.
+    """Reads the messages of a row in the layout of chat templates.
 
     Args:
-        value: the row's field.
-        name: of the field, for messages of errors.
+        value: the field of the row: a list of messages, or one message.
+        name: name of the field, for error messages.
         tools: tool definitions: a list, or its JSON.
-        system: ShareGPT's field of that name: a message of the system before the others.
+        system: the `system` field of ShareGPT rows: the content of a system message inserted before the others,
+            unless the chat already begins with one.
 
     Raises:
-        BadRow: there is no text in a message, or something that is not text; or a message has no role.
+        BadRow: a message has no role, no content, or content that is not text; an assistant message has nothing to
+            train on; or `train`, `weight`, the tool calls or the tools are not valid.
     """
     value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list) or not value:
@@ -85,7 +90,7 @@ def read_messages(value: Any, name: str, tools: Any = None, system: Any = None) 
 
 
 def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
-    """A message, and whether the loss is on it."""
+    """Reads one message; returns it and whether the loss includes it."""
     if not isinstance(message, Mapping):
         raise BadRow(f"{where} is {type(message).__name__}, not a message {{role, content}}")
     given = {key: value for key, value in message.items() if value is not None}
@@ -108,7 +113,8 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
         raise BadRow(f"{where} has no text content")
     if found["role"] == "assistant" and not calls and not (text or "").strip():
         raise BadRow(f"{where}: the assistant's content is empty, and it calls no tool: there is nothing to train on")
-    # Without the key rather than with null: templates that ask for content find none, others fail.
+    # Omit `content` instead of setting it to None: a template that tests for it finds none, and one that requires it
+    # fails in the probe and gets an empty content (`ChatTemplate.needs_content`).
     return {
         **found,
         **({} if calls and not text else {"content": text}),
@@ -118,21 +124,28 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], bool]:
 
 
 def _is_trained(given: dict[str, Any], role: str, where: str) -> bool:
-    """Takes `train` and `weight` out of a message; the loss is on the assistant's unless one says otherwise."""
+    """Removes `train` and `weight` from a message and returns whether the loss includes the message.
+
+    The loss includes assistant messages, except those with `train: false` or `weight: 0`.
+    """
     weight, train = given.pop("weight", None), given.pop("train", None)
     if weight is not None and weight not in (0, 1):
-        raise BadRow(f"{where}.weight is {weight!r}: 1 trains on a message of the assistant, 0 does not")
+        raise BadRow(f"{where}.weight is {weight!r}: it must be 1 (train on the assistant's message) or 0 (do not)")
     if train is not None and not isinstance(train, bool):
-        raise BadRow(f"{where}.train is {train!r}: true or false")
+        raise BadRow(f"{where}.train is {train!r}: it must be true or false")
     if role != "assistant":
         if train or weight:
-            raise BadRow(f"{where} is of the {role}: only messages of the assistant can be trained on (train, weight)")
+            raise BadRow(f"{where} has role {role}: only assistant messages can be trained on (train, weight)")
         return False
     return train is not False and weight != 0
 
 
 def _text(content: Any, where: str) -> str | None:
-    """The text of a content: a string, null, or a list of parts that are all text."""
+    """Returns the text of a message's content, which is a string, None, or a list of text parts.
+
+    Raises:
+        BadRow: the content is of another type, or a part is not text.
+    """
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -148,7 +161,15 @@ def _text(content: Any, where: str) -> str | None:
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls in OpenAI's layout, their arguments as objects."""
+    """Returns tool calls in OpenAI's layout, with their arguments as objects.
+
+    Args:
+        calls: a call, a list of calls, the JSON of either, or None.
+        where: name of the message for errors.
+
+    Raises:
+        BadRow: a call has no function name, or its arguments are not valid JSON.
+    """
     if calls is None:
         return []
     calls = _parsed(calls, f"{where}.tool_calls") if isinstance(calls, str) else calls
@@ -174,7 +195,13 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    """Tool definitions from a list or its JSON; None without any. Null values, which Parquet fills in, are left out."""
+    """Returns tool definitions from a list or its JSON, or None if there are no tools.
+
+    Null values are removed: Parquet fills in the keys that a definition does not have.
+
+    Raises:
+        BadRow: the value is not a list of definitions.
+    """
     tools = _parsed(tools, "field 'tools'") if isinstance(tools, str) and tools.strip() else tools
     if not tools:
         return None
@@ -186,12 +213,14 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def _without_nulls(value: Any) -> Any:
+    """Returns a JSON value with all keys whose value is null removed, recursively."""
     if isinstance(value, Mapping):
         return {key: _without_nulls(v) for key, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _parsed(text: Any, what: str) -> Any:
+    """Parses JSON; raises BadRow that names `what` if it is not valid."""
     try:
         return json.loads(text)
     except (TypeError, ValueError, RecursionError):

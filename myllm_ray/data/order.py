@@ -1,7 +1,7 @@
-"""The order of documents: which ones an epoch holds, and how they are shuffled. A pure function of seed and epoch.
+"""Selects and shuffles the documents of an epoch. The result is a pure function of seed and epoch.
 
-Documents are handled in blocks of consecutive numbers, so that nothing here needs more memory than one window (or, for
-`shuffle: full`, one number a document).
+Documents are processed in blocks of consecutive numbers. Memory use is bounded by one shuffle window or, for
+`shuffle: full`, by one number per document.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from myllm_ray.common.seeds import generator
 from myllm_ray.data.store import TokenStore
 
 BLOCK = 1024
-"""Consecutive documents that stay together when blocks are shuffled for `shuffle: window`."""
+"""Number of consecutive documents per block. `shuffle: window` shuffles the order of the blocks."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """How an epoch's documents are chosen and ordered.
+    """Selection and order of the documents of an epoch.
 
-    `held_out`: share of each source that is kept for validation; `validation` asks for just that share instead.
-    `weights`: passes over each source per epoch.
+    Attributes:
+        seed: Seed of all random choices.
+        shuffle: "none", "full" or "window".
+        window: Smallest number of documents that are shuffled together, for `shuffle: window`.
+        weights: Passes over each source per epoch. Empty: one pass over each.
+        held_out: Share of each source that is reserved for validation.
+        validation: Selects the held-out share instead of the rest.
     """
 
     seed: int = 0
@@ -35,7 +40,10 @@ class Order:
 
 
 def documents(store: TokenStore, order: Order, epoch: int) -> Iterator[np.ndarray]:
-    """Document numbers of an epoch, in order, in pieces of bounded size ((n,) int64 each)."""
+    """Yields the document numbers of an epoch in order, as (n,) int64 arrays.
+
+    Arrays have bounded size, except with `shuffle: full`, which yields one array with all documents.
+    """
     blocks = _blocks(store, order)
     rng = generator("order", order.seed, epoch)
     if order.shuffle == "none":
@@ -49,34 +57,43 @@ def documents(store: TokenStore, order: Order, epoch: int) -> Iterator[np.ndarra
 
 
 def _blocks(store: TokenStore, order: Order) -> list[tuple[int, int, float]]:
-    """(source, first document, share) of every block; a weight of 2.5 is two whole passes and one of a half."""
+    """Returns (source, first document, share) of each block.
+
+    A weight of 2.5 results in two passes over all documents and one pass over half of them.
+    """
     weights = order.weights or (1.0,) * len(store.sources)
     found = []
     for source, weight in enumerate(weights):
         shares = [1.0] * int(weight) + ([weight % 1] if weight % 1 else [])
         everything = store.documents_of(source)
-        found += [(source, first, share) for share in shares for first in range(everything.start, everything.stop, BLOCK)]
+        found += [
+            (source, first, share) for share in shares for first in range(everything.start, everything.stop, BLOCK)
+        ]
     return found
 
 
 def _take(store: TokenStore, order: Order, epoch: int, source: int, first: int, share: float) -> np.ndarray:
-    """The documents of one block that belong to this epoch, ascending."""
+    """Returns the documents of one block that belong to this epoch, in ascending order."""
     block = np.arange(first, min(first + BLOCK, store.documents_of(source).stop), dtype=np.int64)
     if order.held_out:
         held = np.zeros(len(block), bool)
+        # The first block of a source holds out at least one document, so that small sources are validated too.
         at_least = 1 if first == store.documents_of(source).start and len(block) > 1 else 0
         count = max(at_least, round(order.held_out * len(block)))
+        # The epoch is not part of the seed: the same documents are held out in every epoch.
         held[generator("held-out", order.seed, first).permutation(len(block))[:count]] = True
         block = block[held if order.validation else ~held]
     if share < 1:
+        # The epoch is part of the seed: each epoch draws a different subset.
         count = round(share * len(block))
         block = np.sort(generator("share", order.seed, epoch, first).permutation(block)[:count])
     return block
 
 
-def _windows(store: TokenStore, order: Order, epoch: int, blocks: list[tuple[int, int, float]],
-             rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Blocks in random order, documents of neighbouring blocks shuffled together, `order.window` at a time."""
+def _windows(
+    store: TokenStore, order: Order, epoch: int, blocks: list[tuple[int, int, float]], rng: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Yields the blocks in random order, with at least `order.window` documents at a time shuffled together."""
     waiting: list[np.ndarray] = []
     for number in rng.permutation(len(blocks)):
         waiting.append(_take(store, order, epoch, *blocks[number]))

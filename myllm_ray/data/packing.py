@@ -1,4 +1,4 @@
-"""Packing: from the lengths of documents to rows of segments. Pure functions; no token is looked at."""
+"""Packs documents into rows of segments. Pure functions of the document lengths; tokens are not read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 from myllm_ray.config.errors import DataError
 
 OPEN_ROWS = 256
-"""Rows that best-fit keeps open at a time: bounds memory and how far a document moves from its place in the order."""
+"""Maximum number of open rows in best-fit packing. Bounds memory, and how far a document moves in the order."""
 
 
 class Segment(NamedTuple):
-    """`length` tokens of a document, from `start` on."""
+    """A range of `length` tokens of a document, starting at token `start`."""
 
     document: int
     start: int
@@ -24,15 +24,23 @@ Row = list[Segment]
 
 
 def fit(documents: Iterable[tuple[int, int]], size: int, overflow: str) -> Iterator[Segment]:
-    """(document, length) -> segments of at most `size` tokens: truncated, split, or refused, as `overflow` says.
+    """Converts documents to segments of at most `size` tokens.
+
+    Args:
+        documents: (document, length in tokens) pairs.
+        size: Maximum length of a segment, in tokens.
+        overflow: What happens to a longer document: "truncate" drops its end, "split" yields several segments, "error"
+            raises.
 
     Raises:
-        DataError: a document is longer than `size` and `overflow` is "error".
+        DataError: A document is longer than `size` and `overflow` is "error".
     """
     for document, length in documents:
         if length > size and overflow == "error":
-            raise DataError(f"document {document} has {length} tokens, more than data.sequence_length={size}: "
-                            "make rows longer, or set data.overflow to truncate or split")
+            raise DataError(
+                f"document {document} has {length} tokens, more than data.sequence_length={size}: "
+                "increase data.sequence_length, or set data.overflow to truncate or split"
+            )
         if overflow == "split":
             for start in range(0, length, size):
                 yield Segment(document, start, min(size, length - start))
@@ -41,24 +49,30 @@ def fit(documents: Iterable[tuple[int, int]], size: int, overflow: str) -> Itera
 
 
 def one_per_row(segments: Iterable[Segment]) -> Iterator[Row]:
-    """No packing: each segment has a row for itself."""
+    """Yields one row per segment, without packing."""
     for segment in segments:
         yield [segment]
 
 
 def best_fit(segments: Iterable[Segment], size: int, open_rows: int = OPEN_ROWS) -> Iterator[Row]:
-    """Best-fit packing: each segment goes whole into the fullest open row that still has room for it.
+    """Packs each segment, unsplit, into the fullest open row that has enough free tokens for it.
 
-    At most `open_rows` rows are open; a full row is given out at once, and when one more is needed the fullest is closed.
-    (Online best fit; Ding et al., "Fewer Truncations Improve Language Modeling", 2024, use its offline form.)
+    At most `open_rows` rows are open. A full row is yielded immediately. When the limit is exceeded, the fullest row is
+    yielded. This is the online form of best-fit packing; Ding et al., "Fewer Truncations Improve Language Modeling",
+    2024, use the offline form.
+
+    Args:
+        segments: Segments of at most `size` tokens.
+        size: Length of a row, in tokens.
+        open_rows: Maximum number of open rows.
     """
-    rooms: list[tuple[int, int]] = []  # (free tokens, number of the row), sorted
+    spaces: list[tuple[int, int]] = []  # (free tokens, row number), sorted
     rows: dict[int, Row] = {}
     number = 0
     for segment in segments:
-        at = bisect_left(rooms, (segment.length, -1))
-        if at < len(rooms):
-            free, row = rooms.pop(at)
+        at = bisect_left(spaces, (segment.length, -1))
+        if at < len(spaces):
+            free, row = spaces.pop(at)
         else:
             free, row = size, number
             rows[row] = []
@@ -68,14 +82,19 @@ def best_fit(segments: Iterable[Segment], size: int, open_rows: int = OPEN_ROWS)
         if free == 0:
             yield rows.pop(row)
             continue
-        insort(rooms, (free, row))
-        if len(rooms) > open_rows:
-            yield rows.pop(rooms.pop(0)[1])
+        insort(spaces, (free, row))
+        if len(spaces) > open_rows:
+            yield rows.pop(spaces.pop(0)[1])
     yield from rows.values()
 
 
 def continuous(documents: Iterable[tuple[int, int]], size: int) -> Iterator[Row]:
-    """Documents end to end, cut every `size` tokens; only the last row may be shorter."""
+    """Concatenates documents and cuts them into rows of `size` tokens. Only the last row may be shorter.
+
+    Args:
+        documents: (document, length in tokens) pairs.
+        size: Length of a row, in tokens.
+    """
     row: Row = []
     free = size
     for document, length in documents:

@@ -1,8 +1,9 @@
-"""The plan of an epoch: which segments of which documents stand in which row. On disk, so that any row is found at once.
+"""The plan of an epoch: the assignment of document segments to rows, stored on disk for random access.
 
-A plan depends on the lengths of documents alone. It is written next to the store by whoever needs it first (the content is
-a pure function of the config, so a race is harmless) and read through a memory map: a resume in the middle of an epoch
-costs the same as a start, and a Ray Data task on any node finds its rows without the ones before.
+A plan depends only on the lengths of the documents. The first process that needs it writes it next to the store. Its
+content is a pure function of the config, so concurrent writers are harmless. It is read through a memory map: resuming
+in the middle of an epoch costs the same as starting it, and a Ray Data task on any node reads its rows without the
+preceding ones.
 """
 
 from __future__ import annotations
@@ -25,13 +26,22 @@ from myllm_ray.data.store import TokenStore
 
 PLAN_VERSION = 2
 _SMALL = 4096
-"""Documents up to which an epoch is planned in memory: faster than a file, and a thousand epochs of it leave none behind."""
+"""Largest number of documents for which an epoch is planned in memory.
+
+This is faster than a file, and runs of many short epochs leave no files on disk.
+"""
 _FLUSH_ROWS = 65536
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How documents become rows. `kind`: none | best_fit | continuous | record (whole); `overflow`: see `packing.fit`."""
+    """The packing of documents into rows.
+
+    Attributes:
+        kind: "none", "best_fit", "continuous", or "record" (one complete example per row).
+        size: Length of a row, in tokens.
+        overflow: See `packing.fit`.
+    """
 
     kind: str
     size: int
@@ -39,7 +49,7 @@ class Packing:
 
 
 class RowPlan:
-    """The rows of every epoch of a store under an order and a packing."""
+    """The rows of all epochs of a store, for a given order and packing."""
 
     def __init__(self, store: TokenStore, order: Order, packing: Packing):
         self.store, self.order, self.packing = store, order, packing
@@ -49,24 +59,28 @@ class RowPlan:
         self._row_counts: dict[int, int] = {}
 
     def __reduce__(self) -> tuple[object, ...]:
+        # Memory maps and the cache of opened epochs are per process: an unpickled plan opens its own.
         return RowPlan, (self.store, self.order, self.packing)
 
     def rows_in_epoch(self, epoch: int) -> int:
-        """How many rows an epoch has. Planned the first time, remembered after that."""
+        """Returns the number of rows in an epoch. The first call plans the epoch; the result is cached."""
         if epoch not in self._row_counts:
             self._row_counts[epoch] = len(self._open(epoch)[1]) - 1
         return self._row_counts[epoch]
 
     def folder(self, epoch: int) -> Path:
-        """Where the plan of an epoch is kept."""
+        """Returns the folder of the plan of an epoch."""
         return self.store.folder / "plans" / f"{self.key}-{epoch}"
 
     def segments(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """All segments of an epoch, (n, 3) int64, and the first one of each row, (rows + 1,); memory-mapped."""
+        """Returns all segments of an epoch, (n, 3) int64, and the index of the first segment of each row, (rows + 1,).
+
+        The columns are document, start and length. The arrays are memory-mapped, except for small stores.
+        """
         return self._open(epoch)
 
     def rows(self, epoch: int, start: int, stop: int) -> list[Row]:
-        """Rows [start, stop) of an epoch; rows beyond its end are empty (they fill the last global batch)."""
+        """Returns rows [start, stop) of an epoch. Rows after its end are empty; they fill the last global batch."""
         segments, firsts = self._open(epoch)
         found: list[Row] = []
         for row in range(start, stop):
@@ -77,7 +91,7 @@ class RowPlan:
         return found
 
     def iterate(self, epoch: int) -> Iterator[Row]:
-        """The rows of an epoch in the order in which packing gives them, made on the fly in bounded memory."""
+        """Yields the rows of an epoch in packing order, computed on the fly in bounded memory."""
         lengths = self._lengths(epoch)
         size, overflow = self.packing.size, self.packing.overflow
         if self.packing.kind == "continuous":
@@ -95,7 +109,7 @@ class RowPlan:
                 yield from zip(part.tolist(), self.store.lengths(part).tolist(), strict=True)
 
     def _open_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(segments (n, 3) int64, first segment of each row (rows + 1,) int64), of many documents memory-mapped."""
+        """Returns the same arrays as `segments`, and writes the plan first if it does not exist."""
         if len(self.store) <= _SMALL:
             parts = list(self._plan(epoch))
             return np.concatenate([segments for segments, _ in parts]), _firsts([counts for _, counts in parts])
@@ -107,22 +121,25 @@ class RowPlan:
         return segments, firsts
 
     def _plan(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The rows of an epoch in their order, many at a time: their segments (n, 3) int64, and how many each row has (rows,) int64.
+        """Yields the rows of an epoch in their final order, in chunks of at most `_FLUSH_ROWS` rows.
+
+        Each chunk consists of the segments, (n, 3) int64, and the number of segments of each row, (rows,) int64.
 
         Raises:
-            DataError: there are no rows.
+            DataError: The epoch has no rows.
         """
         number = -1
         for number, rows in enumerate(_chunks(self.iterate(epoch), _FLUSH_ROWS)):
-            if self.order.shuffle != "none":  # a long document fills many rows in a row; batches must mix
+            if self.order.shuffle != "none":  # a long document fills many consecutive rows, which would share a batch
                 order = generator("rows", self.order.seed, epoch, number).permutation(len(rows))
                 rows = [rows[i] for i in order]
             segments = np.asarray([s for row in rows for s in row], np.int64).reshape(-1, 3)
             yield segments, np.asarray([len(row) for row in rows], np.int64)
         if number < 0:
             part = "validation" if self.order.validation else "training"
-            raise DataError(f"the {part} data is empty: no document is left for it; change data.validation.split "
-                            "or give more data")
+            raise DataError(
+                f"the {part} data is empty: it has no documents; change data.validation.split or provide more data"
+            )
 
     def _write(self, folder: Path, epoch: int) -> None:
         counts: list[np.ndarray] = []
@@ -139,7 +156,7 @@ class RowPlan:
 
 
 def _firsts(counts: list[np.ndarray]) -> np.ndarray:
-    """The first segment of each row, and the number of segments, from the number of segments in each row."""
+    """Returns the index of the first segment of each row, and the total, from the segment counts of the rows."""
     return np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
 
 

@@ -1,7 +1,7 @@
-"""From the config's data section to a token store and the streams on it. Tokenising happens once, here.
+"""Prepares the data of a config: tokenizes it into a token store and builds the streams that read the store.
 
-A store's key is a hash of everything that decides its tokens (files by path, size and time; format; tokenizer), so a
-second run, a resume or a sweep's trial with the same data starts at once.
+The cache key of a store is a hash of everything that determines its tokens (path, size and modification time of the
+files; format; tokenizer). A second run, a resumed run or a sweep trial with the same data reuses the store.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import pyarrow as pa
 
 from myllm_ray.common.files import published
 from myllm_ray.common.types import Isolation
+from myllm_ray.config.components import format_of
 from myllm_ray.config.errors import DataError
-from myllm_ray.config.resolve import resolve
-from myllm_ray.config.schema import SourceSection, TrainerConfig
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.sections import SourceSection
 from myllm_ray.data import sources as reading
 from myllm_ray.data.chat_template import ChatTemplate
+from myllm_ray.data.examples import PROMPTS, TOKENS, LengthLimits
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
 from myllm_ray.data.order import Order
 from myllm_ray.data.plan import Packing, RowPlan
-from myllm_ray.data.records import PROMPTS, TOKENS, Room
 from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import FORMAT_VERSION, TokenStore, write_store
 from myllm_ray.data.stream import StreamSpec
@@ -45,57 +46,69 @@ from myllm_ray.data.tokenizer import (
 
 log = logging.getLogger(__name__)
 MapUnits = Callable[[Callable[[Unit], pa.RecordBatch], list[Unit]], Iterable[pa.RecordBatch]]
-"""Applies a function to units and gives the results in order: in-process, or by Ray Data."""
+"""Applies a function to units and returns the results in order, in-process or with Ray Data."""
 
 
 _DUPLICATES = 0.01
-"""The share of documents that are copies of others from which it is worth a warning."""
+"""Share of duplicate documents above which the user is warned."""
 
 
 @dataclass
 class PreparedData:
-    """What training reads: small, picklable, everything on disk."""
+    """The prepared data of a run. Small and picklable, because all tokens are on disk."""
 
     train: StreamSpec
     validation: StreamSpec | None
     tokenizer_folder: str
     skipped: int
     notes: tuple[str, ...] = ()
-    """What a user should know about how the data became tokens, one line each."""
+    """Warnings for the user about the tokenized data, one line each."""
     isolation: Isolation | None = None
-    """Whether the model keeps the documents of a row apart; None: not asked, rows are as the config says."""
+    """Whether the model isolates the documents of a row. None: not checked; rows are packed as configured."""
     packs_answers: bool = True
-    """Whether trainers that sample put several answers in one row."""
+    """Whether trainers with rollouts pack several answers into one row."""
 
     @property
     def packing(self) -> str:
-        """What shares a row, in words."""
+        """A description of what shares a row. It is part of `identity`, so its wording must not change."""
         kind = self.train.plan.packing.kind
         if self.train.plan.store.kind == PROMPTS:
             return "several answers a row" if self.packs_answers else "one answer a row"
-        return {"record": "one record a row", "none": "one document a row"}.get(kind, f"several documents a row ({kind})")
+        return {"record": "one example a row", "none": "one document a row"}.get(
+            kind, f"several documents a row ({kind})"
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run goes on: the tokens and the order of rows."""
-        return {"tokens": self.train.plan.store.content_hash, "rows": self.train.plan.key,
-                "batch.global_size": self.train.global_size, "packing": self.packing}
+        """The properties that must not change when a run is resumed: the tokens and the order of the rows."""
+        return {
+            "tokens": self.train.plan.store.content_hash,
+            "rows": self.train.plan.key,
+            "batch.global_size": self.train.global_size,
+            "packing": self.packing,
+        }
 
 
 def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolation | None = None) -> PreparedData:
-    """Tokenise what is not yet in the cache, and lay the streams over it.
+    """Tokenizes the data that is not in the cache yet, and builds the training and validation streams.
 
     Args:
-        isolation: whether the model keeps the documents of a row apart (`roles.isolation_of`): if not, each has a row of its own.
-            None: rows are as the config says.
+        config: Config of the run.
+        map_units: Applies the tokenization to units, see `MapUnits`.
+        isolation: Whether the model isolates the documents of a row (`model_checks.isolation_of`). If it does not, each
+            document has its own row. None: rows are packed as configured.
 
     Raises:
-        DataError, ConfigError: as the parts below it do; nothing half-written stays behind.
+        DataError: The data or a cache folder can't be read or written, or a part of the data is empty. No partially
+            written files remain.
+        ConfigError: An option names an unknown format or an unusable tokenizer.
     """
     data = config.data
     cache = Path(data.cache or Path(config.run.storage) / ".data")
     tokenizer_folder = prepare_tokenizer(config, cache)
-    named = [(s, f"data.train[{i}]" if isinstance(data.train, list) else "data.train") for i, s in enumerate(data.sources)]
+    named = [
+        (s, f"data.train[{i}]" if isinstance(data.train, list) else "data.train") for i, s in enumerate(data.sources)
+    ]
     train = _store(config, cache, tokenizer_folder, named, map_units)
     tokenizer = open_tokenizer(str(tokenizer_folder))
     pad_id = pad_token_id(tokenizer)
@@ -105,7 +118,11 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolati
     order = Order(config.run.seed, data.shuffle, data.shuffle_window, weights, share)
 
     def spec(store: TokenStore, order: Order) -> StreamSpec:
-        plan = RowPlan(store, order, packing_of(config, isolation) if store.kind == TOKENS else Packing("record", config.data.sequence_length))
+        plan = RowPlan(
+            store,
+            order,
+            packing_of(config, isolation) if store.kind == TOKENS else Packing("record", config.data.sequence_length),
+        )
         return StreamSpec(plan, config.batch.global_size, config.batch.micro_size, pad_id)
 
     validation = None
@@ -114,57 +131,85 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolati
         validation = spec(held_out, Order(config.run.seed, "none"))
     elif share:
         validation = spec(train, Order(config.run.seed, "none", held_out=share, validation=True))
-    prepared = PreparedData(spec(train, order), validation, str(tokenizer_folder),
-                            sum(s["skipped"] for s in train.meta["sources"]), tuple(_notes(config, tokenizer, train)), isolation,
-                            packs(config, isolation))
+    prepared = PreparedData(
+        spec(train, order),
+        validation,
+        str(tokenizer_folder),
+        sum(s["skipped"] for s in train.meta["sources"]),
+        tuple(_notes(config, tokenizer, train)),
+        isolation,
+        packs(config, isolation),
+    )
     for stream in filter(None, (prepared.train, prepared.validation)):
-        stream.plan.rows_in_epoch(0)  # written before workers start, so that they find it, and errors come early
+        # Written before workers start: they find the plan on disk, and errors in the data are raised early.
+        stream.plan.rows_in_epoch(0)
     return prepared
 
 
 def _notes(config: TrainerConfig, tokenizer: Any, store: TokenStore) -> Iterator[str]:
     own, loaded = has_own_template(tokenizer), bool(tokenizer_section(config).path or tokenizer_section(config).name)
     if any(source.format == "instruction" for source in config.data.sources):
-        log.info("format instruction: %s", "a user's turn and its answer, by the tokenizer's chat template" if own else
-                 "Alpaca's layout (### Instruction: ... ### Response:), as the tokenizer has no chat template of its own")
+        log.info(
+            "format instruction: %s",
+            "a user turn and its answer, written with the tokenizer's chat template"
+            if own
+            else "Alpaca layout (### Instruction: ... ### Response:), as the tokenizer comes without a chat template",
+        )
     if store.chats:
         if loaded and not own:
             known = TURN_END in tokenizer.get_vocab()
-            yield (f"the tokenizer has no chat template: chats are written as ChatML ({TURN_START}role ... {TURN_END}), each turn ended by "
-                   f"{TURN_END if known else tokenizer.eos_token}"
-                   + ("" if known else f", as {TURN_END} is no token of it; what begins a turn takes several tokens")
-                   + "; a model that was trained on chats in another layout has to learn this one. Give the tokenizer its chat template if it has one")
+            yield (
+                f"the tokenizer has no chat template: chats are written as ChatML ({TURN_START}role ... {TURN_END}), "
+                "and each turn ends with "
+                f"{TURN_END if known else tokenizer.eos_token}"
+                + ("" if known else f", as {TURN_END} is not in its vocabulary; a turn start is several tokens")
+                + "; a model that was trained on another chat layout has to learn this one. If the model has a chat "
+                "template, add it to the tokenizer"
+            )
         yield from ChatTemplate.of(tokenizer).notes()
     if store.duplicates > _DUPLICATES * len(store):
-        yield (f"{store.duplicates:,} of {len(store):,} documents ({store.duplicates / len(store):.1%}) are exact copies of others: each is trained on "
-               "as often as it is in the data")
+        yield (
+            f"{store.duplicates:,} of {len(store):,} documents ({store.duplicates / len(store):.1%}) are exact copies "
+            "of others: each is trained on as often as it is in the data"
+        )
 
 
 def packs(config: TrainerConfig, isolation: Isolation | None) -> bool:
-    """Whether several documents, or answers, share a row: where the config asks for it and the model keeps them apart."""
+    """Returns whether several documents or answers share a row.
+
+    This requires that the config enables packing, and that the model isolates documents or was not checked.
+    """
     return bool(config.data.packing) and (isolation is None or isolation.isolated is True)
 
 
 def packing_of(config: TrainerConfig, isolation: Isolation | None = None) -> Packing:
-    """Continuous for text that is trained on whole; best-fit, which never cuts a document, for everything else; none where
-    `packs` says no."""
-    whole_text = config.trainer == "pretrain"
+    """Returns the packing of documents of tokens.
+
+    "continuous" for pretraining with `overflow: split`; "best_fit", which never splits a document to fill a row, for
+    all other data; "none" where `packs` is false.
+    """
+    whole_text = config.trainer_section.trains_on_whole_text
     overflow = config.data.overflow or ("split" if whole_text else "truncate")
-    kind = "none" if not packs(config, isolation) else "continuous" if whole_text and overflow == "split" else "best_fit"
+    kind = (
+        "none" if not packs(config, isolation) else "continuous" if whole_text and overflow == "split" else "best_fit"
+    )
     return Packing(kind, config.data.sequence_length, overflow)
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The id that fills rows up: never attended to, never trained on, so the end-of-text token serves as well."""
+    """Returns the token id of the padding.
+
+    Padding is never attended to and never trained on, so the end-of-text token is used if there is no padding token.
+    """
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
 def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
-    """The config's tokenizer as a folder in the cache (trained there, if it is to be trained)."""
+    """Returns the folder of the config's tokenizer in the cache. Loads or trains the tokenizer if needed."""
     section = tokenizer_section(config)
     described: list[Any] = [TOKENIZER_VERSION, section.model_dump()]
     if section.train:
-        described += [(s.model_dump(), reading.signature(_units(s, "data.train"))) for s in config.data.sources]
+        described += [(_identity(s), reading.signature(_units(s, "data.train"))) for s in config.data.sources]
     folder = cache / f"tokenizer-{_hash(described)}"
     if section.path or section.name or not (folder / "tokenizer.json").exists():
         if section.train:
@@ -179,43 +224,59 @@ def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Whole or absent, also when several processes prepare at once: what stands there already is the same."""
+    """Saves a tokenizer atomically. An existing folder is kept: its content is identical."""
     if folder.exists():
         return
     with published(folder, existing="keep") as beside:
         tokenizer.save_pretrained(beside)
 
 
-def _store(config: TrainerConfig, cache: Path, tokenizer_folder: Path, named: list[tuple[SourceSection, str]],
-           map_units: MapUnits) -> TokenStore:
+def _store(
+    config: TrainerConfig,
+    cache: Path,
+    tokenizer_folder: Path,
+    named: list[tuple[SourceSection, str]],
+    map_units: MapUnits,
+) -> TokenStore:
     units = [_units(source, key) for source, key in named]
     names = _names([source for source, _ in named])
-    train_on_prompt = bool(getattr(getattr(config, "sft", None), "train_on_prompt", False))
-    room = Room(config.room, config.data.overflow or "truncate") if config.room else None
-    described = [FORMAT_VERSION, tokenizer_folder.name, train_on_prompt, config.data.on_bad_row, *([asdict(room)] if room else []),
-                 [(s.model_dump(exclude={"weight", "split"}), reading.signature(u))
-                  for (s, _), u in zip(named, units, strict=True)]]
+    train_on_prompt = config.trainer_section.trains_on_prompt
+    limits = LengthLimits(config.length_limit, config.data.overflow or "truncate") if config.length_limit else None
+    described = [
+        FORMAT_VERSION,
+        tokenizer_folder.name,
+        train_on_prompt,
+        config.data.on_bad_row,
+        *([asdict(limits)] if limits else []),
+        [(_identity(s, "weight", "split"), reading.signature(u)) for (s, _), u in zip(named, units, strict=True)],
+    ]
     folder = cache / f"tokens-{_hash(described)}"
     if not (folder / "meta.json").exists():
-        log.info("tokenising %s: %d pieces, once; kept in %s", ", ".join(names), sum(map(len, units)), folder)
+        log.info("tokenizing %s: %d units; cached in %s", ", ".join(names), sum(map(len, units)), folder)
         parts = []
         for (source, key), name, source_units in zip(named, names, units, strict=True):
-            resolve("formats", source.format, f"{key}.format")  # a wrong name fails here, not in a task
-            options = TokenizeOptions(source.fields, config.data.on_bad_row, train_on_prompt, room)
+            format_of(source, key)  # fail on the driver, not in a Ray task
+            options = TokenizeOptions(source.fields, config.data.on_bad_row, train_on_prompt, limits)
             work = partial(tokenize_unit, source=source, tokenizer_folder=str(tokenizer_folder), options=options)
             parts.append((name, map_units(work, source_units), source.limit))
         write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
     return TokenStore(folder)
 
 
+def _identity(source: SourceSection, *without: str) -> dict[str, Any]:
+    """Returns what determines the documents of a source. Empty options are left out: older caches stay valid."""
+    return source.model_dump(exclude={*without, *([] if source.options else ["options"])})
+
+
 _tokenizers: dict[str, Any] = {}
+"""Opened tokenizers by folder: a worker process opens each tokenizer once, not once per unit."""
 
 
 def tokenize_unit(unit: Unit, source: SourceSection, tokenizer_folder: str, options: TokenizeOptions) -> pa.RecordBatch:
-    """One unit of one source as tokens: what one task does."""
+    """Tokenizes one unit of one source. This is the work of one Ray task."""
     if tokenizer_folder not in _tokenizers:
         _tokenizers[tokenizer_folder] = open_tokenizer(tokenizer_folder)
-    format_row = resolve("formats", source.format, "data.train.format")
+    format_row = format_of(source)
     return tokenize_rows(reading.read_unit(unit, source), format_row, _tokenizers[tokenizer_folder], options)
 
 
@@ -227,7 +288,7 @@ def _units(source: SourceSection, key: str) -> list[Unit]:
 
 
 def _names(sources: list[SourceSection]) -> list[str]:
-    """A name for each source: its own, or the stem of its path."""
+    """Returns a unique name for each source: the configured name, or the stem of its path."""
     names: list[str] = []
     for source in sources:
         path = source.path[0] if isinstance(source.path, list) else source.path
@@ -237,9 +298,9 @@ def _names(sources: list[SourceSection]) -> list[str]:
 
 
 def _texts(config: TrainerConfig) -> Iterator[str]:
-    """The training texts, for a tokenizer that is trained on them."""
+    """Yields the training texts, for training a tokenizer."""
     for source in config.data.sources:
-        format_row = resolve("formats", source.format, "data.train.format")
+        format_row = format_of(source)
         for unit in _units(source, "data.train"):
             for place, row in reading.read_unit(unit, source):
                 try:

@@ -1,7 +1,7 @@
-"""Sources: from paths to units of work, and from a unit to its rows. The order of rows is the order of units.
+"""Data sources: splits paths into units, and reads the rows of a unit. Rows are ordered by unit.
 
-A unit is a piece of a file that one task can read without the rest (a byte range of a JSONL or text file, a row group of
-a Parquet file), so that a file of any size is read in bounded memory, and by several tasks at once.
+A unit is a part of a file that one task can read without the rest of it, such as a byte range of a JSONL or text file,
+or a row group of a Parquet file. Files of these types are read in bounded memory and by several tasks in parallel.
 """
 
 from __future__ import annotations
@@ -22,24 +22,34 @@ from fsspec.core import url_to_fs
 
 from myllm_ray.common.remote import open_storage
 from myllm_ray.config.errors import DataError, UserError
-from myllm_ray.config.schema import SourceSection
-from myllm_ray.data import stdlib, tasks
+from myllm_ray.config.sections import SourceSection
+from myllm_ray.data.builtin import stdlib, tasks
 from myllm_ray.data.formats import BadRow
 
 RANGE_BYTES = 2**20
-"""How much of a line-based file one unit holds."""
+"""Size of a unit of a line-based file, in bytes."""
 TEXT_PIECE = 64 * 2**10
-"""A text file longer than this is cut at the next blank line, so that a book is many documents, not one."""
-EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv",
-              ".txt": "text", ".text": "text", ".md": "text", ".py": "text", ".rst": "text"}
+"""Size in characters after which a text file is cut at the next blank line, so that a book becomes many documents."""
+EXTENSIONS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".py": "text",
+    ".rst": "text",
+}
 
 Row = tuple[str, Mapping[str, Any] | BadRow]
-"""Where a row stands (`file:line`), and the row, or why it is none."""
+"""The location of a row (`file:line`), and the row, or the reason why it is invalid."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a file: bytes [start, stop) of a line-based file, or part number `start` of another."""
+    """A part of a file: bytes [start, stop) of a line-based file, or part number `start` of any other file."""
 
     path: str
     kind: str
@@ -48,10 +58,14 @@ class Unit:
 
 
 def list_units(source: SourceSection, key: str) -> list[Unit]:
-    """All units of a source, in order: paths as they were given, folders and globs sorted by name.
+    """Returns all units of a source, in order. Paths keep their order; files of a folder or glob are sorted by name.
+
+    Args:
+        source: Config section of the source.
+        key: Config key of the path, for error messages.
 
     Raises:
-        DataError: nothing is there, a file's type is unknown, or a library for the URL is missing.
+        DataError: No file is found, a file type is unknown, or the library for the URL is not installed.
     """
     if source.source == "python-stdlib":
         return [Unit(path, "stdlib", 0, 0) for path in stdlib.files()]
@@ -62,7 +76,7 @@ def list_units(source: SourceSection, key: str) -> list[Unit]:
 
 
 def signature(units: list[Unit]) -> str:
-    """A hash of which files these are, by path, size and time of change: the key of the cache of prepared data."""
+    """Returns a hash of the files' paths, sizes and modification times, used in the cache keys of prepared data."""
     seen = {}
     for path in dict.fromkeys(u.path for u in units if u.kind != "task"):
         filesystem, inner = url_to_fs(path)
@@ -73,7 +87,7 @@ def signature(units: list[Unit]) -> str:
 
 
 def read_unit(unit: Unit, source: SourceSection) -> Iterator[Row]:
-    """The rows of one unit, each with its place in the file."""
+    """Yields the rows of one unit, each with its location in the file."""
     if unit.kind == "stdlib":
         pairs = source.format != "text"
         yield from stdlib.functions(unit.path) if pairs else stdlib.text(unit.path)
@@ -92,7 +106,7 @@ def read_unit(unit: Unit, source: SourceSection) -> Iterator[Row]:
 
 
 def _expand(path: str, key: str) -> list[str]:
-    """A path as the files behind it."""
+    """Returns the files of a path, folder or glob."""
     filesystem, inner = open_storage(path, key, DataError)
     try:
         if globbing.has_magic(inner):
@@ -103,18 +117,19 @@ def _expand(path: str, key: str) -> list[str]:
             found = [inner] if filesystem.exists(inner) else []
     except UserError:
         raise
-    except Exception as error:  # each file system has exceptions of its own
+    except Exception as error:  # each fsspec file system raises its own exception types
         raise DataError(f"{key}: {path!r} can't be listed: {type(error).__name__}: {error}") from None
     if not found:
-        raise DataError(f"{key}: nothing found at {path!r}: give a file, a folder with {', '.join(EXTENSIONS)} files, "
-                        "or a glob")
+        raise DataError(
+            f"{key}: nothing found at {path!r}: give a file, a folder with {', '.join(EXTENSIONS)} files, or a glob"
+        )
     return [filesystem.unstrip_protocol(p) if "://" in path else p for p in found]
 
 
 def _split(path: str, key: str) -> list[Unit]:
     kind = EXTENSIONS.get(PurePosixPath(path).suffix.lower())
     if kind is None:
-        raise DataError(f"{key}: {path!r} has an unknown type; known are {', '.join(EXTENSIONS)}")
+        raise DataError(f"{key}: {path!r} has an unsupported file type; supported types are {', '.join(EXTENSIONS)}")
     if kind == "parquet":
         return [Unit(path, kind, group, group + 1) for group in range(_parquet_groups(path))]
     if kind in ("json", "csv"):
@@ -125,26 +140,34 @@ def _split(path: str, key: str) -> list[Unit]:
 
 
 def _parquet_groups(path: str) -> int:
-    """Row groups of a Parquet file of plain types: an extension type may be a pickle, which runs code when it is read."""
+    """Returns the number of row groups of a Parquet file.
+
+    Extension types are rejected, because they may contain pickled data, which can execute code when read.
+
+    Raises:
+        DataError: A column has an extension type, or the file is not a valid Parquet file.
+    """
     try:
         with fsspec.open(path, "rb") as file:
             opened = pq.ParquetFile(file)
             for column in opened.schema_arrow:
                 metadata = column.metadata or {}
                 if isinstance(column.type, pa.BaseExtensionType) or b"ARROW:extension:name" in metadata:
-                    raise DataError(f"{path}: column {column.name!r} has the extension type {column.type}; only plain types are "
-                                    "read: write it without")
+                    raise DataError(
+                        f"{path}: column {column.name!r} has the extension type {column.type}; only plain types are "
+                        "read; convert the column to a plain type"
+                    )
             return int(opened.num_row_groups)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a valid Parquet file: {' '.join(str(error).split())[:200]}") from None
 
 
 def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of the lines that *begin* in the unit's bytes; the last may end beyond them."""
+    """Yields (offset, line) for each line that *starts* in the unit's byte range. The last line may end after it."""
     with fsspec.open(unit.path, "rb") as file:
         if unit.start:
             file.seek(unit.start - 1)
-            file.readline()  # the rest of a line that belongs to the unit before, or just its newline
+            file.readline()  # skips the rest of a line of the previous unit, or only its newline
         while (offset := file.tell()) < unit.stop:
             line = file.readline()
             if not line:
@@ -153,7 +176,7 @@ def _lines(unit: Unit) -> Iterator[tuple[int, bytes]]:
 
 
 def line_number(path: str, offset: int) -> int:
-    """The number of the line at a byte offset, counted only when a message needs it."""
+    """Returns the line number at a byte offset. Reads the file up to there, so it is called only for messages."""
     count, done = 1, 0
     with fsspec.open(path, "rb") as file:
         while done < offset:
@@ -171,7 +194,7 @@ def _read_jsonl(unit: Unit) -> Iterator[Row]:
             continue
         try:
             row = json.loads(line)
-            problem = None if isinstance(row, dict) else f"a line must be an object, this is {type(row).__name__}"
+            problem = None if isinstance(row, dict) else f"a line must be a JSON object, not {type(row).__name__}"
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             row, problem = None, f"not valid JSON: {getattr(error, 'msg', error)}"
         if problem or row is None:
@@ -181,7 +204,7 @@ def _read_jsonl(unit: Unit) -> Iterator[Row]:
 
 
 class Place(str):
-    """`path:line` that counts the line only when it is printed."""
+    """A `path:line` location that computes the line number only when it is formatted."""
 
     def __new__(cls, path: str, offset: int) -> Place:
         place = super().__new__(cls, path)
@@ -202,11 +225,13 @@ def _read_json(unit: Unit) -> Iterator[Row]:
             line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise DataError(f"{unit.path}{line}: not valid JSON: {getattr(error, 'msg', error)}") from None
     if not isinstance(rows, list):
-        raise DataError(f"{unit.path}: a JSON data set is a list of objects, this is {type(rows).__name__} "
-                        "(one object a line is .jsonl)")
+        raise DataError(
+            f"{unit.path}: a JSON data set must be a list of objects, not {type(rows).__name__} "
+            "(for one object per line, use a .jsonl file)"
+        )
     for i, row in enumerate(rows):
         place = f"{unit.path}: row {i}"
-        yield place, row if isinstance(row, dict) else BadRow(f"a row must be an object, this is {type(row).__name__}")
+        yield place, row if isinstance(row, dict) else BadRow(f"a row must be a JSON object, not {type(row).__name__}")
 
 
 def _read_parquet(unit: Unit) -> Iterator[Row]:
@@ -229,7 +254,7 @@ def _read_csv(unit: Unit) -> Iterator[Row]:
 
 
 def _read_text(unit: Unit, split: str) -> Iterator[Row]:
-    """Documents of a text file: lines, paragraphs, or the file in pieces that end at a blank line."""
+    """Yields the documents of a text file: lines, paragraphs, or pieces of the file that end at a blank line."""
     pieces: list[str] = []
     size, first = 0, unit.start
     for offset, raw in _lines(unit):

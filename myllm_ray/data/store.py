@@ -1,9 +1,13 @@
-"""The store of prepared data: every document of every source as tokens, on disk, readable by number.
+"""The on-disk store of prepared data: the tokens of all documents of all sources, with random access to documents.
 
-A folder `<cache>/<key>` holds, per source, `tokens-<i>.bin` (int32, see `tokenize.encode`) and `offsets-<i>.npy` (int64,
-where each document begins; one more at the end), `targets-<i>.npy` (int64, see `TokenStore.targets`), and one `meta.json` that is written last. Documents are read by
-`pread`, so memory does not grow with the data; lengths alone decide how rows are packed, so any row of any epoch is found
-without touching the tokens before it.
+The folder `<cache>/<key>` contains for each source i:
+
+    tokens-<i>.bin    int32, the encoded tokens of all documents (see `tokenize.encode`)
+    offsets-<i>.npy   int64, the start of each document, followed by the total
+    targets-<i>.npy   int64, see `TokenStore.targets`
+
+and one `meta.json`, which is written last. Documents are read with `pread`, so memory use does not grow with the data.
+Rows are packed by document length only, so any row of any epoch is located without reading the preceding tokens.
 """
 
 from __future__ import annotations
@@ -23,13 +27,13 @@ from myllm_ray.common.files import published, write_json
 from myllm_ray.config.errors import DataError
 
 FORMAT_VERSION = 4
-"""Part of the cache's key: change it when the same rows give other documents."""
+"""Part of the cache key. Change it when the same rows result in different documents."""
 _NAMED = 5
-"""Documents that a message names."""
+"""Maximum number of documents listed in a message."""
 
 
 class TokenStore:
-    """An opened store. Documents are numbered through all sources: source 0 first."""
+    """An opened store. Document numbers are consecutive over all sources, starting with source 0."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -45,7 +49,7 @@ class TokenStore:
 
     @property
     def content_hash(self) -> str:
-        """A hash of all tokens: two stores with the same hash train the same."""
+        """A hash of all tokens and document boundaries. Training on stores with equal hashes is equivalent."""
         return str(self.meta["content_hash"])
 
     @property
@@ -54,32 +58,37 @@ class TokenStore:
 
     @property
     def kind(self) -> str:
-        """What its documents are: `tokens`, or a kind of `records.py`."""
+        """The kind of the documents: `tokens`, or a kind of example (`examples.py`)."""
         return str(self.meta["sources"][0].get("kind", "tokens"))
 
     @property
     def chats(self) -> int:
-        """How many documents went through the chat template."""
+        """The number of documents that were formatted with the chat template."""
         return sum(int(source["chats"]) for source in self.meta["sources"])
 
     @property
     def duplicates(self) -> int:
-        """How many documents are exact copies of another one, in any source."""
+        """The number of documents that are exact copies of another document in any source."""
         return int(self.meta["duplicates"])
 
     def documents_of(self, source: int) -> range:
         return range(int(self._first[source]), int(self._first[source + 1]))
 
     def source_of(self, documents: np.ndarray) -> np.ndarray:
-        """(n,) document numbers -> (n,) source numbers."""
+        """Returns the source numbers (n,) of the given document numbers (n,)."""
         return np.searchsorted(self._first, documents, side="right") - 1
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
-        """(n,) document numbers -> (n,) lengths in tokens."""
-        return self._looked_up(documents, lambda source, local: self._offsets[source][local + 1] - self._offsets[source][local])
+        """Returns the lengths (n,) in tokens of the given document numbers (n,)."""
+        return self._looked_up(
+            documents, lambda source, local: self._offsets[source][local + 1] - self._offsets[source][local]
+        )
 
     def targets(self, documents: np.ndarray) -> np.ndarray:
-        """(n,) document numbers -> (n,) tokens that are trained on, the first token, which nothing predicts, left out. Documents of tokens only."""
+        """Returns the number of trained tokens (n,) of the given document numbers (n,).
+
+        The first token of a document is excluded, because no token predicts it. Only for stores of kind `tokens`.
+        """
         return self._looked_up(documents, lambda source, local: self._targets[source][local])
 
     def _looked_up(self, documents: np.ndarray, values: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
@@ -91,7 +100,13 @@ class TokenStore:
         return found
 
     def read(self, document: int, start: int = 0, length: int | None = None) -> np.ndarray:
-        """Encoded tokens [start, start + length) of a document: (length,) int32."""
+        """Returns the encoded tokens [start, start + length) of a document, (length,) int32.
+
+        Without `length`, returns all tokens from `start` to the end of the document.
+
+        Raises:
+            DataError: The token file is truncated.
+        """
         source = int(self.source_of(np.asarray([document]))[0])
         local = document - int(self._first[source])
         first, last = (int(x) for x in self._offsets[source][local : local + 2])
@@ -100,8 +115,10 @@ class TokenStore:
             self._files[source] = os.open(self.folder / f"tokens-{source}.bin", os.O_RDONLY)
         data = os.pread(self._files[source], 4 * count, 4 * (first + start))
         if len(data) != 4 * count:
-            raise DataError(f"{self.folder}/tokens-{source}.bin is shorter than its index: delete {self.folder}, it is "
-                            "made again")
+            raise DataError(
+                f"{self.folder}/tokens-{source}.bin is shorter than its index; delete {self.folder}, and the next run "
+                "prepares the data again"
+            )
         return np.frombuffer(data, np.int32)
 
     def __del__(self) -> None:
@@ -113,45 +130,78 @@ class TokenStore:
 
 
 def describe_documents(store: TokenStore, documents: Sequence[int]) -> str:
-    """`documents 3, 4 and 2 more of rows`: the numbers that `myllm-ray data` shows, with the names of their sources."""
+    """Returns a description such as `documents 3, 4 and 2 more of rows`, where `rows` is the name of the source.
+
+    The numbers are the ones that `myllm-ray data` shows.
+    """
     names = list(dict.fromkeys(store.sources[s] for s in store.source_of(np.asarray(documents)).tolist()))
     more = f" and {len(documents) - _NAMED} more" if len(documents) > _NAMED else ""
-    return f"document{'s' if len(documents) > 1 else ''} {', '.join(map(str, documents[:_NAMED]))}{more} of {', '.join(names)}"
+    return (
+        f"document{'s' if len(documents) > 1 else ''} {', '.join(map(str, documents[:_NAMED]))}{more} "
+        f"of {', '.join(names)}"
+    )
 
 
-def write_store(folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch], int | None]], extra: dict[str, Any]) -> None:
-    """Write a store beside and rename it into place; another process that was faster wins.
+def write_store(
+    folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch], int | None]], extra: dict[str, Any]
+) -> None:
+    """Writes a store to a temporary folder and renames it to `folder`.
+
+    If another process has created `folder` in the meantime, that store is kept.
 
     Args:
-        folder: where the store will stand.
-        sources: (name, batches of `tokenize_rows`, largest number of documents or None), in order.
-        extra: further JSON for `meta.json`.
+        folder: Folder of the store.
+        sources: (name, batches of `tokenize_rows`, maximum number of documents or None) of each source, in order.
+        extra: Additional entries of `meta.json`.
 
     Raises:
-        DataError: a source has no documents, or the folder can't be written.
+        DataError: A source has no documents, the sources are of different kinds, the folder can't be written, or it
+            exists and is not a token store.
     """
     try:
         with published(folder, existing="keep") as beside:
             beside.mkdir(parents=True)
             digest = hashlib.sha256()
             hashes: list[np.ndarray] = []
-            described = [_write_source(beside, i, name, batches, limit, digest, hashes)
-                         for i, (name, batches, limit) in enumerate(sources)]
+            described = [
+                _write_source(beside, i, name, batches, limit, digest, hashes)
+                for i, (name, batches, limit) in enumerate(sources)
+            ]
             kinds = {source["name"]: source["kind"] for source in described}
             if len(set(kinds.values())) > 1:
-                raise DataError(f"data.train: sources of different kinds can't be mixed ({', '.join(f'{n}: {k}' for n, k in kinds.items())})")
-            write_json(beside / "meta.json", {"format": FORMAT_VERSION, "sources": described,
-                                              "content_hash": digest.hexdigest()[:32],
-                                              "duplicates": _duplicates(np.concatenate(hashes)), **extra})
+                raise DataError(
+                    "data.train: sources of different kinds can't be mixed "
+                    f"({', '.join(f'{n}: {k}' for n, k in kinds.items())})"
+                )
+            write_json(
+                beside / "meta.json",
+                {
+                    "format": FORMAT_VERSION,
+                    "sources": described,
+                    "content_hash": digest.hexdigest()[:32],
+                    "duplicates": _duplicates(np.concatenate(hashes)),
+                    **extra,
+                },
+            )
     except OSError as error:
         raise DataError(f"data.cache: {folder} can't be written: {error}") from None
     if not (folder / "meta.json").exists():
-        raise DataError(f"data.cache: {folder} is there and is no token store: remove it")
+        raise DataError(f"data.cache: {folder} exists but is not a token store; remove it")
 
 
-def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.RecordBatch], limit: int | None,
-                  digest: Any, hashes: list[np.ndarray]) -> dict[str, Any]:
-    """Write the files of one source and describe it. To `hashes` comes an 8-byte hash of each of its documents."""
+def _write_source(
+    folder: Path,
+    index: int,
+    name: str,
+    batches: Iterable[pa.RecordBatch],
+    limit: int | None,
+    digest: Any,
+    hashes: list[np.ndarray],
+) -> dict[str, Any]:
+    """Writes the files of one source and returns its entry in `meta.json`.
+
+    Updates `digest` with the tokens and offsets, and appends the document hashes (n,) uint64 to `hashes`.
+    """
     skipped, cut, chats, reason, kind = 0, 0, 0, "", ""
     lengths: list[np.ndarray] = []
     targets: list[np.ndarray] = []
@@ -166,7 +216,7 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
             chats += int(metadata.get(b"chats", b"0"))
             here = metadata.get(b"kind", b"").decode()
             if kind and here and here != kind:
-                raise DataError(f"data source {name!r}: its format gives {here} for some rows and {kind} for others")
+                raise DataError(f"data source {name!r}: its format returns {here} for some rows and {kind} for others")
             kind = kind or here
             column = batch.column(0)
             if limit is not None:
@@ -181,7 +231,7 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
             if limit is not None and count >= limit:
                 break
     if count == 0:
-        why = f"all {skipped} rows were skipped, the first: {reason}" if skipped else "no documents in it"
+        why = f"all {skipped} rows were skipped, the first: {reason}" if skipped else "it contains no documents"
         raise DataError(f"data source {name!r} is empty: {why}")
     own_hashes = np.concatenate(own)
     hashes.append(own_hashes)
@@ -189,27 +239,42 @@ def _write_source(folder: Path, index: int, name: str, batches: Iterable[pa.Reco
     np.save(folder / f"offsets-{index}.npy", offsets)
     np.save(folder / f"targets-{index}.npy", np.concatenate(targets))
     digest.update(offsets.tobytes())
-    return {"name": name, "documents": count, "tokens": int(offsets[-1]), "skipped": skipped, "first_skipped": reason,
-            "cut": cut, "kind": kind or "tokens", "chats": chats, "duplicates": _duplicates(own_hashes)}
+    return {
+        "name": name,
+        "documents": count,
+        "tokens": int(offsets[-1]),
+        "skipped": skipped,
+        "first_skipped": reason,
+        "cut": cut,
+        "kind": kind or "tokens",
+        "chats": chats,
+        "duplicates": _duplicates(own_hashes),
+    }
 
 
 def _hashes(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The documents, end to end in `values`, as (n,) uint64 hashes of their tokens."""
+    """Returns the hashes (n,) uint64 of the documents, whose tokens are concatenated in `values`."""
     edges = np.concatenate([[0], np.cumsum(lengths)])
     digests = (hashlib.blake2b(values[a:b].tobytes(), digest_size=8).digest() for a, b in itertools.pairwise(edges))
     return np.frombuffer(b"".join(digests), np.uint64)
 
 
 def _duplicates(hashes: np.ndarray) -> int:
-    """How many documents are exact copies of another that is counted."""
+    """Returns the number of documents that repeat an earlier one, by their hashes."""
     return len(hashes) - len(np.unique(hashes))
 
 
 def _targets(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Encoded tokens end to end and the (n,) lengths of documents -> (n,) tokens trained on behind the first of each document."""
+    """Returns the number of trained tokens (n,) of each document, its first token excluded.
+
+    Args:
+        values: Encoded tokens of all documents, concatenated. Tokens that are not trained on are negative.
+        lengths: (n,) document lengths in tokens.
+    """
     ends = np.cumsum(lengths)
     trained = np.concatenate([[0], np.cumsum(values >= 0)])
     starts = ends - lengths
+    # An empty document has no first token.
     first = np.zeros(len(lengths), np.int64)
     first[lengths > 0] = values[starts[lengths > 0]] >= 0
     targets: np.ndarray = trained[ends] - trained[starts] - first

@@ -1,7 +1,8 @@
-"""The ordered stream of micro-batches, in-process. Ray Data runs the same `micro_at` (orchestration/ray_data.py).
+"""The ordered stream of micro-batches, in-process. Ray Data uses the same `micro_at` (orchestration/ray_data.py).
 
-Step s of an epoch holds rows [s·G, (s+1)·G); its micro-batch j holds rows [s·G + j·m, …) and belongs to rank j mod W. So
-the rows of a step depend neither on the number of workers W nor on the micro-batch size m.
+With global batch size G, micro-batch size m and W workers, step s of an epoch consists of rows [s·G, (s+1)·G). Its
+micro-batch j consists of rows [s·G + j·m, s·G + (j+1)·m) and is assigned to rank j mod W. The rows of a step depend
+neither on W nor on m.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from typing import Any
 from myllm_ray.common import distributed
 from myllm_ray.common.types import Batch, Position
 from myllm_ray.data.collate import build_micro, to_tensors, wrap64
-from myllm_ray.data.collate_records import build_pairs, build_prompts
+from myllm_ray.data.collate_examples import build_pairs, build_prompts
+from myllm_ray.data.examples import LABELLED, PAIRS, PROMPTS
 from myllm_ray.data.plan import RowPlan
-from myllm_ray.data.records import LABELLED, PAIRS, PROMPTS
 from myllm_ray.data.store import describe_documents
 
 
 @dataclass
 class StreamSpec:
-    """What the stream is made from; pickles small, so that a Ray Data task can hold it."""
+    """The specification of a stream. Its pickle is small, so that it can be sent to Ray Data tasks."""
 
     plan: RowPlan
     global_size: int
@@ -36,40 +37,41 @@ class StreamSpec:
         return -(-self.plan.rows_in_epoch(epoch) // self.global_size)
 
     def micro_at(self, epoch: int, row: int) -> dict[str, Any]:
-        """The micro-batch that begins at a row of an epoch."""
+        """Returns the micro-batch that starts at a row of an epoch."""
         return self.build(epoch, row, self.micro_size)
 
     def build(self, epoch: int, row: int, count: int) -> dict[str, Any]:
-        """`count` rows, all of one global batch, as one micro-batch."""
+        """Returns `count` rows from `row` on, all of one global batch, as one micro-batch."""
         plan, place = self.plan, row % self.global_size
         rows, store = plan.rows(epoch, row, row + count), plan.store
         if store.kind == PROMPTS:
             return build_prompts(store, rows, self.pad_id, place)
         if store.kind in (PAIRS, LABELLED):
+            # Unpaired preferences take their second answer from other rows of the global batch.
             batch = plan.rows(epoch, row - place, row - place + self.global_size) if store.kind == LABELLED else None
             return build_pairs(store, rows, self.pad_id, place, batch)
         return build_micro(store, rows, self.pad_id, place)
 
     def describe(self, position: Position) -> str:
-        """The documents of the global batch that begins at `position`, for messages."""
+        """Returns a description of the documents of the global batch that starts at `position`, for messages."""
         rows = self.plan.rows(position.epoch, position.row, position.row + self.global_size)
         return describe_documents(self.plan.store, sorted({segment.document for row in rows for segment in row}))
 
     def after(self, position: Position) -> Position:
-        """The position behind the step that begins at `position`."""
+        """Returns the position after the step that starts at `position`."""
         row = position.row + self.global_size
         done = row >= self.steps_in_epoch(position.epoch) * self.global_size
         return Position(position.epoch + 1, 0) if done else Position(position.epoch, row)
 
     def advance(self, start: Position, steps: int) -> Position:
-        """The position `steps` global batches behind `start`. Plans the epochs between them, no others."""
+        """Returns the position `steps` global batches after `start`. Plans only the epochs in between."""
         position = self.normalized(start)
         while (left := self.steps_in_epoch(position.epoch) - position.row // self.global_size) <= steps:
             steps, position = steps - left, Position(position.epoch + 1, 0)
         return Position(position.epoch, position.row + steps * self.global_size)
 
     def places(self, start: Position, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """(epoch, row) of `count` micro-batches of the stream that begins at `start`, from its micro-batch `first` on."""
+        """Yields (epoch, row) of `count` micro-batches, starting with micro-batch number `first` after `start`."""
         step, skip = divmod(first, self.micros_per_step)
         position = self.advance(start, step)
         while count > 0:
@@ -79,21 +81,21 @@ class StreamSpec:
             position = self.after(position)
 
     def positions(self, start: Position, steps: int) -> Iterator[Position]:
-        """Where each of the next `steps` global batches begins."""
+        """Yields the start position of each of the next `steps` global batches."""
         position = self.normalized(start)
         for _ in range(steps):
             yield position
             position = self.after(position)
 
     def normalized(self, position: Position) -> Position:
-        """A position at the very end of an epoch is the start of the next one."""
+        """Returns the start of the next epoch for a position at the end of an epoch, else `position`."""
         if position.row >= self.steps_in_epoch(position.epoch) * self.global_size:
             return Position(position.epoch + 1, 0)
         return position
 
 
 class LocalStream:
-    """The stream read in the training process itself."""
+    """A stream that is read in the training process."""
 
     def __init__(self, spec: StreamSpec, rank: int | None = None, world_size: int | None = None):
         self.spec = spec
@@ -105,14 +107,16 @@ class LocalStream:
         return self.spec.steps_in_epoch(epoch)
 
     def batches(self, start: Position, steps: int) -> Iterator[Batch]:
-        """This rank's share of `steps` global batches from `start` on."""
+        """Yields this rank's share of each of the `steps` global batches from `start` on."""
         size = self.spec.micro_size
         for position in self.spec.positions(start, steps):
             mine = range(self.rank, self.spec.micros_per_step, self.world_size)
-            yield make_batch(self.spec, position, [self.spec.micro_at(position.epoch, position.row + j * size) for j in mine])
+            yield make_batch(
+                self.spec, position, [self.spec.micro_at(position.epoch, position.row + j * size) for j in mine]
+            )
 
 
 def make_batch(spec: StreamSpec, position: Position, micros: list[dict[str, Any]]) -> Batch:
-    """One rank's micro-batches of the step at `position` as a `Batch`."""
+    """Returns one rank's micro-batches of the step at `position` as a `Batch`."""
     fingerprint = wrap64(sum(int(m["fingerprint"]) for m in micros))
     return Batch([to_tensors(m) for m in micros], position, spec.after(position), fingerprint)

@@ -1,7 +1,7 @@
-"""Documents to token ids with a loss mask: pure functions over Arrow batches.
+"""Conversion of rows to token ids with a loss mask, as pure functions that return Arrow batches.
 
-A token that is not trained on is stored as `~id` (bitwise not, so below zero): ids and mask are one int32 column, and a
-document is one contiguous run of a file. `decode` below is the one place that undoes it.
+A token that is not trained on is stored as `~id` (bitwise not, so negative). Ids and mask are therefore one int32
+column, and a document is one contiguous range of a file. Only `decode` inverts this encoding.
 """
 
 from __future__ import annotations
@@ -15,49 +15,68 @@ import pyarrow as pa
 
 from myllm_ray.config.errors import DataError, UserError
 from myllm_ray.data.chat import tokenize_chat
+from myllm_ray.data.examples import LengthLimits, kind_of, tokenize_example
 from myllm_ray.data.formats import BadRow, Format, Instruction, Labelled, Messages, Preference, Prompt
-from myllm_ray.data.records import Room, kind_of, tokenize_record
 from myllm_ray.data.special_tokens import SpecialTokens
 from myllm_ray.data.tokenizer import has_own_template
 
 
 @dataclass
 class TokenizeOptions:
-    """`fields`: new name -> column. `on_bad_row`: error | skip. `train_on_prompt`: the loss stands on all parts. `room`: for records."""
+    """Options of tokenisation.
+
+    `fields`: maps new names to columns of the row. `on_bad_row`: "error" or "skip". `train_on_prompt`: if True, the
+    loss includes all parts. `limits`: length limits of examples; None if the trainer can't use examples.
+    """
 
     fields: Mapping[str, str]
     on_bad_row: str = "error"
     train_on_prompt: bool = False
-    room: Room | None = None
+    limits: LengthLimits | None = None
 
 
 def encode(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """(n,) ids and (n,) bool -> (n,) int32, `~id` where not trained on."""
+    """Encodes ids (n,) and mask (n,) bool as (n,) int32, with `~id` where the mask is False."""
     return np.where(trained, ids, ~ids).astype(np.int32)
 
 
 def decode(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of `encode`: (ids, trained)."""
+    """Returns (ids, trained), the inverse of `encode`."""
     trained = tokens >= 0
     return np.where(trained, tokens, ~tokens), trained
 
 
 def _format(format_row: Format, row: Mapping[str, Any], place: str) -> Any:
+    """Applies a format to a row; adds the row's place to unexpected errors."""
     try:
         return format_row(row)
     except (BadRow, UserError):
         raise
-    except Exception as error:  # of a format of the user's own
+    except Exception as error:  # a custom format can raise any exception type
         error.add_note(f"in the row at {place}")
         raise
 
 
-def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format_row: Format, tokenizer: Any,
-                  options: TokenizeOptions) -> pa.RecordBatch:
-    """Format and tokenise rows; each comes with the place it stands at (`file:line`), for messages.
+def tokenize_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format_row: Format, tokenizer: Any, options: TokenizeOptions
+) -> pa.RecordBatch:
+    """Formats and tokenises rows.
 
-    Returns a batch with columns `tokens` (list<int32>, see `encode`), one row a document, and in its schema's metadata the
-    `kind` of the documents, and how many rows were `skipped`, answers `cut`, and how many were `chats`. A row that can't be used raises DataError, or is counted, as `options.on_bad_row` says.
+    Args:
+        rows: (place, row) pairs; the place (`file:line`) is for error messages. A `BadRow` in place of a row is
+            handled like a row that can't be used.
+        format_row: the format.
+        tokenizer: a fast tokenizer.
+        options: see `TokenizeOptions`.
+
+    Returns:
+        A batch with the column `tokens` (list<int32>, see `encode`), one row per document. The metadata of its schema
+        has the `kind` of the documents, the number of `skipped` rows, the `reason` of the first one, the number of
+        rows whose answers were `cut`, and the number of `chats`.
+
+    Raises:
+        DataError: a row can't be used and `options.on_bad_row` is "error", the format returns different kinds, or it
+            returns examples that the trainer can't use.
     """
     documents: list[np.ndarray] = []
     skipped, cut, chats, first_reason, kind = 0, 0, 0, "", ""
@@ -68,12 +87,12 @@ def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format
             renamed = {**row, **{new: row[old] for new, old in options.fields.items() if old in row}}
             formatted = _format(format_row, renamed, place)
             if kind and kind != kind_of(formatted):
-                raise DataError(f"{place}: the format gives {kind_of(formatted)}, for the rows before it gave {kind}")
+                raise DataError(f"{place}: the format gives {kind_of(formatted)}, but it gave {kind} for earlier rows")
             kind = kind_of(formatted)
             if isinstance(formatted, (Preference, Labelled, Prompt)):
-                if options.room is None:
+                if options.limits is None:
                     raise DataError(f"{place}: the format gives {kind}, which this trainer can't use (data.*.format)")
-                document, was_cut = tokenize_record(formatted, tokenizer, options.room)
+                document, was_cut = tokenize_example(formatted, tokenizer, options.limits)
                 cut += was_cut
             else:
                 document = tokenize_one(formatted, tokenizer, options.train_on_prompt)
@@ -88,20 +107,26 @@ def tokenize_rows(rows: Iterable[tuple[str, Mapping[str, Any] | BadRow]], format
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     values = np.concatenate(documents) if documents else np.empty(0, np.int32)
     column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
-    schema = pa.schema([pa.field("tokens", column.type)], metadata={
-        "skipped": str(skipped), "reason": first_reason, "cut": str(cut), "kind": kind, "chats": str(chats)})
+    schema = pa.schema(
+        [pa.field("tokens", column.type)],
+        metadata={"skipped": str(skipped), "reason": first_reason, "cut": str(cut), "kind": kind, "chats": str(chats)},
+    )
     return pa.record_batch([column], schema=schema)
 
 
 def is_chat(formatted: Any, tokenizer: Any) -> bool:
-    """Whether what a format gave goes through the chat template."""
+    """Returns whether the result of a format is rendered by the chat template."""
     if isinstance(formatted, Instruction):
         return has_own_template(tokenizer)
     return isinstance(getattr(formatted, "prompt", formatted), Messages)
 
 
 def tokenize_one(formatted: Any, tokenizer: Any, train_on_prompt: bool = False) -> np.ndarray:
-    """One document as encoded tokens: (n,) int32. Ends with the end-of-text token, trained on like what precedes it."""
+    """Tokenises one document; returns encoded tokens (n,) int32, see `encode`.
+
+    A document of parts ends with the end-of-text token, which is trained on if the token before it is. The end of a
+    chat is that of its template, see `tokenize_chat`.
+    """
     if isinstance(formatted, Instruction) and has_own_template(tokenizer):
         formatted = formatted.messages
     if isinstance(formatted, Messages):
@@ -111,7 +136,7 @@ def tokenize_one(formatted: Any, tokenizer: Any, train_on_prompt: bool = False) 
     ids: list[int] = [] if bos is None or bos == eos else [bos]
     trained: list[bool] = [train_on_prompt] * len(ids)
     for piece, train in formatted:
-        # Part by part: the boundary between prompt and response falls where it falls at generation.
+        # Tokenise the parts separately, so that the boundary between prompt and response is the same as at generation.
         part = special.text(piece)
         ids += part
         trained += [train or train_on_prompt] * len(part)

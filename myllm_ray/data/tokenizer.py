@@ -1,7 +1,7 @@
-"""Tokenizers: a folder, a hub id, BPE trained on the data, or plain bytes. All are Hugging Face fast tokenizers.
+"""Builds and loads tokenizers: from a folder, from a hub id, by training BPE on the data, or one token per byte.
 
-transformers is imported where it is used: Ray's controller and the tasks that only read tokens load this module too, and
-would pay seconds for it at every start.
+All tokenizers are Hugging Face fast tokenizers. The imports of transformers are local to the functions that use it:
+Ray's controller and tasks that only read tokens also import this module, and transformers takes seconds to import.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from myllm_ray.common.pretrained import checkpoint_in, pretrained_folder, tokenizer_folder
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.config.schema import TokenizerSection, TrainerConfig
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.sections import TokenizerSection
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_VERSION = 2
-"""Part of the cache's key: change it when the same section of the config gives another tokenizer."""
+"""Part of the cache key. Change it when the same config section produces a different tokenizer."""
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL = [END_OF_TEXT, PAD, TURN_START, TURN_END]
@@ -29,7 +30,8 @@ SPECIAL = [END_OF_TEXT, PAD, TURN_START, TURN_END]
 _CHATML = """
 {%- if tools %}
   {{- '<|im_start|>system\n' + (messages[0].content + '\n\n' if messages[0].role == 'system' else '') }}
-  {{- 'You may call these functions, each by a JSON object {"name": ..., "arguments": {...}} in <tool_call></tool_call>:\n<tools>\n' }}
+  {{- 'You may call these functions, each by a JSON object {"name": ..., "arguments": {...}} \
+in <tool_call></tool_call>:\n<tools>\n' }}
   {%- for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}
   {{- '</tools>' + turn_end + '\n' }}
 {%- endif %}
@@ -55,17 +57,20 @@ _CHATML = """
   {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-"""ChatML, with reasoning, tools and calls as Qwen and Hermes write them."""
+"""ChatML, with reasoning, tools and tool calls in the layout of Qwen and Hermes."""
 DEFAULT_CHAT_TEMPLATE = f"{{%- set turn_end = '{TURN_END}' %}}{_CHATML}"
-"""For tokenizers that bring no template."""
+"""The chat template for tokenizers without one."""
 DEFAULT_WITHOUT_TURN_END = "{%- set turn_end = eos_token %}" + _CHATML
-"""Where the marker of a turn's end is no token, the end-of-text token ends it: generation can stop at that."""
+"""The default template for tokenizers in which `TURN_END` is not a token.
+
+The end-of-text token ends a turn instead, because generation can stop only at a token.
+"""
 TRAINED = "{#- The model was trained on chats in this layout. #}"
-"""Stands before the default template where it is no longer a guess."""
+"""Prefix of the default template in the checkpoint of a model that was trained on chats in it."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per UTF-8 byte: ids 0 to 255 are the bytes, then the special tokens."""
+    """Returns a tokenizer with one token per UTF-8 byte: ids 0 to 255 are the bytes, followed by the special tokens."""
     from tokenizers import Tokenizer, models
 
     alphabet = _byte_characters()
@@ -74,7 +79,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (Sennrich et al., 2016; Radford et al., 2019) on `texts`; the same texts give the same vocabulary.
+    """Trains byte-level BPE (Sennrich et al., 2016; Radford et al., 2019).
+
+    Training is deterministic: the same texts give the same vocabulary.
+
+    Args:
+        texts: the texts to train on; see `_capped` for the limit of their size.
+        vocab_size: number of tokens, including the 256 bytes and the special tokens.
 
     Raises:
         ConfigError: `vocab_size` is too small for the 256 bytes and the special tokens.
@@ -82,17 +93,23 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     if vocab_size < 256 + len(SPECIAL):
-        raise ConfigError(f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens "
-                          f"need {256 + len(SPECIAL)}")
+        raise ConfigError(
+            f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL)} special tokens "
+            f"need {256 + len(SPECIAL)}"
+        )
     tokenizer = _byte_level(Tokenizer(models.BPE()))
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(_capped(texts), trainer)
     return _wrap(tokenizer)
 
 
 def tokenizer_section(config: TrainerConfig) -> TokenizerSection:
-    """Where the tokenizer of a config comes from; left out, it is the model's own."""
+    """Returns the tokenizer section of a config; without one, a section that loads the model's own tokenizer."""
     if config.tokenizer is not None:
         return config.tokenizer
     name = config.model.name or ""
@@ -103,10 +120,14 @@ def tokenizer_section(config: TrainerConfig) -> TokenizerSection:
 
 
 def load_tokenizer(section: TokenizerSection, texts: Iterable[str] | None = None) -> Any:
-    """Build the tokenizer of a config; `texts` is what `train: bpe` learns from.
+    """Builds or loads the tokenizer of a config.
+
+    Args:
+        section: the tokenizer section of the config.
+        texts: the texts to train on, for `train: bpe`.
 
     Raises:
-        ConfigError: the folder or hub id can't be loaded.
+        ConfigError: the folder or hub id can't be loaded, or there are no texts to train on.
     """
     if section.kind == "bytes":
         return byte_tokenizer()
@@ -114,16 +135,28 @@ def load_tokenizer(section: TokenizerSection, texts: Iterable[str] | None = None
         if texts is None:
             raise ConfigError("tokenizer.train: no texts to train on")
         return train_bpe(texts, section.vocab_size)
-    return open_tokenizer(section.path or section.name or "", "tokenizer.path" if section.path else "tokenizer.name",
-                          local=section.path is not None)
+    return open_tokenizer(
+        section.path or section.name or "",
+        "tokenizer.path" if section.path else "tokenizer.name",
+        local=section.path is not None,
+    )
 
 
 def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -> Any:
-    """Load a saved tokenizer and give it what training needs: an end-of-text token, a chat template."""
+    """Loads a saved tokenizer, and sets a default chat template if it has none.
+
+    Args:
+        name: a folder or a hub id.
+        key: config key, for error messages.
+        local: if True, `name` must be a folder.
+
+    Raises:
+        ConfigError: the tokenizer can't be loaded, is not a fast tokenizer, or has no end-of-text token.
+    """
     from transformers import AutoTokenizer
 
     if local and not Path(name).expanduser().is_dir():
-        raise ConfigError(f"{key}: no folder {name!r} (seen from {Path.cwd()})")
+        raise ConfigError(f"{key}: no folder {name!r} (working directory: {Path.cwd()})")
     folder = pretrained_folder(name, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -135,18 +168,23 @@ def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: {name!r} has no end-of-text token (eos_token): add one to its tokenizer_config.json")
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE if TURN_END in tokenizer.get_vocab() else DEFAULT_WITHOUT_TURN_END
+        tokenizer.chat_template = (
+            DEFAULT_CHAT_TEMPLATE if TURN_END in tokenizer.get_vocab() else DEFAULT_WITHOUT_TURN_END
+        )
     return tokenizer
 
 
 def has_own_template(tokenizer: Any) -> bool:
-    """Whether the layout of chats is the tokenizer's own, rather than the default for tokenizers without one."""
+    """Returns whether the tokenizer has its own chat template, rather than none or a default one of this module."""
     return tokenizer.chat_template not in (None, DEFAULT_CHAT_TEMPLATE, DEFAULT_WITHOUT_TURN_END)
 
 
 def trained_template(tokenizer: Any, on_chats: bool) -> str | None:
-    """The chat template that goes with a trained model. A default one only where the model has been trained on chats in it: with it,
-    every tool would take the model for a chat model."""
+    """Returns the chat template to save with a trained model, or None.
+
+    A default template is saved only if the model was trained on chats (`on_chats`): other tools treat a model with a
+    chat template as a chat model.
+    """
     given: str | None = tokenizer.chat_template
     if has_own_template(tokenizer) or given is None:
         return given
@@ -154,13 +192,21 @@ def trained_template(tokenizer: Any, on_chats: bool) -> str | None:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """A hash of everything about the tokenizer that decides the token ids."""
-    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    """Returns a hash of all properties of the tokenizer that determine the token ids."""
+    parts = [
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def bytes_per_token(tokenizer: Any) -> list[int]:
-    """UTF-8 bytes that each token id stands for (0 for special tokens): what turns nats into bits per byte."""
+    """Returns the number of UTF-8 bytes of each token id, 0 for special tokens.
+
+    The numbers convert a loss in nats per token to bits per byte.
+    """
     special = set(tokenizer.all_special_ids)
     byte_level = any(c in tokenizer.backend_tokenizer.to_str() for c in ('"ByteLevel"',))
     sizes = []
@@ -168,7 +214,7 @@ def bytes_per_token(tokenizer: Any) -> list[int]:
         token = tokenizer.convert_ids_to_tokens(token_id)
         if token_id in special or token is None:
             sizes.append(0)
-        elif byte_level:  # every character of the token is the stand-in of one byte
+        elif byte_level:  # every character of the token represents one byte
             sizes.append(len(token))
         else:
             sizes.append(len(token.replace("▁", " ").encode()))
@@ -176,13 +222,14 @@ def bytes_per_token(tokenizer: Any) -> list[int]:
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's printable stand-in for each of the 256 bytes, in the order of the bytes."""
+    """Returns the printable characters that represent the 256 bytes in GPT-2, in byte order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _byte_level(tokenizer: Tokenizer) -> Tokenizer:
+    """Sets byte-level pre-tokenisation and decoding, and returns the tokenizer."""
     from tokenizers import decoders, pre_tokenizers
 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -191,15 +238,24 @@ def _byte_level(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Wraps a tokenizer for transformers, with the special tokens and the default chat template."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD, chat_template=DEFAULT_CHAT_TEMPLATE,
-        additional_special_tokens=[TURN_START, TURN_END], clean_up_tokenization_spaces=False)
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=PAD,
+        chat_template=DEFAULT_CHAT_TEMPLATE,
+        additional_special_tokens=[TURN_START, TURN_END],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _capped(texts: Iterable[str], max_bytes: int = 32 * 2**20) -> Iterator[str]:
-    """The first `max_bytes` of text: a vocabulary does not get better from more, and memory stays bounded."""
+    """Yields texts until their total length reaches `max_bytes`, counted in characters.
+
+    The limit bounds memory; more text does not improve a vocabulary.
+    """
     total = 0
     for piece in texts:
         total += len(piece)

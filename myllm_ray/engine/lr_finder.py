@@ -1,4 +1,4 @@
-"""The learning-rate range test (Smith, 2015, arXiv:1506.01186): one short run whose rate grows from step to step."""
+"""The learning-rate range test (Smith, 2015, arXiv:1506.01186): a short run with a growing learning rate."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from myllm_ray.common.charts import COLOURS, Line, line_chart, page
 from myllm_ray.common.files import write_atomic
 from myllm_ray.common.types import RunState
 from myllm_ray.config.errors import TrainingError
 from myllm_ray.engine.callbacks import Callback
+from myllm_ray.engine.reporting.charts import COLOURS, Line, line_chart, page
 
 _SMOOTHING = 0.8
 _DIVERGED = 1.5
-"""Times the lowest smoothed loss; beyond it a range test learns nothing more."""
+"""The test ends when the smoothed loss exceeds its minimum times this factor."""
 
 
 class StopWhenDiverged(Callback):
-    """Stops a range test soon after its loss has left its lowest value far behind."""
+    """Aborts a range test when the smoothed loss is not finite or exceeds `_DIVERGED` times its minimum."""
 
     def __init__(self) -> None:
         self._losses: list[float] = []
 
     def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
+        # The logged loss is reduced over ranks, so all ranks request the end in the same step.
         self._losses.append(metrics.get("loss", math.nan))
         smooth = smoothed(self._losses)
         if not math.isfinite(smooth[-1]) or smooth[-1] > _DIVERGED * min(smooth):
-            state.request("abandon", "the loss diverges")
+            state.request("abort", "the loss diverges")
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Exponential moving average with its bias corrected (Kingma and Ba, 2015, §3)."""
+    """Returns the exponential moving average of the losses, with bias correction (Kingma and Ba, 2015, §3)."""
+    # Without the correction, the first averages would be biased towards the initial value 0.
     mean, out = 0.0, []
     for count, loss in enumerate(losses, 1):
         mean = _SMOOTHING * mean + (1 - _SMOOTHING) * loss
@@ -43,34 +45,48 @@ def smoothed(losses: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test has found: rates, losses, and the smoothed losses, one each a step."""
+    """The result of a range test: learning rates, losses and smoothed losses, one value per step."""
 
     rates: list[float]
     losses: list[float]
     smooth: list[float]
     steepest: float
-    """The rate at which the smoothed loss falls fastest: the suggestion."""
+    """The rate at which the smoothed loss falls fastest. This is the suggested learning rate."""
     lowest: float
-    """The rate at which it is lowest; beyond it training is on its way to diverging."""
+    """The rate at which the smoothed loss is lowest; at higher rates training begins to diverge."""
 
     def summary(self) -> str:
-        """One line."""
-        beyond = "" if self.lowest < self.rates[-1] else " (the highest rate tried: a wider --high may find more)"
-        return f"suggestion: optimizer.lr={self.steepest:.2g}, where the loss falls fastest; it is lowest at {self.lowest:.2g}{beyond}"
+        """Returns the suggestion in one line."""
+        beyond = "" if self.lowest < self.rates[-1] else " (the highest rate of the test: try a higher --high)"
+        return f"suggestion: optimizer.lr={self.steepest:.2g} (steepest fall); lowest loss at {self.lowest:.2g}{beyond}"
 
     def write_report(self, path: Path, title: str) -> None:
-        """Loss against rate as an HTML page."""
+        """Writes an HTML page with the losses plotted against the learning rate."""
+
         def points(values: Sequence[float]) -> list[tuple[float, float]]:
             return [(r, v) for r, v in zip(self.rates, values, strict=True) if math.isfinite(v)]
 
-        chart = line_chart("Loss against learning rate", [Line("loss", points(self.losses), "#d1d9e0"), Line("smoothed", points(self.smooth)),
-                           Line("suggestion", [(self.steepest, self.smooth[self.rates.index(self.steepest)])], COLOURS[1], dots=True)],
-                           "learning rate", log_x=True)
+        chart = line_chart(
+            "Loss against learning rate",
+            [
+                Line("loss", points(self.losses), "#d1d9e0"),
+                Line("smoothed", points(self.smooth)),
+                Line(
+                    "suggestion", [(self.steepest, self.smooth[self.rates.index(self.steepest)])], COLOURS[1], dots=True
+                ),
+            ],
+            "learning rate",
+            log_x=True,
+        )
         write_atomic(path, page(title, f"<p>{html.escape(self.summary())}</p>{chart}"))
 
 
 def analyse(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
-    """Find the steepest fall of the loss over the logarithm of the rate, before the loss is at its lowest.
+    """Finds the steepest descent of the smoothed loss over the logarithm of the rate, before the minimum of the loss.
+
+    Args:
+        rates: learning rates, one per step.
+        losses: losses, one per step; those from the first non-finite one on are dropped.
 
     Raises:
         TrainingError: the loss never falls.
@@ -79,9 +95,14 @@ def analyse(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
     rates, losses = list(rates[:finite]), list(losses[:finite])
     smooth = smoothed(losses)
     low = min(range(len(smooth)), key=smooth.__getitem__, default=0)
-    # A slope over five steps: between two neighbours it would be the noise of one batch.
-    slopes = [((smooth[i + 2] - smooth[i - 2]) / math.log(rates[i + 2] / rates[i - 2]), i) for i in range(2, min(low + 1, len(smooth) - 2))]
+    # Slopes span five steps, because the noise of single batches dominates the difference of two adjacent steps.
+    slopes = [
+        ((smooth[i + 2] - smooth[i - 2]) / math.log(rates[i + 2] / rates[i - 2]), i)
+        for i in range(2, min(low + 1, len(smooth) - 2))
+    ]
     if not slopes or min(slopes)[0] >= 0:
-        raise TrainingError(f"lr-find: the loss does not fall between {rates[0] if rates else 0:.2g} and {rates[-1] if rates else 0:.2g}: try a "
-                            "lower --low, more --steps, or look whether this config learns at all")
+        raise TrainingError(
+            f"lr-find: the loss does not fall between the rates {rates[0] if rates else 0:.2g} and "
+            f"{rates[-1] if rates else 0:.2g}: try a lower --low, more --steps, or check whether this config trains"
+        )
     return RangeTest(rates, losses, smooth, rates[min(slopes)[1]], rates[low])

@@ -1,4 +1,4 @@
-"""Optimizers by name, with parameter groups."""
+"""Optimizers of torch.optim by name, custom optimizers by import path, and parameter groups."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from myllm_ray.common.modules import whole_shape
-from myllm_ray.common.types import as_mapping
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
+from myllm_ray.config.sections import OptimizerSection
+from myllm_ray.config.validation import section_of
 
 _ALIASES = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "adafactor": "Adafactor"}
 _OPTIONAL = ("betas", "eps", "momentum")
 
 
 class OptimizerManager:
-    """Builds the optimizer of a config, and holds it.
+    """Builds and holds the optimizer of a config.
 
-    `optimizer` is built on the model that was given as soon as somebody asks for it; a backend that wraps or shards the
-    model first calls `build` on what it made.
+    `optimizer` is built on `model` at its first use. A backend that shards the model calls `build` with the sharded
+    model before that.
 
     Args:
         model: the model to train.
-        config: a run's config (its `optimizer` section is read), as a model or as a plain dict.
+        config: a run's config, as a `TrainerConfig` or a plain dict. Only its section `optimizer` is read.
     """
 
     def __init__(self, model: nn.Module, config: Any = None):
         self._model = model
-        section = as_mapping(config).get("optimizer") or {}
-        self.section: dict[str, Any] = {"name": "adamw", "lr": 3e-4, "weight_decay": 0.0, **section}
+        self.section = section_of(config, "optimizer", OptimizerSection)
         self._optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -42,93 +42,121 @@ class OptimizerManager:
         return self._optimizer or self.build(self._model)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer on `model`'s trainable parameters.
+        """Returns a new optimizer of the trainable parameters of `model`.
 
         Raises:
-            ConfigError: an unknown optimizer or option, a pattern that matches nothing, or nothing to train.
+            ConfigError: the optimizer or an option is unknown, a pattern matches no parameter, or no parameter is
+                trainable.
         """
-        cls = optimizer_class(str(self.section["name"]))
+        cls = optimizer_class(self.section.name)
         groups = parameter_groups(model, self.section)
         accepted = set(inspect.signature(cls).parameters)
-        arguments: dict[str, Any] = {"lr": self.section["lr"]}
+        arguments: dict[str, Any] = {"lr": self.section.lr}
         for name in _OPTIONAL:
-            value = self.section.get(name)
+            value = getattr(self.section, name)
             if value is None:
                 continue
             if name not in accepted:
-                raise ConfigError(f"optimizer.{name}: {cls.__name__} has no such option; it takes "
-                                  f"{', '.join(sorted(accepted - {'params'}))}")
-            arguments[name] = tuple(value) if isinstance(value, list) else value
-        arguments.update(self.section.get("options") or {})
-        arguments.update(_fused(cls, accepted, self.section.get("fused"), groups))
+                raise ConfigError(
+                    f"optimizer.{name}: {cls.__name__} has no such option; it takes "
+                    f"{', '.join(sorted(accepted - {'params'}))}"
+                )
+            arguments[name] = value
+        # `options` may override the keys above.
+        arguments.update(self.section.options)
+        arguments.update(_fused(cls, accepted, self.section.fused, groups))
         try:
             self._optimizer = cls(groups, **arguments)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"optimizer: {cls.__name__} refuses its options: {error}") from None
+            raise ConfigError(f"optimizer: {cls.__name__} does not accept its options: {error}") from None
         return self._optimizer
 
 
 def optimizer_class(name: str) -> Any:
-    """A class of torch.optim by its name in any case, or by import path."""
+    """Returns an optimizer class by its name in torch.optim, ignoring case, or by import path.
+
+    Raises:
+        ConfigError: there is no such class.
+    """
     if ":" in name:
         return load_object(name, "optimizer.name")
-    known = {key.lower(): key for key, value in vars(torch.optim).items()
-             if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key != "Optimizer"}
+    known = {
+        key.lower(): key
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and key != "Optimizer"
+    }
     if name.lower() not in known:
         close = difflib.get_close_matches(name.lower(), known, 1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"optimizer.name: there is no {name!r}; {hint}choose from {', '.join(sorted(known))}, "
-                          "or give an import path")
+        raise ConfigError(
+            f"optimizer.name: unknown name {name!r}; {hint}choose from {', '.join(sorted(known))}, "
+            "or give an import path"
+        )
     return getattr(torch.optim, known[name.lower()])
 
 
-def parameter_groups(model: nn.Module, section: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trainable parameters in groups: each pattern's, then the rest, each split by whether weight decay applies.
+def parameter_groups(model: nn.Module, section: OptimizerSection) -> list[dict[str, Any]]:
+    """Returns the trainable parameters as groups for an optimizer.
 
-    Weight decay is for matrices; norms and biases (one dimension) get none, as is usual for transformers.
+    There are two groups for each pattern of the config and two for the remaining parameters: weight decay applies to
+    parameters with at least two dimensions, but not to norms and biases, as is usual for transformers. A parameter
+    belongs to the first pattern that matches its name. Empty groups are omitted.
 
     Raises:
-        ConfigError: a pattern matches no parameter that an earlier one left, or nothing is trainable.
+        ConfigError: a pattern matches none of the parameters left by earlier patterns, or no parameter is trainable.
     """
+    # `named_parameters` yields a tied parameter once, so it is in one group only.
     left = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not left:
         raise ConfigError("the model has no trainable parameters")
     groups: list[dict[str, Any]] = []
-    for given in section.get("groups") or []:
-        matched = {n: p for n, p in left.items() if re.search(given["pattern"], n)}
+    for given in section.groups:
+        matched = {n: p for n, p in left.items() if re.search(given.pattern, n)}
         if not matched:
             some = ", ".join(list(left)[:3])
-            raise ConfigError(f"optimizer.groups: pattern {given['pattern']!r} matches no parameter; names look like {some}")
+            raise ConfigError(
+                f"optimizer.groups: pattern {given.pattern!r} matches no parameter; names look like {some}"
+            )
         left = {n: p for n, p in left.items() if n not in matched}
-        own = {k: given[k] for k in ("lr", "weight_decay") if given.get(k) is not None}
-        groups += _by_decay(matched, {**section, **own}, {**own, **(given.get("options") or {})})
-    groups += _by_decay(left, section, {})
+        own = given.model_dump(include={"lr", "weight_decay"}, exclude_none=True)
+        decay = section.weight_decay if given.weight_decay is None else given.weight_decay
+        groups += _by_decay(matched, decay, {**own, **given.options})
+    groups += _by_decay(left, section.weight_decay, {})
     return groups
 
 
-def _by_decay(named: dict[str, nn.Parameter], section: dict[str, Any], own: dict[str, Any]) -> list[dict[str, Any]]:
-    decay = float(section.get("weight_decay") or 0.0)
+def _by_decay(named: dict[str, nn.Parameter], decay: float, own: dict[str, Any]) -> list[dict[str, Any]]:
+    # Not `p.shape`: ZeRO-3 replaces a partitioned parameter by an empty tensor with one dimension.
     matrices = [p for p in named.values() if len(whole_shape(p)) >= 2]
     others = [p for p in named.values() if len(whole_shape(p)) < 2]
-    return [{**own, "params": params, "weight_decay": value} for params, value in ((matrices, decay), (others, 0.0)) if params]
+    return [
+        {**own, "params": params, "weight_decay": value}
+        for params, value in ((matrices, decay), (others, 0.0))
+        if params
+    ]
 
 
 def _fused(cls: Any, accepted: set[str], wanted: bool | None, groups: list[dict[str, Any]]) -> dict[str, bool]:
-    """`fused=True` where it was asked for, or where nothing was said and torch has a fused kernel for class, device and kind of tensor.
+    """Returns `fused=True` if it is requested, or by default if torch has a fused kernel for the class and the tensors.
 
-    Else nothing, so that torch chooses: `fused=False` would select its loop over single tensors instead of foreach on CUDA.
+    Otherwise the result is empty, and torch selects the implementation. It must not be `fused=False`, which selects the
+    loop over single tensors instead of the foreach implementation on CUDA.
     """
     if "fused" not in accepted:
         if wanted:
-            raise ConfigError(f"optimizer.fused: {cls.__name__} has no fused form; leave optimizer.fused out")
+            raise ConfigError(f"optimizer.fused: {cls.__name__} has no fused kernel; leave optimizer.fused out")
         return {}
     tensors = [p.data for g in groups for p in g["params"]]
-    if wanted is False or any(t.is_meta for t in tensors):  # meta: a model without memory, built to check the config
+    if wanted is False or any(t.is_meta for t in tensors):  # a model on the meta device only serves to check the config
         return {}
     sharded = any(isinstance(t, DTensor) for t in tensors)
-    if sharded and not issubclass(cls, torch.optim.Adam):  # AdamW is one; torch 2.13 has no rule for the others' kernels
+    # AdamW is a subclass of Adam. torch 2.13 has no sharding rule for the kernels of other optimizers.
+    if sharded and not issubclass(cls, torch.optim.Adam):
         if wanted:
-            raise ConfigError(f"optimizer.fused: {cls.__name__} has no fused form for sharded tensors; leave optimizer.fused out")
+            raise ConfigError(
+                f"optimizer.fused: {cls.__name__} has no fused kernel for sharded tensors; leave optimizer.fused out"
+            )
         return {}
+    # Fused kernels support floating-point tensors only, and may not support other subclasses of torch.Tensor.
     known = all(type(t) in (torch.Tensor, DTensor) and t.is_floating_point() for t in tensors)
     return {"fused": True} if known or wanted else {}

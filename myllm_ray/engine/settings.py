@@ -1,60 +1,75 @@
-"""What the engine itself reads from a config, also from the short dict of a run wired by hand."""
+"""The settings that the engine reads, from a run's config or from the short dict of a manually constructed run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from myllm_ray.common.types import as_mapping
+from pydantic import BaseModel
+
+from myllm_ray.config.by_hand import gradient_clip, sections
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.sections import (
+    BatchSection,
+    CheckpointSection,
+    EvaluationSection,
+    LoggingSection,
+    RunSection,
+    StabilitySection,
+)
+from myllm_ray.config.validation import section_of
 
 
 @dataclass
 class EngineSettings:
-    """Steps are optimizer steps. None for an interval means never."""
+    """The sections of the config that the engine reads. Steps are optimizer steps. An interval of None means never."""
 
-    max_steps: int | None = None
-    epochs: int | None = None
-    gradient_clip: float | None = 1.0
-    seed: int = 0
-    log_every: int = 1
-    samples_every: int | None = None
-    save_every: int | None = None
-    save_at_end: bool = True
-    evaluate_every: int | None = None
-    evaluate_at_start: bool = False
-    evaluate_at_end: bool = True
-    evaluate_batches: int | None = None
-    batch_size: int = 8
-    micro_size: int | None = None
-    stability: Mapping[str, Any] = field(default_factory=dict)
+    run: RunSection
+    batch: BatchSection
+    logging: LoggingSection
+    checkpoint: CheckpointSection
+    evaluation: EvaluationSection
+    stability: StabilitySection
+    gradient_clip: float | None
+    micro_size: int | None
+    """Rows of a micro-batch. None if the config does not set it; each rank then has one micro-batch per step."""
 
     @classmethod
     def from_config(cls, config: Any) -> EngineSettings:
-        """Read a run's config, or a dict such as {"num_epochs": 3, "gradient_clip": 1.0, "batch_size": 8}."""
-        raw = as_mapping(config)
-        run, checkpoint = raw.get("run") or {}, raw.get("checkpoint") or {}
-        evaluation, logging, batch = raw.get("evaluation") or {}, raw.get("logging") or {}, raw.get("batch") or {}
-        settings = cls(
-            max_steps=run.get("max_steps") or raw.get("max_steps"),
-            epochs=run.get("epochs") or raw.get("num_epochs"),
-            gradient_clip=raw.get("gradient_clip"),
-            seed=run.get("seed", raw.get("seed", 0)),
-            log_every=logging.get("every_steps", 1),
-            samples_every=logging.get("samples_every_steps"),
-            save_every=checkpoint.get("every_steps"),
-            save_at_end=checkpoint.get("at_end", True),
-            evaluate_every=evaluation.get("every_steps"),
-            evaluate_at_start=evaluation.get("at_start", False),
-            evaluate_at_end=evaluation.get("at_end", True),
-            evaluate_batches=evaluation.get("max_batches"),
-            batch_size=batch.get("global_size", raw.get("batch_size", 8)),
-            micro_size=batch.get("micro_size"),
-            stability=raw.get("stability") or {},
+        """Returns the settings of a config.
+
+        Args:
+            config: a `TrainerConfig`, or a dict such as {"num_epochs": 3, "batch_size": 8}. The defaults are those of
+                the sections, except the length of a run, which is one epoch.
+
+        Raises:
+            ConfigError: a key of the dict is unknown, or has a wrong value.
+        """
+        source = sections(config)
+        run = section_of(source, "run", RunSection)
+        if run.max_steps is not None and run.epochs is not None:
+            raise ConfigError("give max_steps or epochs, not both: each sets the length of the run")
+        if run.max_steps is None and run.epochs is None:
+            run = run.model_copy(update={"epochs": 1})
+        batch = section_of(source, "batch", BatchSection)
+        return cls(
+            run=run,
+            batch=batch,
+            logging=_logging(source),
+            # A copy, because the engine changes `at_end` for a manager that saves only on request.
+            checkpoint=section_of(source, "checkpoint", CheckpointSection).model_copy(),
+            evaluation=section_of(source, "evaluation", EvaluationSection),
+            stability=section_of(source, "stability", StabilitySection),
+            gradient_clip=gradient_clip(source),
+            micro_size=batch.micro_size
+            if "micro_size" in batch.model_fields_set or isinstance(config, BaseModel)
+            else None,
         )
-        if settings.max_steps is None and settings.epochs is None:
-            settings.epochs = 1
-        if settings.max_steps is not None and settings.epochs is not None:
-            raise ConfigError("give max_steps or epochs, not both: they say when the run is done")
-        return settings
+
+
+def _logging(source: Any) -> LoggingSection:
+    """Returns the section `logging`. A manually constructed run writes samples only if its dict sets their interval."""
+    section = section_of(source, "logging", LoggingSection)
+    if isinstance(source, BaseModel) or "samples_every_steps" in section.model_fields_set:
+        return section
+    return section.model_copy(update={"samples_every_steps": None})

@@ -1,10 +1,13 @@
-"""Steps that would do harm: losses and gradients that are no numbers, and spikes. Noticed before any weight changes.
+"""Bad steps: non-finite losses and gradients, and spikes.
+
+The policies `skip`, `rewind` and `stop` detect them before any weight changes. With `ignore`, the default, this module
+does nothing, and the engine stops the run after the optimizer step if the norm of the gradient is not finite.
 
 A spike is a loss or a gradient norm more than `zscore` standard deviations above the mean of the last `history` good
-steps. What is done about it is `stability.on_spike`: nothing, leave the step out (`skip`), go back to the last checkpoint
-and step over the window of batches that ends with the bad one (`rewind`, as in PaLM; Chowdhery et al., 2022,
-arXiv:2204.02311, §5.1), or `stop`. What was done stands in `interventions.jsonl`; since it is decided by values that all
-ranks share, a repeated run decides the same.
+steps. `stability.on_spike` selects the action: `ignore`; `skip` the step; `rewind`, which resumes from the last
+checkpoint without the window of batches that ends with the bad one (as in PaLM; Chowdhery et al., 2022,
+arXiv:2204.02311, §5.1); or `stop`. The actions are recorded in `interventions.jsonl`. They depend only on values that
+are equal on all ranks, so all ranks take the same action, and a repeated run repeats it.
 """
 
 from __future__ import annotations
@@ -18,31 +21,36 @@ from typing import Any
 from myllm_ray.common import distributed
 from myllm_ray.common.files import JSONLines, read_jsonl
 from myllm_ray.config.errors import TrainingError
+from myllm_ray.config.sections import StabilitySection
 
 _FLOOR = 0.01
-"""Least standard deviation, as a share of the mean: on a plateau every wiggle would be a spike."""
+"""Smallest standard deviation, as a share of the mean. Without it, every fluctuation on a plateau would be a spike."""
 
 
 class SpikeDetector:
-    """Means and deviations of the last good steps.
+    """Compares a step with the means and standard deviations of the last good steps.
 
     Args:
-        zscore, history, min_history: see `stability` in the config.
+        zscore, history, min_history: see `StabilitySection`.
     """
 
-    def __init__(self, zscore: float = 6.0, history: int = 128, min_history: int = 16):
+    def __init__(self, zscore: float, history: int, min_history: int):
         self.zscore, self.min_history = zscore, min(min_history, history)
         self._seen: dict[str, deque[float]] = {name: deque(maxlen=history) for name in ("loss", "gradient norm")}
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
-        """What is wrong with a step, in words, or None; then it counts among the good ones."""
+        """Returns why a step is bad, or None for a good step, which is then added to the history."""
         values = {"loss": loss, "gradient norm": grad_norm}
         for name, value in values.items():
             if not math.isfinite(value):
                 return f"the {name} is not finite ({value})"
             z = self._score(name, value)
             if z > self.zscore:
-                return f"the {name} {value:.4g} is {z:.1f} standard deviations above the last {len(self._seen[name])} steps"
+                return (
+                    f"the {name} {value:.4g} is {z:.1f} standard deviations above the last "
+                    f"{len(self._seen[name])} steps"
+                )
+        # Bad steps are not added: they would raise the mean and the deviation, and hide the next spike.
         for name, value in values.items():
             self._seen[name].append(value)
         return None
@@ -51,6 +59,7 @@ class SpikeDetector:
         seen = self._seen[name]
         if len(seen) < self.min_history:
             return 0.0
+        # `fsum` rounds once, so a small deviation of large values keeps its digits.
         mean = math.fsum(seen) / len(seen)
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in seen) / len(seen))
         return (value - mean) / max(deviation, _FLOOR * abs(mean), 1e-12)
@@ -60,22 +69,23 @@ class SpikeDetector:
 
     def load_state_dict(self, saved: Mapping[str, list[float]]) -> None:
         for name, seen in self._seen.items():
+            # In place: `deque` keeps its `maxlen`, which may differ from that of the saved run.
             seen.clear()
             seen.extend(saved.get(name, []))
 
 
 class Stability:
-    """The policy of a run, and the record of what it did.
+    """The policy of a run for bad steps, and the record of its interventions.
 
     Args:
-        settings: the config's section `stability`.
-        folder: the run's, for `interventions.jsonl`; None: nothing is remembered beyond this process.
+        settings: the section `stability` of the config.
+        folder: the run's folder, for `interventions.jsonl`; None: the record is kept in memory only.
     """
 
-    def __init__(self, settings: Mapping[str, Any], folder: str | None):
-        self.policy: str = settings.get("on_spike", "ignore")
-        self._window, self._most = settings.get("window", 1), settings.get("max_interventions", 10)
-        self._detector = SpikeDetector(*(settings.get(n, d) for n, d in (("zscore", 6.0), ("history", 128), ("min_history", 16))))
+    def __init__(self, settings: StabilitySection, folder: str | None):
+        self.policy: str = settings.on_spike
+        self._window, self._most = settings.window, settings.max_interventions
+        self._detector = SpikeDetector(settings.zscore, settings.history, settings.min_history)
         self._path = Path(folder) / "interventions.jsonl" if folder else None
         self._done: list[dict[str, Any]] = []
 
@@ -84,33 +94,49 @@ class Stability:
         return self.policy != "ignore"
 
     def load_interventions(self) -> None:
-        """Read what earlier attempts did, on rank 0 for all ranks: the folder as another rank sees it may be older."""
+        """Reads the record of earlier attempts of the run. Contains a collective."""
+        # Rank 0 reads for all ranks: on a shared file system, another rank may see an older version of the file.
         on_main = self._path is not None and distributed.is_main()
         self._done = distributed.from_main(list(read_jsonl(self._path)) if on_main and self._path else [])
 
     def stepped_over(self, step: int) -> str | None:
-        """Why the batch of a step is not trained on: it lies in the window of an earlier rewind."""
-        return next((row["reason"] for row in self._done
-                     if row["action"] == "rewind" and row["step"] - row["window"] < step <= row["step"]), None)
+        """Returns why the batch of a step is skipped, if it is in the window of an earlier rewind, or None."""
+        return next(
+            (
+                row["reason"]
+                for row in self._done
+                if row["action"] == "rewind" and row["step"] - row["window"] < step <= row["step"]
+            ),
+            None,
+        )
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
-        """See `SpikeDetector.judge`."""
+        """Returns why a step is bad, or None; see `SpikeDetector.judge`."""
         return self._detector.judge(loss, grad_norm)
 
     def intervene(self, step: int, reason: str, is_main: bool) -> str:
-        """What is done about a bad step: `skip` or `rewind`; remembered.
+        """Records and returns the action for a bad step: `skip` or `rewind`.
 
         Raises:
-            TrainingError: the policy is to stop, or too much was done already.
+            TrainingError: the policy is `stop`, or `max_interventions` is reached.
         """
         if self.policy == "stop":
             raise TrainingError(f"step {step}: {reason}; stability.on_spike=stop. The last checkpoint is kept")
+        # A step that is repeated after a restart replaces its own record.
         earlier = [row for row in self._done if row["step"] != step]
         if len(earlier) >= self._most:
-            raise TrainingError(f"step {step}: {reason}; {len(earlier)} steps were left out before it (stability.max_interventions). "
-                                "The last checkpoint is kept. Look at the data, or try a lower optimizer.lr")
-        row = {"step": step, "action": self.policy, "window": self._window if self.policy == "rewind" else 1, "reason": reason}
+            raise TrainingError(
+                f"step {step}: {reason}; {len(earlier)} steps were already skipped (stability.max_interventions). "
+                "The last checkpoint is kept. Check the data, or try a lower optimizer.lr"
+            )
+        row = {
+            "step": step,
+            "action": self.policy,
+            "window": self._window if self.policy == "rewind" else 1,
+            "reason": reason,
+        }
         self._done = [*earlier, row]
+        # Every rank keeps the record in memory; only rank 0 writes the file.
         if self._path and is_main:
             file = JSONLines(self._path, keep=lambda old: old.get("step") != step)
             file.write(row)

@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM whose forward pass gives token losses or scores instead of logits."""
+"""Wrapper around a Hugging Face causal LM whose forward pass returns token losses or scores instead of logits."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 
 
 class CausalLM(nn.Module):
-    """Wraps a causal LM of transformers; parameter names are the wrapped model's behind `model.`.
+    """Wraps a causal LM of transformers and returns token losses, token scores or next-token logits.
 
-    The head runs inside `forward`, so that DDP and FSDP see it, and only where there is a target.
+    Parameter names are those of the wrapped model with the prefix `model.`. The head runs inside `forward`, so that the
+    hooks of DDP and FSDP cover it, and only at positions that have a target.
+
+    Args:
+        model: A causal LM of transformers.
     """
 
     computes_token_losses = True
@@ -28,38 +32,69 @@ class CausalLM(nn.Module):
         self.model = model
         self.config = model.config
         head = model.get_output_embeddings()
+        # Some architectures scale or cap the logits. The fused head does not, so such models use their own head.
         changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES)
         self.fused = isinstance(head, nn.Linear) and head.bias is None and not changed and model.base_model is not model
-        """Whether the logits are exactly `hidden @ head.T`, so that the fused head may stand in for the model's own."""
+        """Whether the logits are exactly `hidden @ head.T`, so that the fused head can replace the model's own head."""
         self.routers = Routers([model.base_model])
         self.router_loss_weight = 0.0
-        """What trainers multiply the loss of the routers by; see `models/routers.py`."""
+        """Factor by which trainers multiply the load-balancing loss of the routers; see `models/routers.py`."""
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, position_ids: Tensor | None = None,
-                predictors: Tensor | None = None, targets: Tensor | None = None, attention_mask: Tensor | None = None,
-                temperature: float = 1.0, entropy: bool = False, cache: Any = None, sequences: Tensor | None = None,
-                sequence_weights: Tensor | None = None) -> TokenLosses | TokenScores | Tensor:
-        """Losses at the positions with a label; where `targets` are given instead, their scores; with a cache, the next logits.
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        predictors: Tensor | None = None,
+        targets: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        cache: Any = None,
+        sequences: Tensor | None = None,
+        sequence_weights: Tensor | None = None,
+    ) -> TokenLosses | TokenScores | Tensor:
+        """Returns token losses for `labels`, token scores for `targets`, or the next logits for a `cache`.
 
-        Documents of a packed row are told apart by `position_ids` that restart. transformers does so only without an
-        attention mask and without a cache: with either, documents leak into each other silently.
+        Restarting `position_ids` separate the documents of a packed row. transformers applies this separation only
+        without an attention mask and without a cache. With either of them, documents silently attend to each other.
 
         Args:
-            input_ids, labels, position_ids: (B, S).
-            predictors: (T,) places in the flattened (B · S) input of the tokens that predict the targets.
+            input_ids: (B, S) token ids.
+            labels: (B, S) labels; the losses are those of the positions with a label.
+            position_ids: (B, S) positions, restarting at each document.
+            predictors: (T,) indices into the flattened (B · S) input of the tokens that predict the targets.
             targets: (T,) token ids to score.
-            attention_mask: (B, 1, S, S) bool, true where a token may look; default: causal.
-            temperature, entropy: see `linear_log_probs`.
-            cache: keys and values of what precedes `input_ids`, of transformers; then the result is (B, V), behind the last token,
-                and `attention_mask` (B, all tokens so far) says which are padding.
-            sequences: (B, S) number of the sequence that each token belongs to, -1 for padding. With it, and with `sequence_weights`
-                (N,), the result has the loss of the model's routers, if it has any.
+            attention_mask: (B, 1, S, S) bool, true where a token may attend; default: causal. With a cache: (B, all
+                tokens so far), false at padding.
+            temperature: See `linear_log_probs`.
+            entropy: See `linear_log_probs`.
+            cache: The keys and values of the tokens before `input_ids`, a cache of transformers.
+            sequences: (B, S) index of the sequence that each token belongs to, -1 for padding. It requires
+                `sequence_weights`; the result then includes the loss of the model's routers, if it has routers.
+            sequence_weights: (N,) weights of the sequences in the loss of the routers.
+
+        Returns:
+            `TokenLosses` for labels, `TokenScores` for targets, or (B, V) logits after the last token for a cache.
         """
         if cache is not None:
-            return self.next_logits({"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask,
-                                     "past_key_values": cache, "use_cache": True})
-        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False, "attention_mask": attention_mask}
-        if getattr(self.config, "output_router_logits", False):  # transformers' own loss is neither wanted nor made for 4D masks
+            return self.next_logits(
+                {
+                    "input_ids": input_ids,
+                    "position_ids": position_ids,
+                    "attention_mask": attention_mask,
+                    "past_key_values": cache,
+                    "use_cache": True,
+                }
+            )
+        inputs = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "use_cache": False,
+            "attention_mask": attention_mask,
+        }
+        # transformers' own router loss is not used, and it does not support 4D masks.
+        if getattr(self.config, "output_router_logits", False):
             inputs["output_router_logits"] = False
         if targets is not None:
             assert predictors is not None
@@ -76,44 +111,67 @@ class CausalLM(nn.Module):
         return losses._replace(router=router_losses(self, sequences, sequence_weights))
 
     def token_losses(self, inputs: dict[str, Any], labels: Tensor) -> TokenLosses:
-        """Losses at the positions with a label."""
+        """Returns the losses at the positions with a label.
+
+        Args:
+            inputs: Arguments of the wrapped model.
+            labels: (B, S).
+        """
         shifted = shifted_targets(labels)
         if not self.fused:
             return cross_entropy_from_logits(self.model(**inputs).logits, shifted)
         return linear_cross_entropy(self.hidden(inputs), self.head, shifted)
 
-    def score(self, inputs: dict[str, Any], predictors: Tensor, targets: Tensor, temperature: float, entropy: bool) -> TokenScores:
-        """Log-probabilities and entropies of the targets."""
+    def score(
+        self, inputs: dict[str, Any], predictors: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> TokenScores:
+        """Returns the log-probabilities and entropies of the targets.
+
+        Args:
+            inputs: Arguments of the wrapped model.
+            predictors: (T,) indices into the flattened (B · S) input.
+            targets: (T,) token ids.
+            temperature: Divides the logits.
+            entropy: Whether to compute entropies.
+        """
         if not self.fused:
             logits = self.model(**inputs).logits.flatten(0, 1)[predictors]
             return log_probs_from_logits(logits, targets, temperature, entropy)
+        # Rows are selected before the head, so that no logits are computed at positions without a target.
         hidden = self.hidden(inputs).flatten(0, 1)[predictors]
         return linear_log_probs(hidden, self.head, targets, temperature, entropy)
 
     def next_logits(self, inputs: dict[str, Any]) -> Tensor:
-        """(B, V): logits behind the last token of each row."""
+        """Returns the (B, V) logits after the last token of each row."""
         if not self.fused:
             return self.model(**inputs, logits_to_keep=1).logits[:, -1]  # type: ignore[no-any-return]
         hidden = self.hidden(inputs)[:, -1]
         return hidden @ self.head.T.to(hidden.dtype)
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
-        """(B, S, H): the states that the head looks at."""
+        """Returns the (B, S, H) hidden states that are the input of the head."""
         states: Tensor = self.model.base_model(**inputs).last_hidden_state
         return states
 
     @property
     def head(self) -> Tensor:
-        """(V, H)."""
+        """The weight of the output head, (V, H)."""
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
     def parameters_used_directly(self) -> list[nn.Parameter]:
-        """Parameters that `forward` uses without calling the module that has them."""
+        """Returns the parameters that `forward` uses without calling the module that contains them.
+
+        The forward hooks of that module do not run for them, so DeepSpeed registers them as external parameters
+        (ZeRO-3).
+        """
         return [self.model.get_output_embeddings().weight] if self.fused else []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """`torch.compile` of all but the fused head, which picks its rows and writes its own gradients already."""
+        """Compiles the model in place with `torch.compile`.
+
+        The fused head is excluded: it selects rows, whose number varies, and computes its own gradients.
+        """
         if self.fused:
             self.model.base_model.compile(*args, **kwargs)
         else:
@@ -121,9 +179,16 @@ class CausalLM(nn.Module):
 
 
 def router_losses(module: Any, sequences: Tensor, weights: Tensor | None) -> RouterLosses:
-    """What the routers of a wrapper recorded; without a graph where their loss is switched off."""
+    """Returns the load-balancing loss and load that the routers of a wrapper recorded.
+
+    Args:
+        module: The wrapper, with `routers` and `router_loss_weight`.
+        sequences: (B, S) index of each token's sequence, -1 for padding.
+        weights: (N,) weights of the sequences.
+    """
     assert weights is not None, "sequences need sequence_weights"
     losses: RouterLosses
+    # With weight 0 only the load is reported, so no graph is kept.
     with torch.set_grad_enabled(torch.is_grad_enabled() and module.router_loss_weight > 0):
         losses = module.routers.losses(sequences, weights)
     return losses

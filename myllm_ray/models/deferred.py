@@ -1,8 +1,8 @@
-"""Weights on demand: a model on the meta device, and a source that makes each tensor when it is asked for.
+"""Deferred weights: a model on the meta device, and a source that creates each tensor on request.
 
-Random weights are a function of (seed, name of the tensor) alone: not of the backend, of the number of workers, nor of what
-else the model holds. The initialisation that transformers would do is recorded on the meta device, where it costs nothing,
-and replayed tensor by tensor (the idea of torchdistX's deferred initialisation).
+Random weights are a function of (seed, tensor name) only. They do not depend on the backend, the number of workers or
+the other tensors of the model. The initialization of transformers is recorded on the meta device, where it needs no
+memory, and replayed tensor by tensor. The method follows the deferred initialization of torchdistX.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from myllm_ray.config.errors import ConfigError
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes every operation on meta tensors, by the storage that it writes to or looks at."""
+    """Records every operation on meta tensors, grouped by the storages that it reads or writes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[int, list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         touched = [a for a in tree_leaves((args, kwargs or {}, out)) if isinstance(a, Tensor) and a.is_meta]
         for storage in dict.fromkeys(_storage(t) for t in touched):
@@ -38,25 +40,37 @@ class _Recorder(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
+    # Views of one tensor have the same storage, so an operation on a view is recorded for the tensor.
     return int(tensor.untyped_storage()._cdata)
 
 
 def record_initialization(model: nn.Module, initialize: Any, seed: int) -> Source:
-    """Run `initialize()` on a model on the meta device, and give the source that makes its tensors.
+    """Records the initialization of a model on the meta device and returns the source of its tensors.
+
+    Args:
+        model: The model, on the meta device.
+        initialize: A function without arguments that initializes the model.
+        seed: The seed of the random weights.
 
     Raises:
-        NotImplementedError: a tensor is not initialised, or from other tensors' values.
+        NotImplementedError: A tensor is not initialized, or its initialization depends on the values of other tensors.
     """
     tensors = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta}
     with _Recorder() as recorder, torch.no_grad():
         initialize()
     by_name = {name: (t, recorder.calls.get(_storage(t), [])) for name, t in tensors.items()}
     for name, (meta, calls) in by_name.items():
-        inputs = [a for _, args, kwargs, _ in calls for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor) and a.is_meta]
+        inputs = [
+            a
+            for _, args, kwargs, _ in calls
+            for a in tree_leaves((args, kwargs))
+            if isinstance(a, Tensor) and a.is_meta
+        ]
         if not any(func._schema.is_mutable for func, *_ in calls) or any(_storage(a) != _storage(meta) for a in inputs):
-            raise NotImplementedError(f"{name} can't be initialised by itself")
+            raise NotImplementedError(f"{name} can't be initialized independently of other tensors")
 
     def source(name: str) -> Tensor:
+        # A seed for each name: the values do not depend on the order in which the tensors are requested.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(derive_seed("weight", seed, name))
             return _replay(*by_name[name])
@@ -69,7 +83,7 @@ def _replay(meta: Tensor, calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]
 
     def swap(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_meta:
-            # An object that no call returned is `.data` of the tensor: another object for the same memory.
+            # An object that no recorded call returned is `.data` of the tensor: another object with the same storage.
             return real.get(id(value), real[id(meta)])
         return torch.device("cpu") if isinstance(value, torch.device) and value.type == "meta" else value
 
@@ -82,12 +96,12 @@ def _replay(meta: Tensor, calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]
 
 
 def folder_source(folder: Path, names: set[str], otherwise: Source) -> Source | None:
-    """A source that reads safetensors files tensor by tensor; None if the files do not hold all of `names` under these names.
+    """Returns a source that reads safetensors files tensor by tensor, or None if a tensor of `names` is missing.
 
     Args:
-        folder: in Hugging Face format, one file or several with an index.
-        names: the parameters that must be there, as the model names them.
-        otherwise: for tensors that are not there (buffers that are computed).
+        folder: A folder in Hugging Face format, with one file or with several files and an index.
+        names: The names of the required parameters in the model.
+        otherwise: The source of tensors that the files do not contain (computed buffers).
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -111,28 +125,38 @@ def folder_source(folder: Path, names: set[str], otherwise: Source) -> Source | 
 
 
 _PREFIX = "model.model."
-"""What the names of transformers stand behind in a checkpoint of a run: the wrapper's attribute, and the accelerator's prefix."""
+"""Prefix of the transformers names in a run's checkpoint: the accelerator's prefix and the wrapper's attribute."""
 
 
 class CheckpointTensors:
-    """The weights of a model of transformers in a run's checkpoint, by their names in transformers; read one at a time.
+    """Reads the weights of a transformers model from a run's checkpoint, one tensor at a time, by transformers name.
 
-    Each rank of the run wrote its shards of a tensor; the header of a file says where in the whole they belong
-    (torch.distributed.checkpoint's Hugging Face storage). Adapters of a LoRA run are merged into the matrices beside them.
+    Each rank of the run wrote its shards of a tensor. The header of each file contains the offsets of the shards in the
+    full tensor (Hugging Face storage of torch.distributed.checkpoint). LoRA adapters are merged into the weights that
+    they adapt.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        key: The config key that names the checkpoint, for error messages.
 
     Raises:
-        ConfigError: the checkpoint holds no model of transformers, or adapters that the run's config does not describe.
+        ConfigError: The checkpoint does not contain a transformers model, or it contains adapters that the run's config
+            does not describe.
     """
 
     def __init__(self, checkpoint: Path, key: str = "model.name"):
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         self.checkpoint, self.key = checkpoint, key
-        self.shapes = {name.removeprefix(_PREFIX): shape for name, shape in manifest["tensors"].items() if name.startswith(_PREFIX)}
+        self.shapes = {
+            name.removeprefix(_PREFIX): shape for name, shape in manifest["tensors"].items() if name.startswith(_PREFIX)
+        }
         self.lora: dict[str, Any] | None = manifest.get("config", {}).get("model", {}).get("lora")
         if not self.shapes:
-            raise ConfigError(f"{key}: {checkpoint} holds no model of transformers: only a factory of your own builds it")
+            raise ConfigError(
+                f"{key}: {checkpoint} does not contain a transformers model: only a custom factory can build it"
+            )
         if self.lora is None and any(".lora_A." in name for name in self.shapes):
-            raise ConfigError(f"{key}: {checkpoint} has adapters that its config does not describe: merge them by hand")
+            raise ConfigError(f"{key}: {checkpoint} has adapters that its config does not describe; merge them first")
         self._parts: dict[str, list[tuple[Path, list[int]]]] = {}
         for path in sorted(checkpoint / name for name in manifest["files"] if name.endswith(".safetensors")):
             with safe_open(path, "pt") as opened:
@@ -144,14 +168,15 @@ class CheckpointTensors:
 
     @property
     def names(self) -> set[str]:
-        """Names of the tensors in transformers, adapters merged."""
+        """The transformers names of the tensors, with adapters merged."""
         return {name.replace(".base_layer.", ".") for name in self.shapes if ".lora_" not in name}
 
     def read(self, name: str, transposed: bool = False) -> Tensor:
-        """One tensor, whole, fp32.
+        """Returns one full tensor; floating-point tensors are converted to fp32.
 
         Args:
-            transposed: the layer holds its matrix as (inputs, outputs): `Conv1D` of GPT-2.
+            name: The transformers name of the tensor.
+            transposed: Whether the layer stores its weight as (inputs, outputs), as the `Conv1D` of GPT-2 does.
         """
         stem, _, leaf = name.rpartition(".")
         if f"{stem}.base_layer.{leaf}" not in self.shapes:
@@ -160,6 +185,7 @@ class CheckpointTensors:
         if leaf != "weight":
             return weight
         assert self.lora is not None
+        # PEFT's update, alpha / rank · B A, has the layout of nn.Linear: (outputs, inputs).
         change = self._whole(f"{stem}.lora_B.default.weight") @ self._whole(f"{stem}.lora_A.default.weight")
         scale: float = self.lora["alpha"] / self.lora["rank"]
         return weight + (change.T if transposed else change) * scale
@@ -169,25 +195,38 @@ class CheckpointTensors:
         for path, offsets in self._parts[name]:
             with safe_open(path, "pt") as opened:
                 parts.append((opened.get_tensor(_PREFIX + name), offsets))
+        # A tensor that one rank wrote as a whole has no offsets.
         whole = torch.empty(self.shapes[name], dtype=parts[0][0].dtype)
         for part, offsets in parts:
-            whole[tuple(slice(first, first + size) for first, size in zip(offsets or [0] * part.dim(), part.shape, strict=True))] = part
+            whole[
+                tuple(
+                    slice(first, first + size)
+                    for first, size in zip(offsets or [0] * part.dim(), part.shape, strict=True)
+                )
+            ] = part
         return whole.float() if whole.is_floating_point() else whole
 
 
 def checkpoint_source(tensors: CheckpointTensors, skeleton: nn.Module, otherwise: Source) -> Source:
-    """A source that reads a run's checkpoint tensor by tensor.
+    """Returns a source that reads a run's checkpoint tensor by tensor.
 
     Args:
-        otherwise: for buffers that are not saved, and for the head of a reward model that begins from a language model.
+        tensors: The weights of the checkpoint.
+        skeleton: The model on the meta device.
+        otherwise: The source of buffers that are not saved, and of the head of a reward model that starts from a
+            language model.
 
     Raises:
-        ConfigError: the checkpoint lacks a parameter of the model.
+        ConfigError: The checkpoint lacks a parameter of the model.
     """
     wanted = [name for name, _ in skeleton.named_parameters() if not name.startswith("score.")]
     missing = [name for name in wanted if name not in tensors.names]
     if missing or ("score.weight" in tensors.names and not hasattr(skeleton, "score")):
-        what = "a reward model, which has no head for tokens" if "score.weight" in tensors.names else f"another model: it has no {missing[0]}"
+        what = (
+            "a reward model, which has no head for tokens"
+            if "score.weight" in tensors.names
+            else f"another model: it has no {missing[0]}"
+        )
         raise ConfigError(f"{tensors.key}: {tensors.checkpoint} holds {what}")
     transposed = {name for name, module in skeleton.named_modules() if type(module).__name__ == "Conv1D"}
 

@@ -1,4 +1,4 @@
-"""Export: trained weights as a plain Hugging Face folder that any tool loads."""
+"""Export of trained weights to a standard Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from myllm_ray.common.files import published
 from myllm_ray.common.quiet import quieten, without_progress_bars
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.sections import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.heads import RewardModel
 from myllm_ray.models.load import config_of
@@ -21,7 +21,10 @@ from myllm_ray.models.lora import merge_adapters
 
 
 def dtype_of_base(section: ModelSection) -> torch.dtype:
-    """The dtype of the weights that training began from, as their config says; fp32 where it began from random ones."""
+    """Returns the dtype of the weights that training started from, as their config states it.
+
+    It is fp32 if training started from random weights.
+    """
     found = None if section.name is None else getattr(config_of(section), "dtype", None)
     found = getattr(torch, found, None) if isinstance(found, str) else found
     return found if isinstance(found, torch.dtype) else torch.float32
@@ -34,18 +37,23 @@ def save_pretrained(
     generation: GenerationConfig | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write model, its adapters merged, and tokenizer beside and rename into place.
+    """Writes a model and its tokenizer to a folder in Hugging Face format.
+
+    Adapters are merged into the weights. The model is modified in place. The folder appears only when it is complete.
 
     Args:
-        generation: the generation config to write; default: the model's own.
-        dtype: of the weights as they are written. Those that the architecture keeps in fp32 stay so.
+        model: A `CausalLM` or a `RewardModel`.
+        tokenizer: The tokenizer to write.
+        folder: The folder to create.
+        generation: The generation config to write; default: the model's own.
+        dtype: The dtype of the written weights. Modules that the architecture keeps in fp32 stay in fp32.
 
     Raises:
-        ConfigError: the model is not one of transformers, or the folder exists.
+        ConfigError: The model is not a transformers model, or the folder exists.
     """
     if not isinstance(model, (CausalLM, RewardModel)):
         raise ConfigError(
-            f"export writes models of transformers; this one is {type(model).__name__}, of your own factory"
+            f"export supports only transformers models; this model is a {type(model).__name__} from a custom factory"
         )
     if folder.exists():
         raise ConfigError(f"{folder} exists: choose another folder, or remove it first")
@@ -54,6 +62,7 @@ def save_pretrained(
     _cast(inner, dtype)
     if generation is not None and inner.can_generate():
         inner.generation_config = generation
+    # transformers may import DeepSpeed here.
     quieten(cuda=torch.cuda.is_available())
     with published(folder, existing="error") as beside:
         with without_progress_bars():
@@ -62,6 +71,7 @@ def save_pretrained(
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
+    # transformers declares the modules that must stay in fp32.
     kept = [
         *(getattr(model, "_keep_in_fp32_modules", None) or []),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or []),

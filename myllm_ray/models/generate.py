@@ -1,7 +1,7 @@
-"""Sampling: batched, with a cache of keys and values, each answer by random numbers of its own.
+"""Batched sampling with a key-value cache and separate random numbers for each answer.
 
-An answer depends on the weights, the prompt and its seed; not on the number of workers, as long as the same prompts are sampled
-together (a micro-batch is).
+An answer depends on the weights, the prompt and its seed. It does not depend on the number of workers as long as the
+same prompts are sampled together, which holds for the prompts of a micro-batch.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ from myllm_ray.models.causal_lm import CausalLM
 
 _BLOCK = 256
 _COMPACT = 0.75
-"""Ended answers leave the batch when no more than this share of it is still being written."""
+"""Finished answers are removed from the batch when at most this share of its rows is still generating."""
 
 
 class _GrowingLayer(DynamicLayer):
-    """Keys and values of a layer in buffers made once: the ones of transformers copy themselves whole at every token."""
+    """Cache layer with preallocated buffers for keys and values.
 
-    def __init__(self, room: int):
+    The cache layer of transformers concatenates, which copies all keys and values at every token.
+
+    Args:
+        capacity: The number of tokens to allocate.
+    """
+
+    def __init__(self, capacity: int):
         super().__init__()
-        self.room, self.used = room, 0
+        self.capacity, self.used = capacity, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        shape = (*key_states.shape[:2], self.room)
+        shape = (*key_states.shape[:2], self.capacity)
         self.key_buffer = key_states.new_zeros(*shape, key_states.shape[-1])
         self.value_buffer = value_states.new_zeros(*shape, value_states.shape[-1])
 
@@ -58,32 +64,44 @@ class _GrowingLayer(DynamicLayer):
 
 
 def draw(probabilities: Tensor, draws: Tensor) -> Tensor:
-    """(rows, V) probabilities and (rows,) uniform numbers -> (rows,) the first index whose cumulated probability exceeds the draw.
+    """Returns, for each row, the first index whose cumulative probability exceeds the draw.
 
-    First the block, then the place in it: a running sum over a whole vocabulary in fp64 costs more than the head.
+    The search finds first a block of tokens and then the token in the block, because a cumulative sum over the whole
+    vocabulary in fp64 costs more than the head.
+
+    Args:
+        probabilities: (rows, V).
+        draws: (rows,) uniform random numbers in [0, 1).
+
+    Returns:
+        (rows,) token ids.
     """
     _rows, size = probabilities.shape
     full = size // _BLOCK * _BLOCK
-    sums = torch.cat([probabilities[:, :full].unflatten(1, (-1, _BLOCK)).sum(-1), probabilities[:, full:].sum(-1, keepdim=True)], 1)
+    sums = torch.cat(
+        [probabilities[:, :full].unflatten(1, (-1, _BLOCK)).sum(-1), probabilities[:, full:].sum(-1, keepdim=True)], 1
+    )
+    # In fp64: in fp32 the rounding error of the cumulative sums could exceed the probability of rare tokens.
     upto = sums.double().cumsum(-1)
+    # The draws are scaled by the total, because softmax in fp32 does not sum to exactly 1.
     wanted = draws * upto[:, -1]
     block = torch.searchsorted(upto, wanted[:, None], right=True).squeeze(1).clamp(max=upto.shape[1] - 1)
     before = torch.where(block > 0, upto.gather(1, (block - 1).clamp(min=0)[:, None]).squeeze(1), 0.0)
     places = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=probabilities.device)
     inside = probabilities.gather(1, places.clamp(max=size - 1)).double() * (places < size)
     place = torch.searchsorted(inside.cumsum(-1), (wanted - before)[:, None], right=True).squeeze(1)
-    # Rounding may leave a draw behind the last token of a block that has any probability.
+    # Rounding can place a draw after the last token with a non-zero probability in its block.
     last = (inside > 0).long().cumsum(-1).argmax(-1)
     return block * _BLOCK + torch.minimum(place, last)
 
 
 class HFSampler:
-    """Samples from a causal LM of transformers with its own forward pass.
+    """Samples answers from a causal LM of transformers with the model's own forward pass.
 
     Args:
-        tokenizer: decodes answers.
-        settings: the config's section `rollout`.
-        end_tokens: the ids that end an answer; default: the tokenizer's end-of-text token.
+        tokenizer: Decodes the answers.
+        settings: The section `rollout` of the config.
+        end_tokens: The ids of the tokens that end an answer; default: the tokenizer's end-of-text token.
     """
 
     def __init__(self, tokenizer: Any, settings: RolloutSection, end_tokens: Sequence[int] = ()):
@@ -100,12 +118,25 @@ class HFSampler:
         self.stop = StopStringCriteria(tokenizer, settings.stop) if settings.stop else None
 
     def decode(self, tokens: list[int]) -> str:
+        """Returns the text of an answer without special tokens, cut before the first stop text."""
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         ends = [at for word in self.settings.stop if (at := text.find(word)) >= 0]
         return text[: min(ends)] if ends else text
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, prompts: Tensor, mask: Tensor, group: int, seeds: list[int]) -> Samples:
+        """Samples `group` answers to each prompt.
+
+        Args:
+            model: A `CausalLM`, possibly wrapped.
+            prompts: (N, P) token ids.
+            mask: (N, P) bool, true at the tokens of the prompt, which precede the padding.
+            group: The number of answers to each prompt.
+            seeds: One seed for each of the N · group answers.
+
+        Returns:
+            The N · group answers; those to one prompt are consecutive.
+        """
         inner = getattr(model, "module", model)
         assert isinstance(inner, CausalLM), "sampling needs a causal LM of transformers"
         was_training = inner.training
@@ -117,25 +148,31 @@ class HFSampler:
 
     def _sample(self, model: CausalLM, prompts: Tensor, mask: Tensor, group: int, seeds: list[int]) -> Samples:
         device, most, (count, width) = prompts.device, self.max_new_tokens, prompts.shape
-        draws = torch.from_numpy(np.stack([np.random.Generator(np.random.PCG64(seed)).random(most) for seed in seeds])).to(device)
+        # All random numbers are drawn before the loop: an answer does not depend on when other answers end.
+        draws = torch.from_numpy(
+            np.stack([np.random.Generator(np.random.PCG64(seed)).random(most) for seed in seeds])
+        ).to(device)
         cache = DynamicCache()
         layers = [_GrowingLayer(width + most) for _ in range(model.config.get_text_config().num_hidden_layers)]
         cache.layers = list(layers)
-        # Prompts to the right edge, so that all answers begin in the same column.
+        # Prompts are aligned to the right, so that all answers start in the same column.
         lengths = mask.sum(1)
         shift = (torch.arange(width, device=device) - (width - lengths)[:, None]) % width
         ids, seen = prompts.gather(1, shift), mask.gather(1, shift)
+        # Each prompt is computed once. Its keys and values are then repeated for the answers of its group.
         logits = self._forward(model, ids, seen, (seen.cumsum(1) - 1).clamp(min=0), cache).repeat_interleave(group, 0)
         for layer in layers:
-            layer.key_buffer, layer.value_buffer = (b.repeat_interleave(group, 0) for b in (layer.key_buffer, layer.value_buffer))
-        whole = bool(mask.all())  # no padding: no mask, and a shorter way through the model
+            layer.key_buffer, layer.value_buffer = (
+                b.repeat_interleave(group, 0) for b in (layer.key_buffer, layer.value_buffer)
+            )
+        whole = bool(mask.all())  # without padding no mask is needed, and the forward pass is shorter
         seen = torch.nn.functional.pad(seen, (0, most), value=True).repeat_interleave(group, 0)
         positions = lengths.repeat_interleave(group)
         rows = count * group
         ends = torch.tensor(self.end_tokens, device=device)
         tokens = torch.full((rows, most), self.end_tokens[0], device=device)
         lengths, ended = torch.full((rows,), most, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
-        alive = torch.arange(rows, device=device)  # rows of the whole that the batch still holds
+        alive = torch.arange(rows, device=device)  # indices of the rows that are still in the batch
         for step in range(most):
             chosen = self._choose(logits, tokens[alive, :step], draws[alive, step])
             chosen = torch.where(ended[alive], self.end_tokens[0], chosen)
@@ -159,13 +196,17 @@ class HFSampler:
 
     @staticmethod
     def _forward(model: nn.Module, ids: Tensor, seen: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """(rows, V): logits behind the last token of each row. Through the model's own call, which FSDP's hooks hang on."""
-        logits: Tensor = model(input_ids=ids, attention_mask=None if seen is None else seen.long(), position_ids=positions,
-                               cache=cache)
+        """Returns the (rows, V) logits after the last token of each row.
+
+        It calls the model itself, so that the hooks of FSDP run.
+        """
+        logits: Tensor = model(
+            input_ids=ids, attention_mask=None if seen is None else seen.long(), position_ids=positions, cache=cache
+        )
         return logits
 
     def _choose(self, logits: Tensor, written: Tensor, draws: Tensor) -> Tensor:
-        """A token of each row by inverse transform sampling."""
+        """Returns one token for each row, drawn by inverse transform sampling."""
         scores = logits.float() if self.temperature == 1 else logits.float() / self.temperature
         scores = self.warpers(cast(Any, written), cast(Any, scores)) if len(self.warpers) else scores
         return draw(torch.softmax(scores, -1), draws)
@@ -175,11 +216,31 @@ class HFSampler:
         return found if self.stop is None else found | self.stop(written, None)
 
 
-def sample(model: CausalLM, tokenizer: Any, prompts: Sequence[Sequence[int]], end_tokens: Sequence[int] = (), max_new_tokens: int = 64,
-           temperature: float = 0.8, top_p: float = 0.95, seed: int = 0) -> list[str]:
-    """A completion of each prompt (token ids). `temperature=0` takes the most likely token every time."""
-    settings = RolloutSection(max_new_tokens=max_new_tokens, temperature=temperature or 1.0, top_p=top_p,
-                              top_k=None if temperature else 1)
+def sample(
+    model: CausalLM,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    end_tokens: Sequence[int] = (),
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> list[str]:
+    """Returns a completion of each prompt as text.
+
+    Args:
+        model: The model to sample from.
+        tokenizer: Decodes the completions.
+        prompts: Token ids of each prompt.
+        end_tokens: The ids of the tokens that end a completion; default: the tokenizer's end-of-text token.
+        max_new_tokens: The largest number of tokens in a completion.
+        temperature: Divides the logits; 0 selects the most likely token at every step.
+        top_p: Smallest probability mass of the tokens to sample from (nucleus sampling).
+        seed: The seed of the random numbers.
+    """
+    settings = RolloutSection(
+        max_new_tokens=max_new_tokens, temperature=temperature or 1.0, top_p=top_p, top_k=None if temperature else 1
+    )
     sampler = HFSampler(tokenizer, settings, end_tokens)
     texts = []
     for number, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The generation config of a model: the base model's (temperature, top_p, ...), with every end token."""
+"""Generation config of a trained model: the base model's settings (temperature, top_p, ...) with all end tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from myllm_ray.common.pretrained import checkpoint_in, pretrained_folder, tokeni
 
 
 def base_generation_config(name: str | None) -> GenerationConfig | None:
-    """The generation config of a hub id, a folder in Hugging Face format, or a run's folder; None where there is none."""
+    """Returns the generation config of a hub id, a folder in Hugging Face format or a run's folder; None if absent."""
     if name is None:
         return None
     checkpoint = checkpoint_in(name)
@@ -23,7 +23,7 @@ def base_generation_config(name: str | None) -> GenerationConfig | None:
 
 
 def ends_of(config: GenerationConfig | None) -> list[int]:
-    """The ids of the tokens that end an answer by a generation config."""
+    """Returns the ids of the tokens that end an answer according to a generation config."""
     given: Any = config.eos_token_id if config is not None else None
     return [] if given is None else [int(i) for i in (given if isinstance(given, (list, tuple)) else [given])]
 
@@ -31,13 +31,18 @@ def ends_of(config: GenerationConfig | None) -> list[int]:
 def trained_generation_config(
     base: GenerationConfig | None, tokenizer: Any, end_tokens: Sequence[int]
 ) -> GenerationConfig:
-    """The generation config of a model trained with a tokenizer: the base model's, if any, with these end tokens."""
+    """Returns the generation config of a trained model.
+
+    Args:
+        base: The generation config of the base model, if any.
+        tokenizer: The tokenizer used for training; supplies missing bos and pad ids.
+        end_tokens: The ids of the tokens that end an answer.
+    """
     given = {} if base is None else base.to_dict()
     try:
         return _completed(given, tokenizer, end_tokens)
-    except (
-        ValueError
-    ):  # published configs have a temperature without do_sample; transformers does not write such a config again
+    except ValueError:
+        # Some published configs set a temperature without do_sample, and transformers refuses to save such a config.
         return _completed({**given, "do_sample": True}, tokenizer, end_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Models with a scalar head: a reward model, and a policy with a critic beside it."""
+"""Models with a scalar head: a reward model, and a policy with a critic."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
 
 
 def _flat(values: Tensor) -> Tensor:
-    """(N, 1) -> (N,), in fp32 at least. A sum over the one entry: FSDP's hooks do not like a view as output."""
+    """Returns (N, 1) values as (N,), in fp32 or the input's higher precision."""
+    # A sum over the single entry instead of a view: the hooks of FSDP do not support an output that is a view.
     return values.to(torch.promote_types(values.dtype, torch.float32)).sum(-1)
 
 
 class RewardModel(nn.Module):
-    """Wraps a sequence classifier of transformers with one label, so that its export is one that any tool loads."""
+    """Wraps a sequence classifier of transformers with one label, so that its export is in a standard format.
+
+    Args:
+        model: A sequence classifier of transformers.
+    """
 
     def __init__(self, model: Any):
         super().__init__()
@@ -29,15 +34,33 @@ class RewardModel(nn.Module):
         self.routers = Routers([model.base_model])
         self.router_loss_weight = 0.0
 
-    def forward(self, input_ids: Tensor, ends: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                sequences: Tensor | None = None, sequence_weights: Tensor | None = None) -> Tensor | tuple[Tensor, RouterLosses]:
-        """Scores (N,), in fp32 at least, at the places `ends` (N,) of the flattened (B · S) input: the last tokens of answers.
+    def forward(
+        self,
+        input_ids: Tensor,
+        ends: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        sequences: Tensor | None = None,
+        sequence_weights: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, RouterLosses]:
+        """Returns the scores at the last tokens of answers.
 
-        With `sequences` and `sequence_weights` (see `CausalLM.forward`), and a model with routers: the scores and the routers' loss.
+        Args:
+            input_ids: (B, S) token ids.
+            ends: (N,) indices of the answers' last tokens in the flattened (B · S) input.
+            position_ids: (B, S).
+            attention_mask: As in `CausalLM.forward`.
+            sequences: As in `CausalLM.forward`.
+            sequence_weights: As in `CausalLM.forward`.
+
+        Returns:
+            (N,) scores in fp32 or higher precision; with `sequences` and a model with routers, a tuple of the scores
+            and the loss of the routers.
         """
         with self.routers.recording() if sequences is not None else nullcontext():
-            hidden = self.model.base_model(input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask,
-                                           use_cache=False).last_hidden_state
+            hidden = self.model.base_model(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
         scores = _flat(self.model.score(hidden.flatten(0, 1)[ends]))
         if sequences is None or not self.routers:
             return scores
@@ -45,11 +68,11 @@ class RewardModel(nn.Module):
 
 
 class ActorCritic(CausalLM):
-    """A policy and its critic as one module, so that every backend prepares one thing.
+    """A policy and its critic in one module, so that a backend prepares a single module.
 
     Args:
-        model: the policy.
-        critic: the critic's own trunk; None: a head on the policy's last hidden states.
+        model: The policy.
+        critic: The trunk of the critic. With None the value head uses the policy's last hidden states.
     """
 
     def __init__(self, model: Any, critic: Any = None):
@@ -57,12 +80,17 @@ class ActorCritic(CausalLM):
         self.critic = critic
         if critic is not None:
             self.routers = Routers([model.base_model, critic])
-        # No bias: the whole head starts at zero, and a bias would be one more parameter without weight decay to explain.
+        # No bias, which would be an additional parameter without weight decay. The head starts at zero.
         self.value = nn.Linear(model.config.get_text_config().hidden_size, 1, bias=False)
         nn.init.zeros_(self.value.weight)
 
-    def score(self, inputs: dict[str, Any], predictors: Tensor, targets: Tensor, temperature: float, entropy: bool) -> TokenScores:
-        """The policy's scores, and the value of the state in which each target was chosen."""
+    def score(
+        self, inputs: dict[str, Any], predictors: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> TokenScores:
+        """Returns the policy's scores, with the critic's value of the state in which each target was chosen.
+
+        See `CausalLM.score` for the arguments.
+        """
         if self.fused:
             hidden = self.hidden(inputs).flatten(0, 1)[predictors]
             scores = linear_log_probs(hidden, self.head, targets, temperature, entropy)

@@ -1,9 +1,10 @@
-"""Whether documents that share a row are independent of each other in a model: tried on a small model of the same kind.
+"""Tests on a small model of the same architecture whether documents that share a row are independent of each other.
 
-transformers keeps packed documents apart by `position_ids` that restart, but only in attention whose mask it builds itself.
-Linear attention, state spaces, convolutions over tokens and ALiBi look across the boundary. No list of architectures says
-which is which; this probe does, for the config at hand. It runs rows as the trainers do, and every document by itself, and
-compares log-probabilities, gradients of all parameters, and what changes when another document of the row is changed.
+transformers separates packed documents by restarting `position_ids`, but only in attention layers whose mask it builds
+itself. Linear attention, state-space layers, convolutions over tokens and ALiBi use tokens across the boundary. There
+is no reliable list of affected architectures, so this probe tests the given config. It computes rows as the trainers do
+and each document in a row of its own, and compares the log-probabilities, the gradients of all parameters, and the
+effect of a change in another document of the row.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from myllm_ray.common.modules import logits_of
 from myllm_ray.common.types import Isolation, Micro, Samples, TokenScores
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
-from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.sections import ModelSection
 from myllm_ray.models.load import build_deferred, config_of
 from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.ops.log_probs import log_probs_from_logits
@@ -38,33 +39,47 @@ from myllm_ray.ops.segments import restarting_positions
 log = logging.getLogger(__name__)
 
 PROBE_VERSION = 1
-"""Part of the key under which verdicts are cached: raise it when the probe changes."""
+"""Part of the cache key of the results; increment it when the probe changes."""
 LAYOUTS = ("documents", "rollouts", "padded")
-"""documents: several in a row; rollouts: prompts with their answers, several in a row; padded: one in a row."""
+"""documents: several per row; rollouts: several prompts with their answers per row; padded: one document per row."""
 LONG = 2**31
-"""A row longer than any window."""
+"""A row length greater than any attention window."""
 FACTORY_PARAMETERS = 20_000_000
-"""Models of a factory, which can't be made small, are tried as they are up to this size."""
+"""Largest number of parameters of a factory's model that is tested. Such a model cannot be reduced."""
 DECLARATION = "isolates_packed_documents"
-"""Attribute by which a factory, or the module it gives, says that `position_ids` that restart keep documents apart."""
+"""Attribute by which a factory or its module declares whether restarting `position_ids` separate documents."""
 
 _SAME = 1e-3
-"""Nats, and shares of the largest gradient, that sums in another order may change in fp32."""
+"""Tolerance for fp32 sums in a different order: in nats, and relative to the largest gradient."""
 _MOVED = 1e-2
-"""Nats by which a document must at least react to a change of its own beginning: else the small model shows nothing."""
+"""Smallest effect, in nats, of a document's first token on its later tokens for the test to be meaningful."""
 _STD = 0.15
-"""Of the weights of the small model: distributions that are nearly flat would hide what they depend on."""
+"""Standard deviation of the small model's weights. Nearly uniform distributions would hide a leak."""
 _VOCABULARY, _WIDTH, _WINDOW = 32, 48, 8
 _ROWS = ((11, 19, 10), (22, 26))
-"""Lengths of the documents in the rows: with padding behind them, and filled. To a model a row of continuous packing, which begins
-within a document, is one like the second: its positions begin at 0 too."""
-_WINDOWS = ("sliding_window", "sliding_window_size", "attention_window_size", "window_size", "local_attention", "attention_chunk_size",
-            "chunk_size", "mamba_chunk_size", "block_size", "index_block_size", "keep_window_size", "index_topk")
-"""Settings that say how far a layer looks: made shorter than the documents."""
+"""Lengths of the documents in each row: the first row ends with padding, the second is full.
+
+A row of continuous packing starts inside a document, but its positions also start at 0, so the second row covers it.
+"""
+_WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "window_size",
+    "local_attention",
+    "attention_chunk_size",
+    "chunk_size",
+    "mamba_chunk_size",
+    "block_size",
+    "index_block_size",
+    "keep_window_size",
+    "index_topk",
+)
+"""Config keys that limit how far a layer attends. The small model uses windows shorter than the documents."""
 
 
 class _NoTokenizer:
-    """As much of a tokenizer as a model is built with."""
+    """The part of the tokenizer interface that is needed to build a model."""
 
     eos_token_id = bos_token_id = 0
 
@@ -73,7 +88,7 @@ class _NoTokenizer:
 
 
 class _Laid(NamedTuple):
-    """Documents as the input of one forward pass: where their targets are predicted, and of which document each is."""
+    """Documents as the input of one forward pass, with the index, the id and the document of each target."""
 
     inputs: Micro
     predictors: Tensor
@@ -82,13 +97,21 @@ class _Laid(NamedTuple):
 
 
 def find_isolation(section: ModelSection, kind: str, layout: str, sequence_length: int, cache: Path) -> Isolation:
-    """`probe_isolation`, kept in a file of the data cache: a run, its restarts and the trials of a sweep ask once.
+    """Returns the result of `probe_isolation`, cached in a file of the data cache.
 
-    The key is the small config, the versions of torch and transformers, and that of the probe. A factory's code may change under
-    the same name, so its model is tried each time.
+    A run, its restarts and the trials of a sweep run the probe once. The cache key consists of the small config and the
+    versions of torch, transformers and the probe. The code of a factory can change under the same name, so its model is
+    tested every time.
+
+    Args:
+        section: The section `model` of the config.
+        kind: See `build_deferred`.
+        layout: One of `LAYOUTS`.
+        sequence_length: The length of the training rows, in tokens.
+        cache: The folder of the data cache.
 
     Raises:
-        ConfigError: the section names a model that can't be found.
+        ConfigError: The section names a model that cannot be found.
     """
     if section.factory:
         return probe_isolation(section, kind, layout, sequence_length)
@@ -96,7 +119,7 @@ def find_isolation(section: ModelSection, kind: str, layout: str, sequence_lengt
         small = _small_section(section, sequence_length).model_dump(mode="json")
     except ConfigError:
         raise
-    except Exception as error:  # a config that makes no model; whoever builds it says what is wrong
+    except Exception as error:  # an invalid config; building the model reports the error
         return _untried(error)
     described = [PROBE_VERSION, torch.__version__, transformers.__version__, kind, layout, small]
     path = cache / f"isolation-{hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]}.json"
@@ -108,28 +131,33 @@ def find_isolation(section: ModelSection, kind: str, layout: str, sequence_lengt
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(found))
     except OSError as error:
-        log.debug("%s can't be written: %s", path, error)
+        log.debug("%s cannot be written: %s", path, error)
     return found
 
 
-def probe_isolation(section: ModelSection, kind: str = "causal_lm", layout: str = "documents",
-                    sequence_length: int = LONG) -> Isolation:
-    """Try a layout on a small model of the same kind; a pure function of the section and the code.
+def probe_isolation(
+    section: ModelSection, kind: str = "causal_lm", layout: str = "documents", sequence_length: int = LONG
+) -> Isolation:
+    """Tests a row layout on a small model of the same architecture.
+
+    The result depends only on the arguments and the code.
 
     Args:
-        kind: see `build_deferred`.
-        layout: one of `LAYOUTS`.
-        sequence_length: of the rows to be trained on. Windows that they do not exceed are left out of account.
+        section: The section `model` of the config.
+        kind: See `build_deferred`.
+        layout: One of `LAYOUTS`.
+        sequence_length: The length of the training rows, in tokens. Windows of at least this length are not reduced,
+            because they have no effect in training.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about sizes and settings of the small model
+        warnings.simplefilter("ignore")  # warnings about the small model's config
         torch.manual_seed(0)
         try:
             model = _small(section, kind, sequence_length)
             if isinstance(model, Isolation):
                 return model
             return _compare(model, layout, has_critic=kind.startswith("actor"))
-        except Exception as error:  # an architecture may fail in any way; what can't be tried counts as leaking
+        except Exception as error:  # an architecture may raise anything; without a result, documents count as dependent
             return _untried(error)
 
 
@@ -141,7 +169,10 @@ def _untried(error: Exception) -> Isolation:
 def _small(section: ModelSection, kind: str, sequence_length: int) -> nn.Module | Isolation:
     if section.factory:
         return _of_factory(section, kind)
-    model = materialize(build_deferred(_small_section(section, sequence_length), _NoTokenizer(), _WIDTH, 0, kind)).eval()
+    model = materialize(
+        build_deferred(_small_section(section, sequence_length), _NoTokenizer(), _WIDTH, 0, kind)
+    ).eval()
+    # The default initialization gives nearly uniform predictions, in which a leak would be too small to measure.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -150,28 +181,35 @@ def _small(section: ModelSection, kind: str, sequence_length: int) -> nn.Module 
 
 
 def _small_section(section: ModelSection, sequence_length: int) -> ModelSection:
-    """Small, with windows shorter than the documents; without dropout, adapters and a weight for the loss of its routers."""
+    """Returns a small section with windows shorter than the documents, without dropout, adapters and a router loss."""
     small = small_model(section)
     whole = config_of(section).to_dict()
     known = {name: whole[name] for name in _WINDOWS if type(whole.get(name)) is int}
     windows = {name: min(value, _WINDOW) if value < sequence_length else value for name, value in known.items()}
-    return without_dropout(small.model_copy(update={"config": {**(small.config or {}), **windows}, "lora": None, "router_loss_weight": None}))[0]
+    return without_dropout(
+        small.model_copy(
+            update={"config": {**(small.config or {}), **windows}, "lora": None, "router_loss_weight": None}
+        )
+    )[0]
 
 
 def _of_factory(section: ModelSection, kind: str) -> nn.Module | Isolation:
     factory = load_object(section.factory or "", "model.factory")
     if getattr(factory, DECLARATION, None) is not None:
         said = bool(getattr(factory, DECLARATION))
-        return Isolation(said, f"its factory says {DECLARATION} = {said}")
+        return Isolation(said, f"its factory declares {DECLARATION} = {said}")
     with torch.device("meta"):
         skeleton = factory(**section.options)
     if getattr(skeleton, DECLARATION, None) is not None:
         said = bool(getattr(skeleton, DECLARATION))
-        return Isolation(said, f"it says {DECLARATION} = {said}")
+        return Isolation(said, f"the model declares {DECLARATION} = {said}")
     size = sum(p.numel() for p in skeleton.parameters())
     if size > FACTORY_PARAMETERS:
-        return Isolation(None, f"a factory's model of {size:,} parameters is too large to be tried: give it {DECLARATION} = True if "
-                               "position_ids that restart keep documents apart in it")
+        return Isolation(
+            None,
+            f"a factory's model of {size:,} parameters is too large to be tested: set {DECLARATION} = True on it if "
+            "restarting position_ids separate its documents",
+        )
     return build_deferred(section, _NoTokenizer(), _WIDTH, 0, kind).eval()
 
 
@@ -181,7 +219,7 @@ def _compare(model: nn.Module, layout: str, has_critic: bool) -> Isolation:
     weights = torch.rand(sum(len(d) - f for d, f in zip(documents, first, strict=True))) + 0.5
 
     def scores(lay: Any, given: Sequence[Tensor]) -> Tensor:
-        """(targets, 1 or 2): log-probabilities, and values of the critic, document by document."""
+        """Returns the log-probabilities and the critic's values, (targets, 1 or 2), ordered by document."""
         found = []
         for laid in lay(given, first):
             scored = _score(model, laid)
@@ -190,6 +228,7 @@ def _compare(model: nn.Module, layout: str, has_critic: bool) -> Isolation:
         order = torch.cat([document for _, document in found]).argsort(stable=True)
         return torch.cat([s for s, _ in found])[order]
 
+    # Random weights: with equal ones, opposite changes in the gradients of two tokens would cancel.
     def gradients(of: Tensor) -> list[Tensor]:
         parameters = [p for p in model.parameters() if p.requires_grad]
         given = torch.autograd.grad((of * weights[:, None]).sum(), parameters, allow_unused=True)
@@ -203,27 +242,37 @@ def _compare(model: nn.Module, layout: str, has_critic: bool) -> Isolation:
         scale = max(_largest(g) for g in expected)
         off = max(_largest(a - b) for a, b in zip(expected, found, strict=True)) / max(scale, 1e-12)
         owner = torch.cat([torch.full((len(d) - f,), n) for n, (d, f) in enumerate(zip(documents, first, strict=True))])
-        for changed in ({0, len(_ROWS[0])}, {len(_ROWS[0]) - 1, len(documents) - 1}):  # the first, and the last, of each row
+        # Change the first document of each row, then the last one: a leak can go in either direction.
+        for changed in ({0, len(_ROWS[0])}, {len(_ROWS[0]) - 1, len(documents) - 1}):
             other = [(d + 7) % (_VOCABULARY - 1) + 1 if n in changed else d for n, d in enumerate(documents)]
             kept = torch.tensor([int(n) not in changed for n in owner])
             leak = max(leak, _largest((scores(lay, other) - together)[kept]))
         ahead, reaction = _own_influence(scores, documents, first, owner)
     if not ahead <= _SAME:
-        return Isolation(False, "a token is predicted from tokens behind it: this is no causal language model", ahead, causal=False)
-    if leak != leak or off != off:
-        return Isolation(None, "the small model gives NaN")
+        return Isolation(
+            False, "a token is predicted from tokens after it: the model is not causal", ahead, causal=False
+        )
+    if leak != leak or off != off:  # NaN
+        return Isolation(None, "the small model returns NaN")
     if leak > _SAME or off > _SAME:
-        size = f"{leak:.2g} nats in a small model of its kind" if leak > _SAME else f"{off:.2g} of the gradient in a small model of its kind"
+        size = (
+            f"{leak:.2g} nats in a small model of this type"
+            if leak > _SAME
+            else f"{off:.2g} of the gradient in a small model of this type"
+        )
         if layout == "padded":
-            return Isolation(False, f"the padding of a row changes what is computed of its document ({size})", leak)
+            return Isolation(False, f"the padding of a row changes the outputs for its document ({size})", leak)
         return Isolation(False, f"documents in one row see each other ({size}){_missing_kernels(model)}", leak)
     if 0 < reaction < _MOVED:
-        return Isolation(None, f"the small model hardly reacts to its input ({reaction:.2g} nats)")
+        return Isolation(None, f"the outputs of the small model hardly depend on its input ({reaction:.2g} nats)")
     return Isolation(True, "documents in one row do not see each other", leak)
 
 
 def _own_influence(scores: Any, documents: list[Tensor], first: list[int], owner: Tensor) -> tuple[float, float]:
-    """By how many nats a document's tokens change with its last token, which none of them may see; and with its first one."""
+    """Returns the effects, in nats, of a document's last and first token on the predictions of its other tokens.
+
+    In a causal model the last token has no effect on the predictions of the tokens before it.
+    """
     alone = scores(_lay_alone, documents)
     last = torch.cat([owner[1:] != owner[:-1], torch.tensor([True])])
     ends = [torch.cat([d[:-1], (d[-1:] + 7) % (_VOCABULARY - 1) + 1]) for d in documents]
@@ -234,13 +283,17 @@ def _own_influence(scores: Any, documents: list[Tensor], first: list[int], owner
 
 
 def _missing_kernels(model: nn.Module) -> str:
-    """Packages with which the architecture would keep documents apart by `seq_idx` or `cu_seq_lens_q`: CUDA kernels, which
-    transformers names in its refusal to compute without them."""
+    """Returns a note about missing CUDA kernels that would separate documents by `seq_idx` or `cu_seq_lens_q`, or "".
+
+    transformers names the packages of these kernels in the error that it raises without them.
+    """
     base: Any = getattr(getattr(model, "model", None), "base_model", None)
     ids = torch.ones(1, 8, dtype=torch.long)
     bounds = torch.tensor([0, 4, 8], dtype=torch.int32)
-    forms = ({"seq_idx": torch.tensor([[0] * 4 + [1] * 4], dtype=torch.int32)},
-             {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 4, "max_length_k": 4})
+    forms = (
+        {"seq_idx": torch.tensor([[0] * 4 + [1] * 4], dtype=torch.int32)},
+        {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 4, "max_length_k": 4},
+    )
     missing = []
     for form in forms if base is not None else ():
         try:
@@ -248,11 +301,15 @@ def _missing_kernels(model: nn.Module) -> str:
         except Exception as error:
             missing += re.findall(r"can't keep packed sequences apart without `([^`]+)`", str(error))
     names = " and ".join(dict.fromkeys(missing))
-    return f"; sequence boundaries keep them apart only in the CUDA kernels of {names}, which are not supported" if names else ""
+    return (
+        f"; sequence boundaries keep them apart only in the CUDA kernels of {names}, which are not supported"
+        if names
+        else ""
+    )
 
 
 def _largest(values: Tensor) -> float:
-    """NaN where there is one."""
+    """Returns the largest absolute value, 0 for an empty tensor, or NaN if a value is NaN."""
     return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
@@ -264,9 +321,18 @@ def _score(model: nn.Module, laid: _Laid) -> TokenScores:
 
 
 def _lay(rows: Sequence[Sequence[int]], documents: Sequence[Tensor], first: Sequence[int], width: int) -> _Laid:
-    """Documents in rows as the collator of texts lays them (data/collate.py)."""
+    """Arranges documents in rows as the collator of texts does (data/collate.py).
+
+    Args:
+        rows: The indices of the documents in each row.
+        documents: The token ids of each document.
+        first: The index of the first target in each document.
+        width: The length of a row.
+    """
     ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.stack([torch.from_numpy(restarting_positions([len(documents[n]) for n in row], width)).long() for row in rows])
+    positions = torch.stack(
+        [torch.from_numpy(restarting_positions([len(documents[n]) for n in row], width)).long() for row in rows]
+    )
     predictors, targets, owner = [], [], []
     for i, row in enumerate(rows):
         at = 0
@@ -277,7 +343,9 @@ def _lay(rows: Sequence[Sequence[int]], documents: Sequence[Tensor], first: Sequ
             targets.append(document[first[n] :])
             owner.append(torch.full((len(document) - first[n],), n))
             at += len(document)
-    return _Laid({"input_ids": ids, "position_ids": positions}, torch.cat(predictors), torch.cat(targets), torch.cat(owner))
+    return _Laid(
+        {"input_ids": ids, "position_ids": positions}, torch.cat(predictors), torch.cat(targets), torch.cat(owner)
+    )
 
 
 def _lay_packed(documents: Sequence[Tensor], first: Sequence[int]) -> list[_Laid]:
@@ -290,12 +358,15 @@ def _lay_padded(documents: Sequence[Tensor], first: Sequence[int]) -> list[_Laid
 
 
 def _lay_alone(documents: Sequence[Tensor], first: Sequence[int]) -> list[_Laid]:
-    return [laid._replace(document=torch.full_like(laid.document, n)) for n, d in enumerate(documents)
-            for laid in [_lay([[0]], [d], [first[n]], len(d))]]
+    return [
+        laid._replace(document=torch.full_like(laid.document, n))
+        for n, d in enumerate(documents)
+        for laid in [_lay([[0]], [d], [first[n]], len(d))]
+    ]
 
 
 def _lay_rollouts(documents: Sequence[Tensor], first: Sequence[int]) -> list[_Laid]:
-    """As PPO and GRPO score answers to prompts."""
+    """Arranges prompts and answers in the rows in which PPO and GRPO score them."""
     prompts = nn.utils.rnn.pad_sequence([d[:f] for d, f in zip(documents, first, strict=True)], batch_first=True)
     answers = nn.utils.rnn.pad_sequence([d[f:] for d, f in zip(documents, first, strict=True)], batch_first=True)
     lengths = torch.tensor([len(d) - f for d, f in zip(documents, first, strict=True)])

@@ -1,4 +1,4 @@
-"""Models: from a hub id or folder, from a config (random weights), or from a factory of the user's own."""
+"""Construction of models from a hub id or folder, from a config (random weights), or from a user-defined factory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from myllm_ray.common.materialize import Source, attach_source, materialize
 from myllm_ray.common.pretrained import architecture_folder, checkpoint_in, pretrained_folder
@@ -18,7 +24,7 @@ from myllm_ray.common.quiet import without_progress_bars
 from myllm_ray.common.seeds import seed_all
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
-from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.sections import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, folder_source, record_initialization
 from myllm_ray.models.heads import ActorCritic, RewardModel
@@ -26,42 +32,69 @@ from myllm_ray.models.lora import adapter_source, add_adapters
 from myllm_ray.models.routers import router_loss_weight
 from myllm_ray.models.trial_forward import check_forward, one_line
 
-WRAPPERS: dict[str, Any] = {"causal_lm": CausalLM, "reward_model": RewardModel, "actor_critic": ActorCritic, "actor_own_critic": ActorCritic}
-"""Kinds of models: what stands around the one of transformers."""
-_TOO_FEW = ("the model has {} token embeddings, the tokenizer {} tokens: use the model's own tokenizer, or leave "
-            "model.config.vocab_size out")
+WRAPPERS: dict[str, Any] = {
+    "causal_lm": CausalLM,
+    "reward_model": RewardModel,
+    "actor_critic": ActorCritic,
+    "actor_own_critic": ActorCritic,
+}
+"""The wrapper of the transformers model for each kind of model."""
+_TOO_FEW = (
+    "the model has {} token embeddings, the tokenizer {} tokens: use the model's own tokenizer, or leave "
+    "model.config.vocab_size out"
+)
 
 
-def build_model(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int, kind: str = "causal_lm") -> nn.Module:
-    """The model of a config, in fp32, in training mode, with all its weights; see `build_deferred`."""
+def build_model(
+    section: ModelSection, tokenizer: Any, sequence_length: int, seed: int, kind: str = "causal_lm"
+) -> nn.Module:
+    """Builds the model of a config with all its weights, in fp32 and in training mode.
+
+    See `build_deferred` for the arguments and errors.
+    """
     return materialize(build_deferred(section, tokenizer, sequence_length, seed, kind))
 
 
-def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int, kind: str = "causal_lm") -> nn.Module:
-    """The model on the meta device, with the source of its weights: backends that shard never hold all of it.
+def build_deferred(
+    section: ModelSection, tokenizer: Any, sequence_length: int, seed: int, kind: str = "causal_lm"
+) -> nn.Module:
+    """Builds the model of a config on the meta device, with the source of its weights attached.
 
-    Random weights are a function of `seed` and their names. A factory's model has its weights already, and so have the few
-    whose weights can't be made or read one by one (Mamba's; checkpoints with other names than the model's).
+    A sharding backend can then fill its shards without ever having the full model in memory. Random weights are a
+    function of `seed` and the tensor names. Some models are returned with their weights: those of a factory, and those
+    whose weights cannot be created or read one by one (Mamba; checkpoints whose tensor names differ from the model's).
 
     Args:
-        kind: causal_lm; reward_model; actor_critic, or actor_own_critic: a policy and a critic, which share the trunk or not.
+        section: The section `model` of the config.
+        tokenizer: The tokenizer; determines the vocabulary size of a model from a config.
+        sequence_length: The length of the training rows, in tokens.
+        seed: The seed of random weights.
+        kind: `causal_lm`, `reward_model`, `actor_critic` (policy and critic with a shared trunk) or `actor_own_critic`
+            (policy and critic with separate trunks).
 
     Raises:
-        ConfigError: the model can't be built or does not fit the tokenizer or the sequence length.
+        ConfigError: The model cannot be built, or it does not fit the tokenizer or the sequence length.
     """
     if section.factory:
+        # A factory may draw random numbers in any order, so every rank starts it with the same seed.
         with torch.random.fork_rng(devices=[]):
             seed_all("weights", seed)
             model = load_object(section.factory, "model.factory")(**section.options)
         if not isinstance(model, PreTrainedModel):
             if section.router_loss_weight:
-                raise ConfigError(f"model.router_loss_weight is for models of transformers; {section.factory} gives a {type(model).__name__}")
+                raise ConfigError(
+                    "model.router_loss_weight requires a transformers model; "
+                    f"{section.factory} returns a {type(model).__name__}"
+                )
             return cast(nn.Module, model.train())
         _check_fit(model, tokenizer, sequence_length)
-        return _wrapped(section, model, kind, copy.deepcopy(model.base_model) if kind == "actor_own_critic" else None).train()
+        return _wrapped(
+            section, model, kind, copy.deepcopy(model.base_model) if kind == "actor_own_critic" else None
+        ).train()
     skeleton = _skeleton(section, tokenizer, sequence_length, kind)
     source = _source(section, skeleton, seed)
     if source is not None:
+        # The source is recorded before adapters and wrappers are added, which change the names of the tensors.
         if section.lora is not None:
             add_adapters(skeleton, section.lora)
             source = adapter_source(source, seed, skeleton)
@@ -71,11 +104,16 @@ def build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, 
         return attach_source(model.train(), _renamed(source, skeleton))
     with torch.random.fork_rng(devices=[]):
         seed_all("weights", seed)
-        whole = (_from_config(section, tokenizer, sequence_length, kind) if section.name is None
-                 else _from_name(section, kind))
+        whole = (
+            _from_config(section, tokenizer, sequence_length, kind)
+            if section.name is None
+            else _from_name(section, kind)
+        )
     if section.lora is not None:
         add_adapters(whole, section.lora)
-    return _wrapped(section, whole, kind, copy.deepcopy(whole.base_model) if kind == "actor_own_critic" else None).train()
+    return _wrapped(
+        section, whole, kind, copy.deepcopy(whole.base_model) if kind == "actor_own_critic" else None
+    ).train()
 
 
 def _wrapped(section: ModelSection, model: PreTrainedModel, kind: str, critic: nn.Module | None) -> nn.Module:
@@ -85,7 +123,10 @@ def _wrapped(section: ModelSection, model: PreTrainedModel, kind: str, critic: n
 
 
 def _renamed(source: Source, skeleton: PreTrainedModel) -> Source:
-    """The source of a wrapped model. A critic's trunk begins as the policy's, its head at zero."""
+    """Returns the source of a wrapped model.
+
+    The trunk of a critic starts with the policy's weights, and its value head starts at zero.
+    """
     hidden = int(skeleton.config.get_text_config().hidden_size)
 
     def renamed(name: str) -> torch.Tensor:
@@ -97,10 +138,13 @@ def _renamed(source: Source, skeleton: PreTrainedModel) -> Source:
     return renamed
 
 
-def build_skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str = "causal_lm") -> nn.Module | None:
-    """The model without weights (meta device), to find mistakes in the config before anything starts.
+def build_skeleton(
+    section: ModelSection, tokenizer: Any, sequence_length: int, kind: str = "causal_lm"
+) -> nn.Module | None:
+    """Builds the model without weights, on the meta device, to detect config errors before the run starts.
 
-    None for a factory, which may do anything. Raises what `build_model` would, short of weights that can't be read.
+    It returns None for a factory, which may have side effects. It raises the same errors as `build_model`, except those
+    about unreadable weights.
     """
     if section.factory:
         load_object(section.factory, "model.factory")
@@ -120,8 +164,11 @@ def _auto(kind: str) -> Any:
 
 def _skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str) -> PreTrainedModel:
     with torch.device("meta"):
-        model = (_from_config(section, tokenizer, sequence_length, kind) if section.name is None
-                 else _random_by_name(section, kind))
+        model = (
+            _from_config(section, tokenizer, sequence_length, kind)
+            if section.name is None
+            else _random_by_name(section, kind)
+        )
     _check_fit(model, tokenizer, sequence_length)
     return model
 
@@ -129,19 +176,22 @@ def _skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, kind:
 def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Source | None:
     try:
         random = record_initialization(skeleton, skeleton.initialize_weights, seed)
-    except (NotImplementedError, RuntimeError):  # RuntimeError: an initialisation that looks at values, which meta tensors lack
+    # RuntimeError: the initialization reads values, which meta tensors do not have.
+    except (NotImplementedError, RuntimeError):
         return None
     if section.name is None:
         return random
     if (checkpoint := checkpoint_in(section.name)) is not None:
         return checkpoint_source(CheckpointTensors(checkpoint), skeleton, random)
     folder = pretrained_folder(section.name, "model.name", weights=True, code=section.trust_remote_code)
-    # The head of a reward model is new where the folder holds a language model.
-    return folder_source(folder, {name for name, _ in skeleton.named_parameters() if not name.startswith("score.")}, random)
+    # The score head is not required: it is randomly initialized if the folder contains a language model.
+    return folder_source(
+        folder, {name for name, _ in skeleton.named_parameters() if not name.startswith("score.")}, random
+    )
 
 
 def config_of(section: ModelSection) -> Any:
-    """The transformers config of a model section that is not a factory."""
+    """Returns the transformers config of a model section without a factory."""
     if section.name is not None:
         return _config_of_name(section)
     given = dict(section.config or {})
@@ -149,29 +199,35 @@ def config_of(section: ModelSection) -> Any:
 
 
 def _config_of_name(section: ModelSection) -> Any:
-    """The config of a folder, of a run or of the hub, with the values of `section.config` in it (`without_dropout` gives some)."""
+    """Returns the config of a folder, a run or a hub id, updated with `section.config`.
+
+    `without_dropout` sets values in `section.config` for a model with a name.
+    """
     name = section.name or ""
     checkpoint = checkpoint_in(name)
     if checkpoint is not None:
         folder = architecture_folder(checkpoint)
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.name: {checkpoint} is a checkpoint, and {folder} does not hold the config of its model: "
-                              "name the run's folder, or export the run")
+            raise ConfigError(
+                f"model.name: {checkpoint} is a checkpoint, but {folder} does not contain the config of its model: "
+                "use the run's folder, or export the run"
+            )
     else:
         folder = pretrained_folder(name, "model.name", code=section.trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code, **(section.config or {}))
-    except Exception as error:  # damaged JSON, values that a class refuses, code that the folder brings along
+    except Exception as error:  # invalid JSON, invalid values, or errors in the folder's own code
         raise ConfigError(f"model.name: {name!r} can't be loaded: {one_line(error)}") from None
 
 
 def _random_by_name(section: ModelSection, kind: str) -> PreTrainedModel:
-    """The model of a name, with random weights."""
+    """Builds the model of a name with random weights."""
     config = _config_of_name(section)
     if kind == "reward_model":
         config.num_labels = 1
-    model: PreTrainedModel = _auto(kind).from_config(config, attn_implementation=section.attention, dtype=torch.float32,
-                                                     trust_remote_code=section.trust_remote_code)
+    model: PreTrainedModel = _auto(kind).from_config(
+        config, attn_implementation=section.attention, dtype=torch.float32, trust_remote_code=section.trust_remote_code
+    )
     return model
 
 
@@ -181,15 +237,20 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, ki
     try:
         default = AutoConfig.for_model(model_type)
     except (ValueError, TypeError):
-        raise ConfigError(f"model.config.model_type: transformers knows no {model_type!r}; llama, qwen3, gemma3_text, "
-                          "gpt2 and many more are there") from None
+        raise ConfigError(
+            f"model.config.model_type: transformers has no model type {model_type!r}; examples are llama, qwen3, "
+            "gemma3_text and gpt2"
+        ) from None
     for key in given:
         if not hasattr(default, key) and not _reads(default, key):
             close = difflib.get_close_matches(key, [k for k in vars(default) if not k.startswith("_")], 1)
             hint = f"did you mean {close[0]}?" if close else f"{type(default).__name__} has no such setting"
             raise ConfigError(f"unknown key model.config.{key}: {hint}")
     if not isinstance(given.setdefault("vocab_size", len(tokenizer)), int):
-        raise ConfigError(f"model.config.vocab_size={given['vocab_size']!r} is not a number of tokens; leave it out for the tokenizer's")
+        raise ConfigError(
+            f"model.config.vocab_size={given['vocab_size']!r} is not an integer; "
+            "leave it out to use the tokenizer's size"
+        )
     if given["vocab_size"] < len(tokenizer):
         raise ConfigError(_TOO_FEW.format(given["vocab_size"], len(tokenizer)))
     given.setdefault("eos_token_id", tokenizer.eos_token_id)
@@ -200,21 +261,26 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, ki
         given.setdefault(positions, sequence_length)
     try:
         config = AutoConfig.for_model(model_type, **given, **({"num_labels": 1} if kind == "reward_model" else {}))
-        model: PreTrainedModel = _auto(kind).from_config(config, attn_implementation=section.attention, dtype=torch.float32)
+        model: PreTrainedModel = _auto(kind).from_config(
+            config, attn_implementation=section.attention, dtype=torch.float32
+        )
         return model
-    except Exception as error:  # an architecture's code raises anything for values that it does not expect
+    except Exception as error:  # the code of an architecture may raise any exception for an invalid value
         raise ConfigError(f"model.config: transformers can't build this {model_type}: {one_line(error)}") from None
 
 
 def _reads(config: Any, key: str) -> bool:
-    """Whether the code of a model looks for a setting that its config class does not declare (`head_dim` of Qwen3-MoE)."""
+    """Returns whether the code of a model reads a key that its config class does not declare.
+
+    An example is `head_dim` of Qwen3-MoE.
+    """
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     module = inspect.getmodule(model_class) if model_class is not None else None
     return module is not None and f'"{key}"' in inspect.getsource(module)
 
 
 def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
-    """The model of a name with its weights, whole: for the few that can't be read tensor by tensor."""
+    """Builds the full model of a name with its weights, for models that cannot be read tensor by tensor."""
     checkpoint = checkpoint_in(section.name)
     if checkpoint is not None:
         model: PreTrainedModel = _random_by_name(section, kind)
@@ -228,21 +294,35 @@ def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
     try:
         with without_progress_bars():
             model, info = _auto(kind).from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=section.attention, trust_remote_code=section.trust_remote_code,
-                use_safetensors=True, **({"num_labels": 1} if kind == "reward_model" else {}), **(section.config or {}),
-                output_loading_info=True)
+                folder,
+                dtype=torch.float32,
+                attn_implementation=section.attention,
+                trust_remote_code=section.trust_remote_code,
+                use_safetensors=True,
+                **({"num_labels": 1} if kind == "reward_model" else {}),
+                **(section.config or {}),
+                output_loading_info=True,
+            )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {section.name!r} can't be loaded: {one_line(error)}") from None
+    # transformers initializes missing tensors randomly and only logs a warning.
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("score."))
     if missing:
-        raise ConfigError(f"model.name: {section.name!r} lacks {len(missing)} tensors of the model, such as {missing[0]}")
+        raise ConfigError(
+            f"model.name: {section.name!r} lacks {len(missing)} tensors of the model, such as {missing[0]}"
+        )
     return model
 
 
 def save_architecture(model: nn.Module, section: ModelSection, folder: Path) -> None:
-    """Write the config of a wrapped model of transformers beside its checkpoints, so that another run can begin from them.
+    """Writes the config of a wrapped transformers model, so that another run can start from the checkpoints.
 
-    Its `dtype` is that of the weights that training began from. Nothing for models that are not of transformers.
+    The `dtype` in the config is that of the weights that training started from. For other models nothing is written.
+
+    Args:
+        model: The wrapped model.
+        section: The section `model` of the config.
+        folder: The folder to write to, next to the run's checkpoints.
     """
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -259,4 +339,4 @@ def _check_fit(model: PreTrainedModel, tokenizer: Any, sequence_length: int) -> 
         raise ConfigError(_TOO_FEW.format(rows, len(tokenizer)))
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
-        raise ConfigError(f"data.sequence_length={sequence_length} is more than the {limit} positions that the model knows")
+        raise ConfigError(f"data.sequence_length={sequence_length} exceeds the model's maximum of {limit} positions")

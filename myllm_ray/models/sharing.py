@@ -1,11 +1,11 @@
-"""Whether a model can run a prompt and two answers to it as one row."""
+"""Tests whether a model can compute a prompt and two answers to it in one row."""
 
 from __future__ import annotations
 
 import torch
 
 from myllm_ray.common.materialize import materialize
-from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.sections import ModelSection
 from myllm_ray.models.load import build_deferred, config_of
 from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.ops.pairs import answers, one_answer_per_row, shared_prompt_mask
@@ -14,7 +14,7 @@ _SAME = 1e-4
 
 
 class _NoTokenizer:
-    """As much of a tokenizer as a model is built with."""
+    """The part of the tokenizer interface that is needed to build a model."""
 
     eos_token_id = bos_token_id = None
 
@@ -23,9 +23,14 @@ class _NoTokenizer:
 
 
 def shares_prompts(section: ModelSection, sequence_length: int) -> bool:
-    """Tried on a small model of the same kind: both forms must give the same log-probabilities.
+    """Returns whether a prompt and two answers in one row give the same log-probabilities as two separate rows.
 
-    Not for models from a factory, which can't be made small, and not where a sliding window is shorter than a row.
+    It is tested on a small model of the same architecture. The result is False for a model from a factory, which cannot
+    be reduced, and for a sliding window that is shorter than the row.
+
+    Args:
+        section: The section `model` of the config.
+        sequence_length: The largest number of tokens in a prompt with one answer.
     """
     if section.factory:
         return False
@@ -41,14 +46,19 @@ def shares_prompts(section: ModelSection, sequence_length: int) -> bool:
         first = (segments == 0).sum(1, keepdim=True)
         second = first + (segments == 1).sum(1, keepdim=True)
         places = torch.arange(segments.shape[1])
+        # The second answer continues the prompt, so its positions start where those of the first answer start.
         positions = torch.where(segments == 2, places - second + first, places)
         micro = {"input_ids": ids, "segment_ids": segments, "position_ids": positions}
         found = []
-        for inputs, per_row in (({**micro, "attention_mask": shared_prompt_mask(segments)}, 2), (one_answer_per_row(micro), 1)):
+        for inputs, per_row in (
+            ({**micro, "attention_mask": shared_prompt_mask(segments)}, 2),
+            (one_answer_per_row(micro), 1),
+        ):
             flat = answers(inputs["input_ids"], inputs["segment_ids"], per_row)
             inputs = {name: value for name, value in inputs.items() if name != "segment_ids"}
             try:
                 scores = model(predictors=flat.predictors, targets=flat.targets, **inputs)
+            # An architecture that does not accept a 4D mask fails in one of these ways.
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
                 return False
             order = flat.answer.argsort(stable=True)

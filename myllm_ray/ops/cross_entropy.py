@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head without the full (tokens × vocabulary) matrix of logits.
+"""Cross entropy of a linear head, computed without the full (tokens × vocabulary) logits matrix.
 
 Shape legend: T target tokens, H hidden size, V vocabulary.
 """
@@ -13,15 +13,15 @@ from torch import Tensor
 from myllm_ray.common.types import IGNORE, TokenLosses
 
 CHUNK = 512
-"""Tokens whose logits are held at a time: 512 × 50k × 4 bytes = 100 MB."""
+"""Number of tokens per chunk of logits. With a vocabulary of 50k in fp32: 512 × 50k × 4 bytes = 100 MB."""
 
 
 def cross_entropy_from_logits(logits: Tensor, targets: Tensor) -> TokenLosses:
-    """-log softmax(logits)[target] at the positions whose target is not `IGNORE`.
+    """Returns -log softmax(logits)[target] at the positions whose target is not `IGNORE`.
 
     Args:
-        logits: (B, S, V), any float dtype; computed in fp32.
-        targets: (B, S), already shifted.
+        logits: (B, S, V), any float dtype. The loss is computed in fp32.
+        targets: (B, S) token ids, already shifted, or `IGNORE`.
     """
     kept = targets != IGNORE
     selected = logits[kept].float()
@@ -30,16 +30,17 @@ def cross_entropy_from_logits(logits: Tensor, targets: Tensor) -> TokenLosses:
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> TokenLosses:
-    """-log softmax(hidden @ weight.T)[target], summed, with the head computed only where there is a target.
+    """Returns -log softmax(hidden @ weight.T)[target], summed over the positions whose target is not `IGNORE`.
 
-    The gradients of `hidden` and `weight` are made in the forward pass, chunk by chunk, while the logits of the chunk are
-    at hand; the backward pass only scales them (as in Liger Kernel, Hsu et al., 2024, arXiv:2410.10989).
+    The head is computed only at these positions. The gradients of `hidden` and `weight` are computed in the forward
+    pass, chunk by chunk, while the logits of the chunk are in memory; the backward pass only scales them (as in Liger
+    Kernel, Hsu et al., 2024, arXiv:2410.10989).
 
     Args:
-        hidden: (B, S, H).
-        weight: (V, H); a gradient in its own dtype, accumulated in fp32 at least.
-        targets: (B, S), already shifted; `IGNORE` where there is none.
-        chunk: tokens whose logits are held at a time.
+        hidden: (B, S, H) hidden states.
+        weight: (V, H). Its gradient has the dtype of `weight` and is accumulated in fp32 or higher precision.
+        targets: (B, S) token ids, already shifted, or `IGNORE`.
+        chunk: Number of tokens whose logits are in memory at a time.
     """
     kept = targets != IGNORE
     nll_sum, nll, correct = _LinearCrossEntropy.apply(hidden[kept], weight, targets[kept], chunk)
@@ -51,6 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, chunk: int) -> tuple[Tensor, ...]:
         device = hidden_TH.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TH.dtype
+        # Cast once, not in each chunk. The products below run in this dtype, the softmax in `precise`.
         hidden, weight = hidden_TH.to(dtype), weight_VH.to(dtype)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -66,8 +68,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nll[part] = (norm - logits.gather(1, target)).squeeze(1)
             correct[part] = logits.argmax(-1) == target.squeeze(1)
             if grad_hidden is None and grad_weight is None:
-                continue
-            # d nll / d logits = softmax(logits) - onehot(target)
+                continue  # evaluation: no gradients are needed
+            # d nll / d logits = softmax(logits) - onehot(target), in place of the logits to save memory.
             grad = logits.sub_(norm).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=precise))
             grad = grad.to(dtype)
             if grad_hidden is not None:
@@ -76,6 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += (grad.T @ hidden[part]).to(precise)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden_TH.dtype, weight_VH.dtype
+        # Only the sum has a gradient: per-token losses could be weighted, which the stored gradients do not allow.
         ctx.mark_non_differentiable(nll, correct)
         return nll.sum(), nll, correct
 
@@ -83,5 +86,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_sum: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (None if grad_hidden is None else (grad_hidden * grad_sum).to(hidden_dtype),
-                None if grad_weight is None else grad_weight.mul_(grad_sum).to(weight_dtype), None, None)
+        # The weight gradient is scaled in place, as it is as large as the head.
+        return (
+            None if grad_hidden is None else (grad_hidden * grad_sum).to(hidden_dtype),
+            None if grad_weight is None else grad_weight.mul_(grad_sum).to(weight_dtype),
+            None,
+            None,
+        )

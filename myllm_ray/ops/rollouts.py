@@ -1,6 +1,7 @@
-"""Sampled answers as training rows: prompt and answer end to end, padded on the right; and the answers' tokens as a grid.
+"""Builds training rows from sampled answers, and grids of values of the answer tokens.
 
-Flat tensors hold the T answer tokens of a micro-batch in row-major order; a grid is (answers, longest answer).
+A training row is the concatenation of prompt and answer, padded on the right. Flat tensors contain the T answer tokens
+of a micro-batch in row-major order. A grid has the shape (answers, longest answer).
 """
 
 from __future__ import annotations
@@ -14,22 +15,28 @@ from myllm_ray.common.types import Micro, Samples
 
 
 class Scored(NamedTuple):
-    """The T answer tokens of a micro-batch."""
+    """The T answer tokens of a micro-batch, in row-major order."""
 
     predictors: Tensor
-    """(T,) place in the flattened input of the token that predicts each."""
+    """(T,) index in the flattened input of the token that predicts each answer token."""
     targets: Tensor
     """(T,) token ids."""
     rows: Tensor
-    """(T,) the answer."""
+    """(T,) index of the answer."""
     steps: Tensor
-    """(T,) place in the answer."""
+    """(T,) index of the token within its answer."""
 
 
 def training_rows(prompts: Tensor, prompt_mask: Tensor, samples: Samples) -> Micro:
-    """Prompts (B, P), padded on the right, and K answers to each, prompt by prompt, as rows to train on.
+    """Returns training rows of prompts and sampled answers.
 
-    Returns `input_ids`, `position_ids` (B · K, S), and (B · K, 1): `prompt_lengths`, `lengths`, `ended`.
+    Args:
+        prompts: (B, P) token ids, padded on the right.
+        prompt_mask: (B, P), 1 at the tokens of the prompts and 0 at the padding.
+        samples: B · K answers, the K answers to a prompt consecutively.
+
+    Returns:
+        `input_ids` and `position_ids` (B · K, S); `prompt_lengths`, `lengths` and `ended` (B · K, 1).
     """
     group = len(samples.tokens) // len(prompts)
     prompts, prompt_lengths = prompts.repeat_interleave(group, 0), prompt_mask.sum(1).repeat_interleave(group)
@@ -38,59 +45,74 @@ def training_rows(prompts: Tensor, prompt_mask: Tensor, samples: Samples) -> Mic
     places = torch.arange(width, device=prompts.device)
     in_prompt = places < prompt_lengths[:, None]
     in_answer = ~in_prompt & (places < (prompt_lengths + samples.lengths)[:, None])
+    # Both sides of the masked assignments are in row-major order, so the tokens of each row keep their order.
     rows[in_prompt] = prompts[torch.arange(prompts.shape[1], device=prompts.device) < prompt_lengths[:, None]]
     answer = torch.arange(samples.tokens.shape[1], device=prompts.device) < samples.lengths[:, None]
     rows[in_answer] = samples.tokens[answer]
-    return {"input_ids": rows, "position_ids": places.expand_as(rows), "prompt_lengths": prompt_lengths[:, None],
-            "lengths": samples.lengths[:, None], "ended": samples.ended[:, None].long()}
+    return {
+        "input_ids": rows,
+        "position_ids": places.expand_as(rows),
+        "prompt_lengths": prompt_lengths[:, None],
+        "lengths": samples.lengths[:, None],
+        "ended": samples.ended[:, None].long(),
+    }
 
 
 def answer_tokens(micro: Micro) -> Scored:
-    """Where the answer tokens of training rows are."""
+    """Returns the answer tokens of training rows."""
     ids, prompts, lengths = micro["input_ids"], micro["prompt_lengths"], micro["lengths"]
     places = torch.arange(ids.shape[1], device=ids.device)
     rows, at = ((places >= prompts) & (places < prompts + lengths)).nonzero(as_tuple=True)
+    # A token is predicted by the one before it; prompts are never empty.
     return Scored(rows * ids.shape[1] + at - 1, ids[rows, at], rows, at - prompts[rows, 0])
 
 
 def to_grid(values: Tensor, scored: Scored, lengths: Tensor) -> Tensor:
-    """(T,) values of the answer tokens -> (N, longest answer), zero behind the end of an answer."""
+    """Returns the values (T,) of the answer tokens as a grid (N, longest answer), zero after the end of an answer."""
     grid = torch.zeros(len(lengths), max(1, int(lengths.max())), dtype=values.dtype, device=values.device)
     grid[scored.rows, scored.steps] = values
     return grid
 
 
 def packed(micro: Micro) -> tuple[Micro, Tensor]:
-    """Training rows without their padding, several to a row: `input_ids`, `position_ids` (R, W) that restart at each,
-    `sequences` (R, W), the row of each token or -1; and (N,) where each begins in the flattened result.
+    """Packs training rows without their padding, several into one row.
 
-    First fit by falling length, into rows twice as long as the longest. Models keep the rows apart by their positions, as they do
-    packed documents.
+    Uses first fit in order of decreasing length, into rows of twice the longest length. Models isolate the training
+    rows by their position ids, as with packed documents.
+
+    Returns:
+        `input_ids` (R, W); `position_ids` (R, W), which restart at each training row; and `sequences` (R, W), the index
+        of the training row of each token, or -1 for padding. Also (N,) the start of each training row in the flattened
+        result.
     """
     sizes = (micro["prompt_lengths"] + micro["lengths"])[:, 0].tolist()
     width = -(-2 * max(sizes) // 8) * 8
-    rooms: list[int] = []
+    spaces: list[int] = []
     homes = {}
     for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        home = next((r for r, room in enumerate(rooms) if room >= sizes[row]), len(rooms))
-        if home == len(rooms):
-            rooms.append(width)
-        homes[row] = home * width + width - rooms[home]
-        rooms[home] -= sizes[row]
-    ids = micro["input_ids"].new_zeros(len(rooms) * width)
-    # Padding counts on from 0 too, like a document of its own.
-    positions = torch.cat([torch.arange(-(width - room), room, device=ids.device) for room in rooms])
+        home = next((r for r, space in enumerate(spaces) if space >= sizes[row]), len(spaces))
+        if home == len(spaces):
+            spaces.append(width)
+        homes[row] = home * width + width - spaces[home]
+        spaces[home] -= sizes[row]
+    ids = micro["input_ids"].new_zeros(len(spaces) * width)
+    # The positions of the padding start at 0 too, so models treat it as a separate document.
+    positions = torch.cat([torch.arange(-(width - space), space, device=ids.device) for space in spaces])
     sequences = torch.full_like(ids, -1)
     for row, size in enumerate(sizes):
         sequences[homes[row] : homes[row] + size] = row
         ids[homes[row] : homes[row] + size] = micro["input_ids"][row, :size]
         positions[homes[row] : homes[row] + size] = micro["position_ids"][row, :size]
     starts = torch.tensor([homes[row] for row in range(len(sizes))], device=ids.device)
-    return {"input_ids": ids.view(-1, width), "position_ids": positions.view(-1, width), "sequences": sequences.view(-1, width)}, starts
+    return {
+        "input_ids": ids.view(-1, width),
+        "position_ids": positions.view(-1, width),
+        "sequences": sequences.view(-1, width),
+    }, starts
 
 
 def packed_answers(micro: Micro) -> tuple[Micro, Scored]:
-    """`packed` training rows, and their answer tokens with `predictors` in them."""
+    """Returns `packed` training rows, and the answer tokens with `predictors` that index the packed rows."""
     scored = answer_tokens(micro)
     inputs, starts = packed(micro)
     predictors = starts[scored.rows] + micro["prompt_lengths"][scored.rows, 0] + scored.steps - 1
@@ -98,7 +120,7 @@ def packed_answers(micro: Micro) -> tuple[Micro, Scored]:
 
 
 def padded_answers(micro: Micro) -> tuple[Micro, Scored]:
-    """Training rows as they are, one answer in each, with `sequences` as in `packed`; and their answer tokens."""
+    """Returns unpacked training rows, one answer per row, with `sequences` as in `packed`, and the answer tokens."""
     rows = torch.arange(len(micro["input_ids"]), device=micro["input_ids"].device)[:, None]
     filled = torch.arange(micro["input_ids"].shape[1], device=rows.device) < micro["prompt_lengths"] + micro["lengths"]
     return {**micro, "sequences": torch.where(filled, rows, -1)}, answer_tokens(micro)

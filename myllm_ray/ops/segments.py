@@ -1,4 +1,4 @@
-"""Rows that hold several documents: their positions."""
+"""Position ids of rows with several documents."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import numpy as np
 
 
 def restarting_positions(lengths: Sequence[int], width: int) -> np.ndarray:
-    """(width,) int32: positions of the documents of a row, from 0 in each, and in the padding, a document of its own to a model."""
+    """Returns the position ids (width,) int32 of a row of documents of the given lengths.
+
+    Positions restart at 0 at each document and at the padding, so models treat the padding as a separate document.
+    """
     places = [*lengths, width - sum(lengths)]
     return np.concatenate([np.arange(length, dtype=np.int32) for length in places])

@@ -1,3 +1,3 @@
-"""Runs on Ray. The only package that imports it."""
+"""Runs on Ray. The only package that imports Ray."""
 
 from myllm_ray.orchestration import environment as environment  # before any import of Ray

@@ -1,4 +1,4 @@
-"""What runs in Ray Train's controller: it ends a worker group that is still being started."""
+"""Ray Train controller callback that ends a worker group, also one that is still starting."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from myllm_ray.engine.pulse import asked
+from myllm_ray.engine.liveness.heartbeat import asked
 
 END = "end"
-"""Request (engine/pulse.py) to end the controller."""
+"""Name of the request (engine/liveness/heartbeat.py) that ends the controller."""
 _LOOK_SECONDS = 0.3
 _ABORT_SECONDS = 10.0
 
 
 class EndOnRequest(ControllerCallback):
-    """Ends the controller, and its workers with it, when the run's folder says so.
+    """Ends the controller and its workers when the run's folder contains the request `END`.
 
-    `TorchTrainer.fit` offers this to the main thread only, as its answer to Ctrl-C; and not while it waits for workers.
+    `TorchTrainer.fit` supports this in the main thread only, as its reaction to Ctrl-C, and not while it waits for
+    workers.
+
+    Args:
+        folder: the run's folder.
     """
 
     def __init__(self, folder: str):
         self._folder = folder
 
     def after_controller_start(self, train_run_context: Any) -> None:
+        # A thread, because the controller processes no calls while it waits for workers to start.
         controller = ray.get_runtime_context().current_actor
         threading.Thread(target=self._listen, args=(controller,), name="end-on-request", daemon=True).start()
 
@@ -37,17 +42,21 @@ class EndOnRequest(ControllerCallback):
         waits = threading.Event()
         while asked(self._folder, END) is None:
             waits.wait(_LOOK_SECONDS)
-        controller.abort.remote()  # not heard while the controller waits for workers to start
+        # The clean way first. The controller does not process the call while it waits for workers to start, so after
+        # the grace period the process gives back its reservations and exits. Ray then ends the workers that it owns.
+        controller.abort.remote()
         waits.wait(_ABORT_SECONDS)
         remove_own_placement_groups()
         os._exit(1)
 
 
 def remove_own_placement_groups() -> None:
-    """Give back what this process has reserved: Ray keeps a placement group until the job has ended, not the actor that made it.
+    """Removes the placement groups that this process has created.
 
-    Ray Train keeps the handle of a group that is not ready yet in a local variable only.
+    Ray keeps a placement group until the job ends, also after the actor that created it has ended.
     """
+    # Ray Train keeps the handle of a group that is not ready yet in a local variable only, so the handles are found
+    # through the garbage collector.
     for found in [value for value in gc.get_objects() if isinstance(value, PlacementGroup)]:
         with suppress(Exception):
             remove_placement_group(found)

@@ -1,4 +1,4 @@
-"""What went wrong in a worker group, out of Ray's wrappings, and whether starting again can help."""
+"""Extracts the cause of a failure from Ray's exceptions, and decides whether another attempt can help."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from myllm_ray.config.errors import TrainingError, UserError
 
 @dataclass(frozen=True)
 class Failure:
-    """`error`: what to raise if it is for good. `reason`: one line. `again`: whether another attempt can help.
-    `charged`: whether it counts against scaling.max_failures (a planned preemption does not). `traceback`: of a remote error."""
+    """The failure of a worker group.
+
+    Attributes:
+        error: the exception to raise if there is no further attempt.
+        reason: the cause in one line.
+        again: whether another attempt can help.
+        charged: whether it counts against `scaling.max_failures` (a planned preemption does not).
+        traceback: the traceback of an error in another process.
+    """
 
     error: BaseException
     reason: str
@@ -27,7 +34,7 @@ class Failure:
     traceback: str | None = None
 
     def kept(self, run: Path) -> Failure:
-        """With its traceback in a file of the run's folder, which its line names."""
+        """Writes the traceback to a file in the run's folder and returns the failure with that path in its reason."""
         if self.traceback is None:
             return self
         said = f"{self.reason}; the whole traceback: {keep_traceback(run, self.traceback)}"
@@ -36,14 +43,15 @@ class Failure:
 
 
 class RemoteError(Exception):
-    """An exception in another process, in one line. Exceptions lose their traceback when they are pickled.
+    """An exception of another process, as text, because exceptions lose their traceback when they are pickled.
 
     Attributes:
-        traceback: the whole one, as text.
+        line: the exception in one line.
+        traceback: the whole traceback.
     """
 
     def __init__(self, line: str, traceback: str):
-        super().__init__(line, traceback)
+        super().__init__(line, traceback)  # pickle calls the constructor with these arguments again
         self.line, self.traceback = line, traceback
 
     def __str__(self) -> str:
@@ -51,7 +59,10 @@ class RemoteError(Exception):
 
 
 def portable(error: Exception) -> Exception:
-    """An exception as another process should get it: what only says that a peer is gone as it is, others as a `RemoteError`."""
+    """Converts an exception to one that can be sent to another process.
+
+    User errors, Ray's errors and errors about a lost peer are returned unchanged, all others as a `RemoteError`.
+    """
     from ray.exceptions import RayError
 
     if isinstance(error, (UserError, RayError)) or lost_a_peer(error):
@@ -60,7 +71,7 @@ def portable(error: Exception) -> Exception:
 
 
 def keep_traceback(run: Path, text: str) -> Path:
-    """Write a traceback to a new file below `<run>/errors`."""
+    """Writes a traceback to a new file in `<run>/errors` and returns its path."""
     folder = run / "errors"
     folder.mkdir(parents=True, exist_ok=True)
     name = time.strftime("%Y%m%d-%H%M%S")
@@ -70,10 +81,10 @@ def keep_traceback(run: Path, text: str) -> Path:
 
 
 def explain(error: BaseException) -> Failure:
-    """Say what an error of `TorchTrainer.fit` means.
+    """Finds the cause of an error of `TorchTrainer.fit`.
 
-    An error that is the user's to fix would only come again. But where a worker has died, what the others say is a
-    consequence, also when it is such an error.
+    A `UserError` occurs again on every attempt, so it is final. If a worker has died, the errors of the other workers
+    are consequences, also when they are a `UserError`.
     """
     from ray.exceptions import RayActorError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
@@ -81,9 +92,11 @@ def explain(error: BaseException) -> Failure:
 
     inside = list(_inside(error))
     if any(isinstance(e, PreemptionError) for e in inside):
-        return Failure(error, "a node of the workers was taken away", charged=False)
+        return Failure(error, "a node of the workers was preempted", charged=False)
     if any(isinstance(e, WorkerGroupStartupTimeoutError) for e in inside):
-        return Failure(error, "the workers did not start in time, for want of room", charged=False)
+        return Failure(
+            error, "the workers did not start in time: the cluster has too few free resources", charged=False
+        )
     died = any(isinstance(e, RayActorError) or lost_a_peer(e) for e in inside)
     users = next((e for e in inside if isinstance(e, UserError)), None)
     if users is not None and not died:
@@ -93,7 +106,9 @@ def explain(error: BaseException) -> Failure:
         text = _last_line(error)
         return Failure(TrainingError(f"Ray Train: {text}"), text)
     dead = {rank: e for rank, e in failures.items() if any(isinstance(i, RayActorError) for i in _inside(e))}
-    own = {rank: e for rank, e in failures.items() if not any(lost_a_peer(i) for i in _inside(e))}  # the others only lost this one
+    # Workers that only report a lost peer are not the cause.
+    own = {rank: e for rank, e in failures.items() if not any(lost_a_peer(i) for i in _inside(e))}
+    # A dead worker is the cause, else a worker with an error that is not about a peer, else any worker.
     rank, first = min((dead or own or failures).items())
     remote = next((e for e in _inside(first) if isinstance(e, RemoteError)), None)
     if dead:
@@ -103,15 +118,16 @@ def explain(error: BaseException) -> Failure:
     if os.environ.get("MYLLM_RAY_TRACEBACK"):
         return Failure(error, reason)
     trace = remote.traceback if remote else getattr(first, "_traceback_str", None)
+    # The traceback of a dead worker's error is from Ray's internals and does not show the cause.
     return Failure(TrainingError(reason), reason, traceback=None if dead else trace)
 
 
 def clearly(call: Callable[[], Any], run: Path | None = None) -> Any:
-    """Call, and turn what Ray wraps a user's error in back into the error itself.
+    """Calls a function and raises the original error instead of Ray's wrapper around it.
 
     Args:
-        call: what may fail in another process.
-        run: the run's folder, where the traceback of an error in another process is kept.
+        call: a function that may fail in another process.
+        run: the run's folder, in which the traceback of an error in another process is saved.
 
     Raises:
         UserError: one line that names the line of code.
@@ -132,19 +148,30 @@ def clearly(call: Callable[[], Any], run: Path | None = None) -> Any:
 
 
 def _inside(error: BaseException | None, depth: int = 0) -> Iterator[BaseException]:
-    """An error and all that it wraps."""
+    """Yields an error and all errors that it wraps, up to a fixed depth (causes can form a cycle)."""
     if error is None or depth > 8:
         return
     yield error
-    wrapped = [getattr(error, "cause", None), error.__cause__, getattr(error, "controller_failure", None),
-               getattr(error, "_base_exc", None), getattr(error, "health_check_failure", None), *(getattr(error, "worker_failures", None) or {}).values()]
+    # Ray Train and Ray keep wrapped errors in attributes of their exceptions, not only in `__cause__`.
+    wrapped = [
+        getattr(error, "cause", None),
+        error.__cause__,
+        getattr(error, "controller_failure", None),
+        getattr(error, "_base_exc", None),
+        getattr(error, "health_check_failure", None),
+        *(getattr(error, "worker_failures", None) or {}).values(),
+    ]
     for inner in wrapped:
         if isinstance(inner, BaseException):
             yield from _inside(inner, depth + 1)
 
 
 def _original(error: UserError) -> UserError:
-    """Ray raises a class made on the spot that inherits from the original one and prints its traceback."""
+    """Returns the error that a task has raised.
+
+    Ray raises an instance of a class that it creates at run time. The class inherits from the original one, and its
+    text contains the traceback.
+    """
     original = getattr(error, "cause", None)
     return original if isinstance(original, UserError) else error
 

@@ -1,4 +1,4 @@
-"""`train(config)`: one call for every run. In this process where `scaling.workers` is 0, else through Ray's TorchTrainer."""
+"""`train(config)` runs any config: in this process if `scaling.workers` is 0, otherwise on Ray with TorchTrainer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from myllm_ray.common.files import read_jsonl
+from myllm_ray.common.types import Exit
 from myllm_ray.config.load import load_config, validate
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.orchestration import environment
@@ -19,25 +20,31 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RunResult:
-    """A run that has ended.
+    """The outcome of a run.
 
-    `metrics`: the last that were logged. `checkpoint`: the newest. `left`: why it ended before its last step, with a checkpoint
-    to go on from (checkpoint.resume=auto); None where it did all that its config asks. `history`: all lines of
-    `metrics.jsonl`.
+    Attributes:
+        folder: the run's folder.
+        step: number of optimizer steps.
+        metrics: the last logged metrics.
+        checkpoint: the newest checkpoint, or None.
+        exit: why the run ended before its last step, or None. A preempted run is resumed by `checkpoint.resume=auto`.
+        history: all lines of `metrics.jsonl`.
     """
 
     folder: str
     step: int
     metrics: dict[str, float]
     checkpoint: str | None
-    left: str | None = None
+    exit: Exit | None = None
     history: list[dict[str, Any]] = field(repr=False, default_factory=list)
 
     def summary(self) -> str:
-        """One line: where, how many steps, and the loss at first and at last (on held-out data where there is some).
+        """Returns one line with the folder, the number of steps, and the first and the last loss.
 
-        Of a run with rewards the reward: its loss says nothing.
+        The loss is that of the validation data, if it was evaluated at least twice. For runs with rewards, the reward
+        replaces the loss.
         """
+        # The loss of a policy gradient does not measure progress.
         name = "reward" if any("reward" in row for row in self.history) else "loss"
         validated = [row for row in self.history if f"validation_{name}" in row]
         name = f"validation_{name}" if len(validated) > 1 else name
@@ -45,48 +52,56 @@ class RunResult:
         if not rows:
             return f"{self.folder}: {self.step} steps"
         first, last = rows[0], rows[-1]
-        return (f"{self.folder}: {self.step} steps, {name.replace('_', ' ')} {first[name]:.4f} at step {first['step']} -> "
-                f"{last[name]:.4f} at step {last['step']}")
+        return (
+            f"{self.folder}: {self.step} steps, {name.replace('_', ' ')} {first[name]:.4f} at step {first['step']} -> "
+            f"{last[name]:.4f} at step {last['step']}"
+        )
 
 
-def train(config: TrainerConfig | Mapping[str, Any] | str | Path, overrides: Iterable[str] = (),
-          verbose: bool = False) -> RunResult:
-    """Run a config to its end.
+def train(
+    config: TrainerConfig | Mapping[str, Any] | str | Path, overrides: Iterable[str] = (), verbose: bool = False
+) -> RunResult:
+    """Runs a config to its last step, or to an early exit.
 
     Args:
         config: a config, a mapping, or the path of a YAML or JSON file.
-        overrides: `key.sub=value`, for a path.
-        verbose: show Ray's own logs.
+        overrides: overrides `key.sub=value`, used if `config` is a path.
+        verbose: whether to show Ray's own logs.
+
+    Returns:
+        The outcome of the run.
 
     Raises:
-        UserError: one line that says what is wrong and what to do.
+        UserError: the run failed for a reason that the user can fix; the message is one line.
     """
     if isinstance(config, (str, Path)):
         config = load_config(config, tuple(overrides))
     elif not isinstance(config, TrainerConfig):
         config = validate(config)
     if config.scaling.most == 0:
-        from myllm_ray.worker import run_local  # Ray is not imported on this way
+        from myllm_ray.worker import run_local  # this branch does not import Ray
 
         summary = run_local(with_micro_size(config))
     else:
         summary = _train_on_ray(config, verbose)
     history = list(read_jsonl(Path(summary["folder"]) / "metrics.jsonl"))
-    return RunResult(history=history, **{k: summary[k] for k in ("folder", "step", "metrics", "checkpoint", "left")})
+    return RunResult(history=history, **{k: summary[k] for k in ("folder", "step", "metrics", "checkpoint", "exit")})
 
 
 def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
-    environment.prepare()  # again: RAY_ADDRESS may have been set since this package was imported
+    # Before `import ray`, which reads the variables. A second time: RAY_ADDRESS may have been set after this package
+    # was imported.
+    environment.prepare()
     import ray
 
-    from myllm_ray.engine.startup import Startup, StoppedAtStart
+    from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
     from myllm_ray.orchestration import session
-    from myllm_ray.orchestration.channel import DriverDisplay, ForwardCallback
     from myllm_ray.orchestration.cluster import on_a_worker
+    from myllm_ray.orchestration.driver_events import DriverEvents, ForwardCallback
     from myllm_ray.orchestration.failures import clearly
     from myllm_ray.orchestration.ray_data import map_units
     from myllm_ray.orchestration.supervisor import Supervisor
-    from myllm_ray.worker import absolute, build_callbacks, check_names, prepare_run
+    from myllm_ray.preparation import absolute, build_callbacks, check_names, prepare_run
 
     config = absolute(config)
     check_names(config)
@@ -96,13 +111,15 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
             startup.phase("connecting to Ray")
             log.info("connecting to Ray")
             started = session.connect(config, verbose)
-            startup.phase("looking for batch.micro_size")
+            startup.phase("determining batch.micro_size")
             config = with_micro_size(config, on_a_worker(config))
             prepared = clearly(lambda: prepare_run(config, map_units, startup.phase), startup.folder)
             startup.training()
             shown = [c for c in build_callbacks(config) if c.on_driver]
-            with DriverDisplay(shown) as display:
-                return Supervisor(config, prepared, [ForwardCallback(display.queue, prints=session.hides_output())], startup).run()
+            with DriverEvents(shown) as display:
+                return Supervisor(
+                    config, prepared, [ForwardCallback(display.queue, prints=session.hides_output())], startup
+                ).run()
         except StoppedAtStart as reason:
             return startup.stopped(reason)
         finally:

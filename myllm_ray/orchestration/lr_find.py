@@ -1,4 +1,4 @@
-"""`lr-find`: the config's own run, but short and with a rate that grows; wherever that config would run."""
+"""`lr-find`: a learning rate range test. Trains the config for a few steps with a growing rate, where it would run."""
 
 from __future__ import annotations
 
@@ -8,26 +8,41 @@ from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.errors import ConfigError, TrainingError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.trainers import rollout_of
 from myllm_ray.engine.lr_finder import RangeTest, analyse
 from myllm_ray.engine.run_folder import folder_of
 from myllm_ray.orchestration.launch import train
 
 
-def find_lr(config: TrainerConfig, low: float = 1e-6, high: float = 1.0, steps: int = 100, verbose: bool = False) -> RangeTest:
-    """Train for `steps` steps while the learning rate grows from `low` to `high`, as much in each step; no checkpoint is written.
+def find_lr(
+    config: TrainerConfig, low: float = 1e-6, high: float = 1.0, steps: int = 100, verbose: bool = False
+) -> RangeTest:
+    """Trains for `steps` steps while the learning rate grows from `low` to `high` by the same factor per step.
 
-    The run stands in `<run.storage>/<run.name>-lr-find`, with `lr_find.html`.
+    No checkpoint is written. The run's folder is `<run.storage>/<run.name>-lr-find`; it contains `lr_find.html`.
+
+    Args:
+        config: the run's config.
+        low: learning rate of the first step.
+        high: learning rate of the last step.
+        steps: optimizer steps, at least 10.
+        verbose: show Ray's own logs.
 
     Raises:
-        ConfigError: the trainer's loss says nothing about its rate.
+        ConfigError: a bound or the number of steps is invalid, or the trainer's loss does not fall as it learns.
         TrainingError: the loss never falls.
     """
     if not 0 < low < high:
-        raise ConfigError(f"lr-find: --low and --high are positive, and low is the smaller one (got {low:g} and {high:g})")
+        raise ConfigError(
+            f"lr-find: --low and --high are positive, and low is the smaller one (got {low:g} and {high:g})"
+        )
     if steps < 10:
         raise ConfigError(f"lr-find: {steps} steps are too few to see a loss fall: give --steps 10 or more")
-    if hasattr(config, "rollout"):
-        raise ConfigError(f"lr-find: the loss of {config.trainer} does not fall as it learns: search optimizer.lr with a sweep over its reward")
+    if rollout_of(config) is not None:
+        raise ConfigError(
+            f"lr-find: the loss of {config.trainer} does not fall as it learns: "
+            "search optimizer.lr with a sweep over its reward"
+        )
     raw = config.model_dump(mode="json")
     raw["run"] |= {"name": f"{config.run.name}-lr-find", "max_steps": steps, "epochs": None, "overwrite": True}
     raw["optimizer"]["lr"] = high
@@ -40,6 +55,7 @@ def find_lr(config: TrainerConfig, low: float = 1e-6, high: float = 1.0, steps: 
     try:
         train(short, verbose=verbose)
     except TrainingError as error:
+        # A rate that is too high makes the loss non-finite. This ends the test as expected.
         if "finite" not in str(error):
             raise
     folder = folder_of(short)

@@ -1,4 +1,7 @@
-"""What the user's own code prints in rank 0's process, shown where the run was started. What libraries print there stays in Ray's logs."""
+"""Forwards what user code prints in rank 0's process to the driver.
+
+What libraries print stays in Ray's logs.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +18,21 @@ from typing import Any
 from myllm_ray.common.tracebacks import is_users
 
 _MOST_LINES = 200
-"""Lines a second that are shown; a print in every micro-batch must not flood the driver."""
-_RAYS_PRINTS = (os.path.join("ray", "train", "v2", "_internal", "logging", "patch_print.py"), os.path.join("ray", "experimental", "tqdm_ray.py"))
-"""Ray Train, and Ray Data's progress bars, replace the built-in `print`."""
+"""Most lines per second that are forwarded; a print in every micro-batch must not flood the driver."""
+_RAYS_PRINTS = (
+    os.path.join("ray", "train", "v2", "_internal", "logging", "patch_print.py"),
+    os.path.join("ray", "experimental", "tqdm_ray.py"),
+)
+"""Files of Ray Train and of Ray Data's progress bars that replace the built-in `print`."""
 _STANDARD = str(Path(sysconfig.get_path("stdlib")).resolve())
 
 
 class UserOutput:
-    """A standard output that also sends on whole lines which the user's code has written.
+    """A standard output that also forwards the whole lines that user code writes.
 
     Args:
-        under: what is written to as before.
-        send: gets each line, without its end.
+        under: the original stream; it receives all output.
+        send: receives each line, without its newline.
     """
 
     def __init__(self, under: Any, send: Callable[[str], None]):
@@ -36,6 +42,7 @@ class UserOutput:
 
     def write(self, text: str) -> int:
         written: int = self._under.write(text)
+        # `print` writes the text and the newline in separate calls, so partial lines are kept.
         if _from_user(sys._getframe(1)):
             *lines, self._partial = (self._partial + text).split("\n")
             for line in lines:
@@ -43,7 +50,7 @@ class UserOutput:
         return written
 
     def finish(self) -> None:
-        """Send what has no end of line yet, and how much was left out."""
+        """Sends the last line if it has no newline, and the number of dropped lines."""
         if self._partial:
             self._forward(self._partial)
         self._partial, self._since = "", 0.0
@@ -61,7 +68,9 @@ class UserOutput:
         if time.monotonic() - self._since < 1.0:
             return
         if self._dropped:
-            self._send(f"({self._dropped:,} more lines of output, over {_MOST_LINES} a second: see them with --verbose)")
+            self._send(
+                f"({self._dropped:,} more lines of output, over {_MOST_LINES} a second: see them with --verbose)"
+            )
         self._since, self._sent, self._dropped = time.monotonic(), 0, 0
 
     def __getattr__(self, name: str) -> Any:
@@ -70,7 +79,7 @@ class UserOutput:
 
 @contextmanager
 def forwarded_output(send: Callable[[str], None] | None) -> Iterator[None]:
-    """Inside, `send` gets the lines that the user's code prints."""
+    """Forwards the lines that user code prints inside the context to `send`. None: forwards nothing."""
     if send is None:
         yield
         return
@@ -83,14 +92,14 @@ def forwarded_output(send: Callable[[str], None] | None) -> Iterator[None]:
 
 
 def _from_user(frame: FrameType | None) -> bool:
-    """Whether the first code on the way out that is not Python's own is the user's."""
+    """Returns whether the innermost frame outside the standard library and Ray's `print` belongs to user code."""
     while frame is not None and _is_between(frame.f_code.co_filename):
         frame = frame.f_back
     return frame is not None and is_users(frame.f_code.co_filename)
 
 
 def _is_between(filename: str) -> bool:
-    """Whether code of this file prints for others: Python's own, and Ray's, whose `print` replaces the built-in one."""
+    """Returns whether this file only passes output through: the standard library, or Ray's replacement of `print`."""
     if filename.endswith(_RAYS_PRINTS):
         return True
     return filename.startswith((_STANDARD, "<")) and "site-packages" not in filename

@@ -1,8 +1,8 @@
-"""The data floor's functions, run by Ray Data: units to tokens once, then micro-batches in order to every worker.
+"""Runs the functions of `data/` in Ray Data: tokenization, and micro-batches in order for every worker.
 
-One Arrow row is one micro-batch and one block holds one row, so Ray's splitter, which deals blocks out evenly and in
-order, gives worker r of W the micro-batches r, r + W, …: the same ones that `LocalStream` reads there. Every micro-batch
-carries its place, and the stream refuses to go on if one is not where it belongs.
+One Arrow row is one micro-batch, and one block contains one row. Ray's splitter distributes blocks evenly and in order,
+so worker r of W receives the micro-batches r, r + W, ..., the same ones that `LocalStream` reads there. Every
+micro-batch contains its position, and the stream raises an error if one is out of order.
 """
 
 from __future__ import annotations
@@ -32,31 +32,46 @@ _MICROS_PER_TASK = 16
 _MOST_TASKS = 4096
 _PREFETCH = 8
 _PARTS = pa.schema([("first", pa.int64()), ("micros", pa.int64())])
-"""What one task makes: `micros` micro-batches, from number `first` of the stream on. The task itself finds out in which epochs
-they are, so the cost of a start does not depend on the number of epochs."""
+"""Input of one task: it builds `micros` micro-batches, starting with number `first` of the stream. The task computes
+their epochs itself, so the cost of a start does not depend on the number of epochs."""
 
 
 def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iterator[pa.RecordBatch]:
-    """`map(work, units)`, the calls spread over the cluster, the results in order."""
+    """Applies `work` to each unit in tasks across the cluster and yields the results in order.
+
+    Raises:
+        DataError: `work` has raised a `UserError` in a task.
+        RemoteError: `work` has raised another error in a task.
+    """
     _quiet()
-    dataset = ray.data.from_arrow([pa.table({"number": list(range(a, min(a + _UNITS_PER_TASK, len(units))))})
-                                   for a in range(0, len(units), _UNITS_PER_TASK)])
+    dataset = ray.data.from_arrow(
+        [
+            pa.table({"number": list(range(a, min(a + _UNITS_PER_TASK, len(units))))})
+            for a in range(0, len(units), _UNITS_PER_TASK)
+        ]
+    )
 
     def tokenize(table: pa.Table) -> Iterator[pa.Table]:
         for number in table.column("number").to_pylist():
-            # What is wrong with the data comes back as a value: raised in a task, Ray would log it with its whole stack.
+            # Errors in the data are returned as values. Ray would log an exception of a task with its whole stack.
             batch = problem = trace = None
             try:
                 batch = _to_bytes(work(units[number]))
             except UserError as error:
                 problem = str(error)
-            except Exception as error:  # in a format of the user's own
+            except Exception as error:  # in a user-defined format
                 problem, trace = describe(error), "".join(traceback.format_exception(error))
-            yield pa.table({"batch": pa.array([batch], pa.large_binary()), "problem": pa.array([problem], pa.string()),
-                            "traceback": pa.array([trace], pa.string())})
+            yield pa.table(
+                {
+                    "batch": pa.array([batch], pa.large_binary()),
+                    "problem": pa.array([problem], pa.string()),
+                    "traceback": pa.array([trace], pa.string()),
+                }
+            )
 
     results: Iterable[Any] = dataset.map_batches(tokenize, batch_format="pyarrow", batch_size=None).iter_batches(
-        batch_format="pyarrow", batch_size=1, prefetch_batches=2)
+        batch_format="pyarrow", batch_size=1, prefetch_batches=2
+    )
     for table in results:
         problem = table.column("problem")[0].as_py()
         if problem is not None:
@@ -73,19 +88,37 @@ def _to_bytes(batch: pa.RecordBatch) -> bytes:
 
 
 def execution_options() -> ExecutionOptions:
-    """Blocks leave in the order in which they came; what makes the stream the same at every world size."""
+    """Returns execution options that keep the order of blocks, so the stream is the same at every world size."""
     return ExecutionOptions(preserve_order=True)
 
 
 def build_dataset(spec: StreamSpec, start: Position, steps: int) -> Dataset:
-    """The micro-batches of `steps` global batches from `start` on, each a block of one row, in order, epochs in one go."""
+    """Builds the dataset of the micro-batches of `steps` global batches, in order, across epochs.
+
+    Args:
+        spec: the stream.
+        start: position of the first global batch.
+        steps: number of global batches.
+
+    Returns:
+        A dataset in which each micro-batch is a block of one row.
+    """
     _quiet()
     DataContext.get_current().target_max_block_size = 1  # bytes: no two micro-batches share a block
+    # The number of tasks is limited: each one costs scheduling time and a block in the object store.
     micros = steps * spec.micros_per_step
     size = max(_MICROS_PER_TASK, -(-micros // _MOST_TASKS))
     parts = [{"first": first, "micros": min(size, micros - first)} for first in range(0, micros, size)]
     tables = [pa.Table.from_pylist([part], _PARTS) for part in parts] or [_PARTS.empty_table()]
-    key = (str(spec.plan.store.folder), spec.plan.order, spec.plan.packing, spec.global_size, spec.micro_size, spec.pad_id)
+    # Tasks receive the arguments of the stream instead of the stream itself, and open the store from its folder.
+    key = (
+        str(spec.plan.store.folder),
+        spec.plan.order,
+        spec.plan.packing,
+        spec.global_size,
+        spec.micro_size,
+        spec.pad_id,
+    )
 
     def build(table: pa.Table) -> Iterator[pa.Table]:
         local = _spec(*key)
@@ -98,7 +131,7 @@ def build_dataset(spec: StreamSpec, start: Position, steps: int) -> Dataset:
 
 @lru_cache(maxsize=4)
 def _spec(folder: str, order: Any, packing: Any, global_size: int, micro_size: int, pad_id: int) -> StreamSpec:
-    """The stream as a task sees it, opened once a process."""
+    """Opens the stream in a task, once per process: Ray reuses processes for many tasks."""
     return StreamSpec(RowPlan(TokenStore(folder), order, packing), global_size, micro_size, pad_id)
 
 
@@ -109,7 +142,12 @@ def _quiet() -> None:
 
 
 class RayStream:
-    """This worker's micro-batches, from its shard of a Ray Data set."""
+    """Batch stream of one worker that reads from its shard of a Ray dataset.
+
+    Args:
+        spec: the stream.
+        shard: this worker's shard of the dataset of `build_dataset`.
+    """
 
     def __init__(self, spec: StreamSpec, shard: Any):
         self.spec, self._shard = spec, shard
@@ -119,10 +157,10 @@ class RayStream:
         return self.spec.steps_in_epoch(epoch)
 
     def batches(self, start: Position, steps: int) -> Iterator[Batch]:
-        """This rank's share of `steps` global batches from `start` on.
+        """Yields this rank's share of `steps` global batches, starting at `start`.
 
         Raises:
-            TrainingError: Ray Data gave other micro-batches than the ones that come now.
+            TrainingError: Ray Data returned another micro-batch than the expected one.
         """
         if steps <= 0:
             return
@@ -130,21 +168,29 @@ class RayStream:
         size, world, rank = self.spec.micro_size, distributed.world_size(), distributed.rank()
         for position in self.spec.positions(start, steps):
             micros = []
+            # Micro-batches are assigned to ranks as in `LocalStream`. Without this check, a block that arrives out of
+            # order would silently change the training.
             for j in range(rank, self.spec.micros_per_step, world):
                 micro = next(rows, None)
                 expected = (position.epoch, position.row + j * size)
                 found = None if micro is None else (micro["epoch"], micro["row"])
                 if micro is None or found != expected:
-                    raise TrainingError(f"the data stream is out of order on rank {rank}: expected (epoch, row) {expected}, "
-                                        f"got {found}; please report this with your Ray version")
+                    raise TrainingError(
+                        f"the data stream is out of order on rank {rank}: expected (epoch, row) {expected}, "
+                        f"got {found}; please report this with your Ray version"
+                    )
                 micros.append(micro)
             yield make_batch(self.spec, position, micros)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        tables: Iterable[pa.Table] = self._shard.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=_PREFETCH)
+        tables: Iterable[pa.Table] = self._shard.iter_batches(
+            batch_size=1, batch_format="pyarrow", prefetch_batches=_PREFETCH
+        )
         for table in tables:
             row: dict[str, Any] = {}
             for name in table.column_names:
                 value = table.column(name)[0]
-                row[name] = value.values.to_numpy() if isinstance(value, (pa.ListScalar, pa.LargeListScalar)) else value.as_py()
+                row[name] = (
+                    value.values.to_numpy() if isinstance(value, (pa.ListScalar, pa.LargeListScalar)) else value.as_py()
+                )
             yield row

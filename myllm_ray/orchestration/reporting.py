@@ -1,7 +1,7 @@
-"""Ray Train's own `Result` for a `TorchTrainer(sft_loop)` of the user's own: metrics and checkpoints through `ray.train.report`.
+"""Reports metrics and checkpoints to Ray Train's `Result`, for a user-defined `TorchTrainer(sft_loop)`.
 
-Runs that `train(config)` starts do not use it: a report is a barrier of up to the controller's poll interval, and the run's folder
-already holds everything.
+Runs that `train(config)` starts do not use it: `ray.train.report` is a barrier that takes up to the controller's poll
+interval, and the run's folder already contains everything.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ from myllm_ray.engine.callbacks import Callback
 
 
 class RayTrainReport(Callback):
-    """Reports at evaluations and checkpoints, on every rank: Ray waits until all have called it.
+    """Calls `ray.train.report` on every rank at evaluations and checkpoints.
 
-    `Result.metrics` is what was logged before the newest checkpoint; `Result.checkpoint` that checkpoint with the tokenizer beside
-    the weights, so `open_run(result.checkpoint.path)` loads it.
+    `Result.metrics` contains what was logged before the newest checkpoint. `Result.checkpoint` is that checkpoint, with
+    the tokenizer next to the weights, so `open_run(result.checkpoint.path)` loads it.
 
     Args:
-        in_background: checkpoints are written in the background. Ranks learn at different steps that one is whole, so the last is
-            reported when all have ended.
+        in_background: whether checkpoints are written in the background. In that case only the last one is reported, at
+            the end of training.
     """
+
+    # `ray.train.report` waits until every rank has called it. With writes in the background, ranks see at different
+    # steps that a checkpoint is complete, so reports at that event would not match across ranks.
 
     def __init__(self, in_background: bool):
         self._in_background = in_background
@@ -55,13 +58,27 @@ class RayTrainReport(Callback):
         if folder is None:
             ray.train.report(metrics)
             return
-        # All ranks see the run's folder, where every rank has written its share: one of them reports it.
-        ray.train.report(metrics, checkpoint=Checkpoint(folder) if state.is_main else None,
-                         checkpoint_dir_name=Path(folder).name, checkpoint_upload_fn=into_storage)
+        # Every rank has written its shard to the run's shared folder, so the main rank reports it for all.
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint(folder) if state.is_main else None,
+            checkpoint_dir_name=Path(folder).name,
+            checkpoint_upload_fn=into_storage,
+        )
 
 
 def into_storage(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """A checkpoint of ours in Ray's storage: by hard links where that is on the same disk, else as a copy."""
+    """Puts a checkpoint of the run into Ray's storage, as Ray's `checkpoint_upload_fn`.
+
+    On the same disk the files become hard links, else copies.
+
+    Args:
+        checkpoint: the checkpoint in the run's folder.
+        name: its name in Ray's storage.
+
+    Returns:
+        The checkpoint in Ray's storage, with the tokenizer.
+    """
     storage = ray.train.get_context().get_storage()
     source, target = Path(checkpoint.path), storage.build_checkpoint_path_from_name(name)
     tokenizer = source.parent.parent / "tokenizer"

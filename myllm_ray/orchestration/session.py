@@ -1,4 +1,4 @@
-"""Joining or starting Ray: tokens, logs, and CPUs that are enough."""
+"""Joins or starts Ray: token, logs, and the number of CPUs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,18 @@ _CONNECT_SECONDS = 5.0
 
 
 def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = None) -> bool:
-    """Be connected to Ray: to the cluster of `RAY_ADDRESS` (every `ray job` has one), else to a new local one.
+    """Connects to Ray: to the cluster at `RAY_ADDRESS` (set in every `ray job`), else to a new local one.
+
+    Does nothing if this process is connected already.
 
     Args:
-        cpus: that a new local one needs at least; default: for one run of the config.
+        config: the run's config.
+        verbose: show Ray's own logs.
+        cpus: least number of CPUs of a new local Ray; default: what one run of the config needs, which is then also
+            checked against the cluster.
 
     Returns:
-        Whether a local Ray was started here, which the caller shuts down.
+        Whether a local Ray was started. In that case the caller shuts it down.
 
     Raises:
         ConfigError: the cluster can't be reached, refuses the token, or is too small for the run.
@@ -43,12 +48,20 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
     started = False
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+        options: dict[str, Any] = {
+            "log_to_driver": verbose,
+            "logging_level": logging.INFO if verbose else logging.ERROR,
+        }
         if not address:
             least = math.ceil(cpus_needed(config, config.scaling.most) if cpus is None else cpus)
-            # More logical CPUs than cores: a laptop with 2 cores can hold 2 workers and the data tasks beside them.
-            options |= {"address": "local", "num_cpus": max(os.cpu_count() or 1, least),
-                        "include_dashboard": False, "runtime_env": {"env_vars": _worker_environment(), **interpreter()}}
+            # More logical CPUs than cores are allowed, so that a laptop with 2 cores can run 2 workers and the data
+            # tasks.
+            options |= {
+                "address": "local",
+                "num_cpus": max(os.cpu_count() or 1, least),
+                "include_dashboard": False,
+                "runtime_env": {"env_vars": _worker_environment(), **interpreter()},
+            }
             started = True
             _token_without_a_file()
         else:
@@ -57,10 +70,10 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
         try:
             with _own_signals():
                 ray.init(**options)
-        except Exception as error:  # Ray raises plain ones, too: "The current node timed out during startup"
+        except Exception as error:  # Ray raises plain `Exception`s too: "The current node timed out during startup"
             ray.shutdown()
             raise ConfigError(_refused(address, error)) from None
-        except BaseException:  # a signal
+        except BaseException:  # a signal during the start
             ray.shutdown()
             raise
     if not verbose:
@@ -72,15 +85,18 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
 
 
 def hides_output() -> bool:
-    """Whether Ray does not print what workers print. A user who has called `ray.init` has decided that already."""
+    """Returns whether Ray does not print the output of workers; a user who calls `ray.init` can choose that."""
+    # Ray prints it in a thread of this name, which exists only with `log_to_driver`.
     return not any(thread.name == "ray_print_logs" for thread in threading.enumerate())
 
 
 def use_token() -> None:
-    """Send the token, where there is one and `RAY_AUTH_MODE` says nothing, also where Ray was imported before this package.
+    """Makes Ray send the token if there is one and `RAY_AUTH_MODE` is not set.
 
-    Ray reads the mode when it is imported; its own function changes it afterwards.
+    This also works if Ray was imported before this package: Ray reads the mode at import, and its own function can
+    change it later.
     """
+    # Ray's function logs about the mode, which is not relevant to the user.
     logger = logging.getLogger(maybe_enable_token_auth_if_token_available.__module__)
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -91,7 +107,7 @@ def use_token() -> None:
 
 
 def _token_without_a_file() -> None:
-    """Give a local Ray its token in the environment where Ray could not save a new one (a read-only home, as containers have)."""
+    """Passes a token to a local Ray in the environment if Ray cannot save one (a read-only home, as in containers)."""
     if os.environ.get(environment.AUTH_MODE, "token").lower() != "token" or environment.has_token():
         return
     if why_not_writable(Path.home() / ".ray"):
@@ -99,30 +115,41 @@ def _token_without_a_file() -> None:
 
 
 def _check_address(address: str) -> None:
-    """Refuse an address where nothing listens: Ray would try for minutes."""
+    """Checks that a server listens at the address. Ray itself would retry for minutes.
+
+    Raises:
+        ConfigError: nothing listens there.
+    """
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except OSError as error:
-        raise ConfigError(f"Ray at {address} can't be reached: {error.strerror or error}: is RAY_ADDRESS the address that `ray start --head` "
-                          "printed, and is the cluster up?") from None
+        raise ConfigError(
+            f"Ray at {address} can't be reached: {error.strerror or error}: is RAY_ADDRESS the address that "
+            "`ray start --head` printed, and is the cluster up?"
+        ) from None
 
 
 def _refused(address: str | None, error: Exception) -> str:
-    """One line for a Ray that could not be joined. A server that listens but refuses a client wants another token."""
+    """Returns the error message for a Ray that could not be joined or started."""
+    # `_check_address` has found a server. If it still refuses the connection, the usual reason is the token.
     said = " ".join(str(error).split()).partition(" Ensure that")[0][:200]
     if address is None:
         return f"Ray can't be started on this machine: {said}"
     if isinstance(error, ray.exceptions.AuthenticationError) or "Failed to connect" in said:
-        return f"Ray at {address} refuses this client ({said}). Most likely it wants another token. Token: {environment.describe_token()}"
+        return (
+            f"Ray at {address} refuses this client ({said}). Most likely it expects another token. "
+            f"Token: {environment.describe_token()}"
+        )
     return f"Ray at {address} can't be reached: {said}"
 
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keep the handler of SIGTERM that is set: `ray.init` sets one that exits without saving."""
+    """Restores the handler of SIGTERM at the end: `ray.init` sets one that exits without saving a checkpoint."""
+    # Python allows handlers to be set in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -130,22 +157,25 @@ def _own_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        if callable(before):  # else Ray's own is better: it ends the processes that Ray has started
+        if callable(before):  # else keep Ray's handler: it ends the processes that Ray has started
             with suppress(ValueError):
                 signal.signal(signal.SIGTERM, before)
 
 
 def interpreter() -> dict[str, str]:
-    """For a runtime environment: this interpreter, where its path has characters that a shell reads.
+    """Returns a runtime environment entry with this interpreter if its path contains characters special to a shell.
 
-    Ray 2.60 starts workers that have a runtime environment by bash and does not quote the path: in a folder whose name has
-    spaces none would start, and a run would wait without end.
+    Ray 2.60 starts workers that have a runtime environment through bash and does not quote the path. In a folder with a
+    space in its name, no worker would start and a run would wait without limit.
     """
     quoted = shlex.quote(sys.executable)
     return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
 def _worker_environment() -> dict[str, str]:
-    """Modules next to where the user started are importable in workers (`trainer: my_lab.simpo:SimPOTrainer`)."""
+    """Returns the environment variables of workers.
+
+    Modules in the driver's working directory are importable there (`trainer: my_lab.simpo:SimPOTrainer`).
+    """
     path = os.pathsep.join(p for p in (os.getcwd(), os.environ.get("PYTHONPATH")) if p)
     return {"PYTHONPATH": path, "RAY_CHDIR_TO_TRIAL_DIR": "0"}

@@ -1,4 +1,4 @@
-"""Run a config as a job on a Ray cluster: what `ray job submit -- python jobs/train.py` does, with the token question settled."""
+"""Runs a config as a job on a Ray cluster, as `ray job submit -- python jobs/train.py` does, with the token set."""
 
 from __future__ import annotations
 
@@ -13,11 +13,20 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.orchestration import environment
 
 AGENT_TIMEOUT = 60.0
-"""Seconds to wait for a cluster that has just started: its head accepts jobs before an agent can run them."""
+"""Seconds to wait for a cluster that has just started. Its head accepts jobs before an agent can run them."""
 
 
 def submit(config: str, overrides: Sequence[str], address: str, working_dir: Path) -> int:
-    """Submit, print the job's output as it comes, and return 0 if it succeeded, else 1.
+    """Submits a job, prints its output while it runs, and waits for its end.
+
+    Args:
+        config: path of the config, relative to `working_dir`.
+        overrides: `key.sub=value`, as for `myllm-ray train`.
+        address: address of the cluster's dashboard.
+        working_dir: folder that is uploaded to the cluster; the job runs in it.
+
+    Returns:
+        0 if the job has succeeded, else 1.
 
     Raises:
         ConfigError: the cluster can't be reached, or refuses the token.
@@ -28,10 +37,16 @@ def submit(config: str, overrides: Sequence[str], address: str, working_dir: Pat
     entrypoint = shlex.join(["python", "-m", "myllm_ray.cli", "train", config, *overrides])
     try:
         client = JobSubmissionClient(address)
-        job = _submitted(client, entrypoint, {
-            "working_dir": str(working_dir),
-            # `ray job stop` sends SIGTERM, and after this long SIGKILL; its default of 3 s is not enough to save a checkpoint.
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}})
+        job = _submitted(
+            client,
+            entrypoint,
+            {
+                "working_dir": str(working_dir),
+                # `ray job stop` sends SIGTERM, and SIGKILL after this time. The default of 3 s is too short to save a
+                # checkpoint.
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"},
+            },
+        )
     except (ConnectionError, RuntimeError) as error:
         hint = " (set RAY_AUTH_TOKEN to the cluster's token)" if "nauthorized" in str(error) else ""
         raise ConfigError(f"Ray at {address}: {' '.join(str(error).split())[:300]}{hint}") from None
@@ -48,7 +63,7 @@ def submit(config: str, overrides: Sequence[str], address: str, working_dir: Pat
 
 
 def _submitted(client: Any, entrypoint: str, runtime_env: dict[str, Any]) -> str:
-    """The id of the job. Waits for an agent as long as `AGENT_TIMEOUT`."""
+    """Submits the job and returns its id. Waits for an agent for at most `AGENT_TIMEOUT` seconds."""
     limit = time.monotonic() + AGENT_TIMEOUT
     while True:
         try:

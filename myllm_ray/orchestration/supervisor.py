@@ -1,16 +1,21 @@
-"""One run, however many worker groups it takes.
+"""Supervises a run on Ray across its worker groups.
 
-    attempt    start the workers from the newest whole checkpoint; it ends in one of these ways:
-      done       the run has reached its end
-      left       it saved and ended because it was asked to: another number of workers fits the cluster, a node is about to
-                 leave, or somebody stops the run (Ctrl-C, SIGTERM, `myllm-ray stop`); no step is lost
-      rewound    a bad step: the next attempt goes back to the checkpoint before it (engine/stability.py)
-      failed     a worker died, or hung and was ended; counts against scaling.max_failures
-    after all but the first (and a stop), the next attempt.
+An attempt starts the workers from the newest complete checkpoint. It has one of these outcomes (`Exit` in
+common/types.py; `done` and `failed` have no `Exit`):
 
-Ray Train restarts groups too, but gives no warning before a resize, and repeats errors that would only come again. So
-every attempt is a TorchTrainer of its own, without retries, and what happens between them can be read here. Attempts
-stand in `attempts.jsonl`.
+    done         The run has reached its last step. The supervisor returns.
+    preempted    The run has saved a checkpoint and ended on request: another number of workers fits the cluster, a node
+                 is about to leave, or the user stops the run (Ctrl-C, SIGTERM, `myllm-ray stop`). No step is lost.
+                 A stop before the first step saves nothing. The next attempt follows, except after a stop.
+    rewind       A bad step (engine/stability.py). The next attempt resumes from the checkpoint before it.
+    aborted      The run has ended without saving, on request of a callback. The supervisor returns.
+    failed       A worker died, or hung and was ended. The failure counts against `scaling.max_failures`, except when
+                 Ray preempts the workers or cannot start them in time. The next attempt follows while the limit is not
+                 exceeded. An error that the user must fix is raised at once.
+
+Ray Train restarts worker groups too, but it gives no warning before a resize, and it retries errors that occur again on
+every attempt. Therefore each attempt is a separate TorchTrainer without retries. Attempts are recorded in
+`attempts.jsonl` in the run's folder.
 """
 
 from __future__ import annotations
@@ -32,14 +37,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from myllm_ray.common.distributed import backend
 from myllm_ray.common.files import JSONLines, read_jsonl
 from myllm_ray.common.signals import stop_on_signals
-from myllm_ray.common.types import Position, steps_of_run
+from myllm_ray.common.types import Position
 from myllm_ray.config.errors import TrainingError, UserError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine.callbacks import Callback
-from myllm_ray.engine.checkpoint import read_manifest
-from myllm_ray.engine.pulse import asked, clear, read_beats, request
+from myllm_ray.engine.checkpointing.manager import read_manifest
+from myllm_ray.engine.liveness.hang_detector import HangDetector, Straggler
+from myllm_ray.engine.liveness.heartbeat import asked, clear, read_heartbeats, request
 from myllm_ray.engine.run_folder import folder_of, resume_point
-from myllm_ray.engine.watch import Lag, Watch
 from myllm_ray.orchestration.cluster import draining_nodes, kill_process, worker_resources, workers_that_fit
 from myllm_ray.orchestration.controller import END, EndOnRequest
 from myllm_ray.orchestration.failures import Failure, explain
@@ -48,15 +53,15 @@ from myllm_ray.orchestration.ray_data import build_dataset, execution_options
 
 if TYPE_CHECKING:
     from myllm_ray.data.prepare import PreparedData
-    from myllm_ray.engine.startup import Startup
+    from myllm_ray.engine.liveness.startup import Startup
 
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 0.5
 _STEADY_SECONDS = 3.0
-"""How long another number of workers must fit before the run is resized: resources come and go while nodes join."""
+"""How long a different number of workers must fit before the run is resized. Resources fluctuate while nodes join."""
 _END_SECONDS = 30.0
-"""How long the others may take to notice that a worker was ended."""
+"""How long the other workers may take to detect that a worker was ended."""
 _SAY_SECONDS = 30.0
 
 
@@ -64,10 +69,10 @@ class Supervisor:
     """Runs a config on Ray to its end.
 
     Args:
-        config: with absolute paths.
-        prepared: its data.
-        callbacks: for the workers, besides those of the config that belong there; they are pickled.
-        startup: occupies the run's folder, and ends after this.
+        config: the run's config, with absolute paths.
+        prepared: the run's prepared data.
+        callbacks: callbacks for the workers, in addition to those of the config. They are pickled.
+        startup: the context that holds the run's folder. It must stay open until `run` has returned.
     """
 
     def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], startup: Startup):
@@ -77,74 +82,95 @@ class Supervisor:
         self._attempts = JSONLines(self.folder / "attempts.jsonl", keep=lambda row: True)
 
     def run(self) -> dict[str, Any]:
-        """Attempt after attempt; returns the summary of the last (`worker.run_worker`).
+        """Runs attempts until the run has ended.
+
+        Returns:
+            The summary of the last attempt (`worker.run_worker`).
 
         Raises:
-            UserError: what ended the run for good.
+            UserError: the error that ended the run.
         """
         try:
             with stop_on_signals(self._ask_to_stop):
                 while True:
+                    # A preempted attempt is followed by another one only without a request to stop the whole run.
                     summary = self._attempt()
-                    if summary is not None and (summary["left"] is None or summary["abandoned"] or asked(self.folder) is not None):
+                    if summary is not None and (
+                        (exit := summary["exit"]) is None or exit.kind == "aborted" or asked(self.folder) is not None
+                    ):
                         return summary
         finally:
             self._attempts.close()
 
     def _ask_to_stop(self, name: str) -> None:
-        log.info("%s: saving a checkpoint, then stopping (once more: at once)", name)
+        log.info("%s: saving a checkpoint, then stopping (a second signal stops at once)", name)
         request(self.folder, "stop", name)
 
     def _attempt(self) -> dict[str, Any] | None:
-        """One worker group. Its summary, or None if it failed and there may be another."""
-        workers = self._wait_for_room()
+        """Runs one worker group. Returns its summary, or None if it failed and another attempt is allowed."""
+        workers = self._wait_for_resources()
         start = resume_point(self.config)
         step = int(read_manifest(start)["step"]) if start else 0
-        if workers == 0:  # asked to stop while no workers were there: nothing to save
+        if workers == 0:  # a stop was requested before any worker started: nothing to save
             return self._stopped(start)
+        # Heartbeats and requests of the previous group must not be taken for those of the next one.
         clear(self.folder)
         self.startup.phase(f"starting {workers} worker{'s' * (workers > 1)}")
         log.info("starting %d worker%s%s", workers, "s" * (workers > 1), f", from step {step}" if step else "")
         group = _Group(self.config, self.prepared, self.callbacks, workers, start)
         try:
-            lag = self._watch(group, workers)
-        except BaseException:
+            straggler = self._watch(group, workers)
+        except BaseException:  # also a second Ctrl-C: the workers must not outlive the driver
             group.kill()
             raise
         failure = group.failure
-        how, stopped = "done", group.ended and lag is None and not group.summary
+        how, stopped = "done", group.ended and straggler is None and not group.summary
         if stopped:
-            how = f"left: {asked(self.folder)}, before its first step"
+            how = f"preempted: {asked(self.folder)}, before its first step"
         elif failure is not None:
-            how = f"failed: {lag or failure.reason}"
-        elif group.summary["left"] is not None:
-            how = f"{'rewound' if group.summary['rewound'] else 'left'}: {group.summary['left']}"
-        self._attempts.write({"workers": workers, "from_step": step, "to_step": self._last_step(step, group.summary), "end": how,
-                              "time": time.time()})
+            how = f"failed: {straggler or failure.reason}"
+        elif (exit := group.summary["exit"]) is not None:
+            how = f"{exit.kind}: {exit.reason}"
+        self._attempts.write(
+            {
+                "workers": workers,
+                "from_step": step,
+                "to_step": self._last_step(step, group.summary),
+                "end": how,
+                "time": time.time(),
+            }
+        )
         if stopped:
             return self._stopped(start)
         if failure is None:
-            if group.summary["left"] is not None:
+            if group.summary["exit"] is not None:
                 log.info("%s", how)
             return group.summary
-        self._count(failure, lag)
+        self._count(failure, straggler)
         return None
 
     def _stopped(self, start: Path | None) -> dict[str, Any]:
-        """The summary of a run that was asked to stop while nobody trained."""
-        return {**self.startup.stopped(asked(self.folder)), "checkpoint": str(start) if start else None,
-                "step": int(read_manifest(start)["step"]) if start else 0}
+        """Returns the summary of a run that was stopped before its workers trained a step."""
+        return {
+            **self.startup.stopped(asked(self.folder)),
+            "checkpoint": str(start) if start else None,
+            "step": int(read_manifest(start)["step"]) if start else 0,
+        }
 
-    def _count(self, failure: Failure, lag: Lag | None) -> None:
-        """Whether another attempt is allowed after a failure; what went wrong if not."""
-        said = str(lag) if lag else failure.reason
-        if not failure.again and lag is None:
+    def _count(self, failure: Failure, straggler: Straggler | None) -> None:
+        """Counts a failure and logs it. Returns if another attempt is allowed.
+
+        Raises:
+            UserError: the failure's error; no further attempt is allowed. Errors of other types are raised unchanged.
+        """
+        said = str(straggler) if straggler else failure.reason
+        if not failure.again and straggler is None:
             raise failure.error
         if failure.charged:
             self.failures += 1
             most = self.config.scaling.max_failures
             if most != -1 and self.failures > most:
-                if lag is not None:
+                if straggler is not None:
                     raise TrainingError(said) from None
                 raise failure.error
             log.warning("failure %d%s: %s", self.failures, f" of {most} allowed" if most != -1 else "", said)
@@ -152,42 +178,58 @@ class Supervisor:
             log.info("%s", said)
 
     def _last_step(self, step: int, summary: dict[str, Any]) -> int:
+        # A group that failed has no summary; the ledger contains the steps that it trained.
         rows = [step, *(row.get("step", 0) for row in read_jsonl(self.folder / "ledger.jsonl"))]
         return int(summary["step"]) if summary else max(rows)
 
-    def _wait_for_room(self) -> int:
-        """Until the cluster has room for the run; then the number of workers. 0: somebody has asked to stop."""
+    def _wait_for_resources(self) -> int:
+        """Waits until the run fits into the cluster. Returns the number of workers, or 0 if a stop was requested."""
         said = -_SAY_SECONDS
         while asked(self.folder) is not None or (workers := workers_that_fit(self.config)) == 0:
             if asked(self.folder) is not None:
                 return 0
             if time.monotonic() - said >= _SAY_SECONDS:
                 said = time.monotonic()
-                self.startup.phase("waiting for room")
-                log.info("waiting for room: %d workers of %s", self.config.worker_counts()[0], worker_resources(self.config.scaling))
+                self.startup.phase("waiting for resources")
+                log.info(
+                    "waiting for resources: %d workers of %s",
+                    self.config.worker_counts()[0],
+                    worker_resources(self.config.scaling),
+                )
             time.sleep(_LOOK_SECONDS)
         return workers
 
-    def _watch(self, group: _Group, workers: int) -> Lag | None:
-        """While a group runs: end it when a worker hangs, ask it to leave when it should. Returns who hung."""
-        watch, hung = Watch(self.folder, self.config.stability.hang_seconds), None
+    def _watch(self, group: _Group, workers: int) -> Straggler | None:
+        """Watches a group until it has ended.
+
+        Ends a worker that hangs, and requests a preemption when the group should end so that a group of another size or
+        on other nodes can start.
+
+        Returns:
+            The worker that hung, or None.
+        """
+        watch, hung = HangDetector(self.folder, self.config.stability.hang_seconds), None
         change: tuple[str | None, float] = (None, time.monotonic())
         leaves, ended, begun = False, 0.0, False
         while group.is_running(_LOOK_SECONDS):
-            beats = read_beats(self.folder)
+            beats = read_heartbeats(self.folder)
             if not begun and any(beat.get("phase") != "start" for beat in beats.values()):
                 begun = True
                 self.startup.phase("training")
-            if not begun and not group.ended and asked(self.folder) is not None:  # nothing was trained: nothing to save
+            # A stop was requested before any worker trained a step, so there is nothing to save.
+            if not begun and not group.ended and asked(self.folder) is not None:
                 group.kill()
             if hung is None and (hung := watch.look()) is not None:
-                time.sleep(2.0)  # for the stacks
+                time.sleep(2.0)  # the ranks write their stacks to the run's folder
+                # Ending one worker makes the collectives of the others fail, so Ray Train ends the group by itself.
                 group.kill(only=hung.rank)
                 ended = time.monotonic()
-            if hung is not None and time.monotonic() - ended > _END_SECONDS:  # the others did not notice
+            if hung is not None and time.monotonic() - ended > _END_SECONDS:  # the others did not fail
                 group.kill()
+            # Until every worker has a heartbeat, the nodes of the group are not all known.
             if len(beats) < workers or leaves:
                 continue
+            # A resize must be possible for some seconds before it is requested. A node that leaves does not wait.
             reason = self._why_leave(beats, workers)
             now = time.monotonic()
             if reason != change[0]:
@@ -195,27 +237,48 @@ class Supervisor:
             if reason is not None and (now - change[1] >= _STEADY_SECONDS or "about to leave" in reason):
                 leaves = True
                 log.info("%s: saving a checkpoint first", reason)
-                request(self.folder, "leave", reason)
+                request(self.folder, "preempt", reason)
         return hung
 
     def _why_leave(self, beats: dict[int, dict[str, Any]], workers: int) -> str | None:
-        """Why this group should make way for another one."""
+        """Returns why this group should end so that a group of another size or on other nodes can start, or None.
+
+        Args:
+            beats: the heartbeat of each rank.
+            workers: the size of the group.
+        """
         nodes = [str(beat.get("node")) for beat in beats.values()]
         leaving = draining_nodes().intersection(nodes)
         if leaving:
             return f"node {min(leaving)[:8]} is about to leave"
-        if self.config.scaling.least < self.config.scaling.most and (fit := workers_that_fit(self.config, nodes)) not in (0, workers):
-            return f"room for {fit} workers instead of {workers}"
+        if self.config.scaling.least < self.config.scaling.most and (
+            fit := workers_that_fit(self.config, nodes)
+        ) not in (0, workers):
+            return f"{fit} workers fit instead of {workers}"
         return None
 
 
 class _Group:
-    """One TorchTrainer, running in a thread so that the main thread can watch, and hear Ctrl-C."""
+    """One TorchTrainer that runs in a thread.
 
-    def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], workers: int, start: Path | None):
+    The main thread stays free to watch the workers and to handle Ctrl-C.
+
+    Attributes:
+        summary: the summary of the run when `fit` has succeeded, else empty.
+        failure: the error of `fit`, or None.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        prepared: PreparedData,
+        callbacks: Sequence[Callback],
+        workers: int,
+        start: Path | None,
+    ):
         self.summary: dict[str, Any] = {}
         self.ended = False
-        """Whether `kill` has ended the whole group."""
+        """Whether `kill` was called for the whole group."""
         self.failure: Failure | None = None
         self._folder = folder_of(config)
         self._trainer = _trainer(config, prepared, callbacks, workers, start)
@@ -228,53 +291,73 @@ class _Group:
         except UserError as error:
             self.failure = Failure(error, str(error), again=False)
         except BaseException as error:
+            # A traceback that `kill` has caused is of no use to the user, so it is not written to a file.
             self.failure = explain(error) if self.ended else explain(error).kept(self._folder)
         finally:
             shutil.rmtree(self._folder / ".ray", ignore_errors=True)
 
     def is_running(self, seconds: float) -> bool:
-        """Whether it still runs after so many seconds."""
+        """Waits for at most `seconds` and returns whether the group still runs."""
         self._thread.join(seconds)
         return self._thread.is_alive()
 
     def kill(self, only: int | None = None) -> None:
-        """End all workers, or one, whatever they do; with all of them the controller, which may be about to start them."""
+        """Ends all workers and the controller, or one worker, whatever they are doing.
+
+        Args:
+            only: the rank to end; None: all.
+        """
         if only is None:
+            # The controller first: it may be about to start workers, which have no heartbeat yet.
             self.ended = True
             request(self._folder, END, "")
             self._thread.join(_END_SECONDS)
             if not self._thread.is_alive():
                 return
-        for rank, beat in read_beats(self._folder).items():
+        for rank, beat in read_heartbeats(self._folder).items():
             try:
                 if only in (None, rank):
                     kill_process(beat)
-            except Exception as error:  # Ray is going down, and takes them along
+            except Exception as error:  # Ray is shutting down, and ends the workers itself
                 log.debug("could not end worker %s: %s", beat.get("rank"), error)
         if only is None:
             self._thread.join(20)
 
 
-def _trainer(config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], workers: int, start: Path | None) -> TorchTrainer:
+def _trainer(
+    config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], workers: int, start: Path | None
+) -> TorchTrainer:
     scaling = config.scaling
 
     def remaining() -> ray.data.Dataset:
-        """The data from the checkpoint to the end of the run."""
+        """Returns the data from the checkpoint to the end of the run."""
         manifest: dict[str, Any] = read_manifest(start) if start else {"step": 0, "position": {"epoch": 0, "row": 0}}
         per_batch = config.steps_per_batch
-        total = steps_of_run(config.run.max_steps, config.run.epochs, per_batch, prepared.train.steps_in_epoch)
-        return build_dataset(prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]) // per_batch)
+        total = config.run.total_steps(per_batch, prepared.train.steps_in_epoch)
+        return build_dataset(
+            prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]) // per_batch
+        )
 
     launched = {"prepared": prepared, "callbacks": list(callbacks), "start": str(start) if start else None}
-    # Ray's own state has a name of its own at every start: a name used before would silently resume from Ray's records.
+    # A unique name per attempt: with a known name, Ray would silently resume from its own records. Retries are off in
+    # `FailureConfig`, because the supervisor decides on the next attempt.
     return TorchTrainer(
-        cast(Any, train_loop), train_loop_config={**config.model_dump(mode="json"), LAUNCHED: launched},
-        torch_config=TorchConfig(backend=backend("cuda" if scaling.gpus_per_worker else "cpu"), timeout_s=math.ceil(scaling.timeout_seconds)),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(scaling.gpus_per_worker),
-                                     resources_per_worker=worker_resources(scaling)),
-        run_config=RunConfig(name=uuid.uuid4().hex[:12], storage_path=str(folder_of(config) / ".ray"),
-                             callbacks=cast(Any, [EndOnRequest(str(folder_of(config)))]),
-                             failure_config=cast(Any, FailureConfig)(max_failures=0, max_preemption_failures=0,
-                                                                     controller_failure_limit=0)),
+        cast(Any, train_loop),
+        train_loop_config={**config.model_dump(mode="json"), LAUNCHED: launched},
+        torch_config=TorchConfig(
+            backend=backend("cuda" if scaling.gpus_per_worker else "cpu"), timeout_s=math.ceil(scaling.timeout_seconds)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=bool(scaling.gpus_per_worker), resources_per_worker=worker_resources(scaling)
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:12],
+            storage_path=str(folder_of(config) / ".ray"),
+            callbacks=cast(Any, [EndOnRequest(str(folder_of(config)))]),
+            failure_config=cast(Any, FailureConfig)(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
+            ),
+        ),
         datasets={"train": remaining},
-        dataset_config=DataConfig(execution_options=execution_options(), enable_shard_locality=False))
+        dataset_config=DataConfig(execution_options=execution_options(), enable_shard_locality=False),
+    )

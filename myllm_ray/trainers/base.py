@@ -1,9 +1,12 @@
-"""What an algorithm is to the engine: micro-batches to loss sums. No device, no optimizer, no logging, no division."""
+"""The interface between an algorithm and the engine: a trainer computes loss sums of micro-batches.
+
+A trainer does not depend on devices, optimizers or logging. It does not divide by the batch size: the engine divides.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -11,111 +14,171 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.types import Batch, Micro, StepOutput
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.sections import Section
+from myllm_ray.config.trainers import TrainerSection
+from myllm_ray.config.validation import typed
 from myllm_ray.trainers.routing import expert_metrics
 
 
 class BaseTrainer(ABC):
-    """An algorithm. Subclasses say what the loss of a micro-batch is, and what it is averaged over.
+    """Base class of all trainers.
+
+    A subclass defines the loss of a micro-batch and the weight that the loss is averaged over. It declares its settings
+    as `class Config(TrainerSection)` and reads them from `self.config`.
 
     Args:
-        model: what is trained; one module, also where an algorithm trains several networks.
-        dataset: for use by hand: a sequence of rows (`{"input_ids": [...], "labels": [...]}`, labels optional).
-        bytes_per_token: UTF-8 bytes of each token id, for bits per byte.
-        sources: names of the data's sources, for the loss per source.
+        model: The module to train. It is a single module even if the algorithm trains several networks.
+        dataset: A sequence of rows (`{"input_ids": [...], "labels": [...]}`, labels optional), for runs without a
+            stream.
+        config: The trainer's section of a run's config; default: built from `options`.
+        bytes_per_token: Number of UTF-8 bytes of each token id, for the metric bits per byte.
+        sources: Names of the data sources, for the loss per source.
+        options: The keys of `Config` as keyword arguments, instead of `config`.
+
+    Raises:
+        ConfigError: An option is unknown or has a wrong value, or both `config` and options are given.
     """
 
+    Config: ClassVar[type[TrainerSection]] = TrainerSection
+    """The class that validates the trainer's section of a run's config."""
+    sections: ClassVar[Mapping[str, type[Section]]] = {}
+    """Additional sections of a run's config that this trainer needs, by key."""
     reads: ClassVar[tuple[str, ...]] = ("tokens",)
-    """Kinds of documents it can train on (data/records.py)."""
+    """Kinds of examples that the trainer reads (data/examples.py)."""
     trains: ClassVar[str] = "causal_lm"
-    """Kind of model it trains: causal_lm, reward_model, or actor_critic."""
-    uses: ClassVar[tuple[str, ...]] = ()
-    """What else it is given by name, as keyword arguments: knobs, reference, reward_model, sampler, rewards."""
+    """Kind of model that the trainer trains: causal_lm, reward_model, or actor_critic."""
+    dependencies: ClassVar[tuple[str, ...]] = ()
+    """Names of additional keyword arguments of the constructor. Each is a method of `dependencies.Dependencies`."""
     empty_batch_reason: str | None = None
-    """Why a global batch may have the weight 0, which is an error otherwise; its gradient is zero."""
+    """The reason why a global batch may have weight 0. Its gradient is zero. None: such a batch is an error."""
     trains_routers: ClassVar[bool] = False
-    """Whether the loss has the term that balances the experts of a mixture-of-experts model (`trainers/routing.py`)."""
+    """Whether the loss includes the load-balancing loss of mixture-of-experts routers (trainers/routing.py)."""
     layout: ClassVar[str] = "documents"
-    """What it puts in a row (models/isolation.py): documents, or rollouts, several; padded: one, with padding behind it."""
+    """Content of a row (models/isolation.py): "documents" or "rollouts", several per row; "padded": one example."""
     steps_per_batch = 1
-    """Optimizer steps that `expand` makes of a global batch."""
+    """Number of optimizer steps that `optimizer_steps` yields per global batch."""
 
-    def __init__(self, model: nn.Module, dataset: Any = None, *, bytes_per_token: Iterable[int] | None = None,
-                 sources: Iterable[str] = ()):
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any = None,
+        *,
+        config: Any = None,
+        bytes_per_token: Iterable[int] | None = None,
+        sources: Iterable[str] = (),
+        **options: Any,
+    ):
+        if config is not None and options:
+            raise ConfigError(f"{type(self).__name__} takes config or single keys, not both (got {', '.join(options)})")
+        self.config: Any = typed(self.Config, options, type(self).__name__) if config is None else config
         self.model = model
         self.dataset = dataset
         self.sources = list(sources)
         self.bytes_per_token = None if bytes_per_token is None else torch.tensor(list(bytes_per_token))
         self.samples: list[dict[str, Any]] = []
-        """Some answers of the last batch, for the table of samples; see `logging.samples_every_steps`."""
+        """Some answers of the last batch, for the table of samples (`logging.samples_every_steps`)."""
+        # The defaults of both contexts let a trainer run without an engine.
         self.autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """Around forward passes of its own, in `expand`: the configured precision. Set by the engine, like `generation`."""
+        """Context manager for forward passes in `optimizer_steps`: the configured precision. Set by the engine."""
         self.generation: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """Around sampling: parameters whole."""
+        """Context manager for sampling, inside which sharded parameters are gathered. Set by the engine."""
+
+    @classmethod
+    def for_config(cls, config: TrainerSection) -> type[BaseTrainer]:
+        """Returns the class that trains with these settings.
+
+        A trainer whose variants are separate classes overrides this method.
+        """
+        return cls
+
+    @classmethod
+    def kind_of_model(cls, config: TrainerSection) -> str:
+        """Returns the kind of model to build: `trains`, or a variant that the settings select."""
+        return cls.trains
 
     @property
     def frozen_models(self) -> dict[str, nn.Module]:
-        """Models that are used but not trained (a reference, a reward model); the engine gives them back prepared."""
+        """Models that are used but not trained, by attribute name.
+
+        The engine moves or shards them and sets the attributes to the prepared models.
+        """
         return {}
 
-    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches as they are trained on, one after the other: a trainer that looks ahead overrides this."""
+    def prefetch_rollouts(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Yields the batches in the order of training.
+
+        A trainer that samples answers in advance overrides this method.
+        """
         return batches
 
-    def expand(self, batch: Batch) -> Iterator[list[Micro]]:
-        """Optimizer steps of a batch, each a list of micro-batches. Default: one step on the batch as it is.
+    def optimizer_steps(self, batch: Batch) -> Iterator[list[Micro]]:
+        """Yields the optimizer steps of a batch, each as a list of micro-batches.
 
-        A generator that goes on after the engine has stepped: PPO rolls out, then yields epochs × minibatches.
+        The default is one step on the whole batch. The generator resumes after the engine has made the step, so later
+        steps see the updated weights. PPO, for example, samples answers and then yields the steps of its epochs.
         """
         yield batch.micros
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     def check(self, batch: Batch) -> None:
-        """Look at the first batch of a run, before the first step, for what would spoil it.
+        """Checks the trainer's assumptions on the first batch of a run, before the first step.
 
         Raises:
-            TrainingError: it would.
+            TrainingError: An assumption does not hold.
         """
 
     def row_places(self, micro: Micro) -> Tensor | None:
-        """(rows,) the place in the global batch of each row that `train_step` passes to the model, for dropout; None: not known.
+        """Returns (rows,) the index in the global batch of each row that `train_step` passes to the model.
 
-        A trainer that builds other rows from a micro-batch overrides this.
+        The index seeds dropout. None if it is unknown. A trainer that builds different rows from a micro-batch
+        overrides this method.
         """
         return micro["places"][:, 0] if "places" in micro else None
 
     @abstractmethod
     def batch_weight(self, micro: Micro) -> Tensor:
-        """How much this micro-batch adds to what the loss is averaged over (target tokens, pairs, sequences)."""
+        """Returns the weight of a micro-batch in the average of the loss, a scalar.
+
+        It is the number of target tokens, pairs or sequences of the micro-batch.
+        """
 
     @abstractmethod
     def train_step(self, micro: Micro) -> StepOutput:
-        """Forward pass and loss *sum* of a micro-batch."""
+        """Returns the loss *sum* of a micro-batch, with its autograd graph, and metrics as (sum, weight)."""
 
     def evaluation_micros(self, batch: Batch) -> Iterable[Micro]:
-        """The micro-batches of a batch of held-out data, as `evaluation_step` takes them; called without gradients."""
+        """Returns the micro-batches of a held-out batch for `evaluation_step`. It is called without gradients."""
         return batch.micros
 
     def evaluation_weight(self, micro: Micro) -> Tensor:
-        """What the loss on held-out data is averaged over."""
+        """Returns the weight of a micro-batch in the average of the held-out loss; see `batch_weight`."""
         return self.batch_weight(micro)
 
     def evaluation_step(self, micro: Micro) -> StepOutput:
-        """The same for held-out data; called without gradients and in evaluation mode."""
+        """Returns the same as `train_step`, for held-out data.
+
+        It is called without gradients and in evaluation mode.
+        """
         return self.train_step(micro)
 
-    def derive(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Metrics that follow from the averaged ones, logged in addition; those whose names begin with `_` only serve here.
+    def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Returns metrics for the log that are computed from the averaged metrics.
 
-        Here: the load of the experts, for models that have any (`trainers/routing.py`).
+        Averaged metrics whose names begin with `_` are not logged; they are inputs of this method. The base class
+        computes the load of the experts of a mixture of experts (trainers/routing.py).
         """
         return expert_metrics(self.model, metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-like state of the algorithm itself (a controller's coefficient), saved in every checkpoint."""
+        """Returns the algorithm's own state as JSON-compatible values, for example a controller's coefficient.
+
+        It is saved in every checkpoint.
+        """
         return {}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None: ...

@@ -1,9 +1,10 @@
-"""What pretraining and supervised fine-tuning share: next-token cross entropy, and its metrics.
+"""Next-token cross entropy and its metrics, shared by pretraining and supervised fine-tuning.
 
     L = - Σ_t m_t · log p(x_t | x_<t)  /  Σ_t m_t
 
-over all positions t of the *global* batch; m_t is 0 where the label is IGNORE. The numerator is made here, micro-batch by
-micro-batch; the engine divides, once, by the denominator summed over micro-batches and ranks.
+The sums are over all positions t of the *global* batch. m_t is 0 where the label is IGNORE, else 1. This module
+computes the numerator, one micro-batch at a time. The engine divides once, by the denominator summed over micro-batches
+and ranks.
 """
 
 from __future__ import annotations
@@ -21,37 +22,46 @@ from myllm_ray.trainers.routing import real_tokens, routing_inputs, rows_as_sequ
 
 
 def token_losses(model: nn.Module, micro: Micro, routing: dict[str, Tensor] | None = None) -> TokenLosses:
-    """Losses at the target positions, from a model that computes them itself or from any model that gives logits.
+    """Returns the losses at the target positions of a micro-batch.
 
-    A plain model is called with those of `input_ids`, `position_ids` and `use_cache=False` that its `forward` takes, and
-    returns logits (B, S, V), bare or as `.logits`.
+    The model either computes the losses itself (`computes_token_losses`) or returns logits (B, S, V), as a tensor or as
+    the attribute `.logits` of its output. A model that returns logits is called with those of `input_ids`,
+    `position_ids` and `use_cache=False` that its `forward` accepts.
 
     Args:
-        routing: see `trainers/routing.py`.
+        model: The model, possibly inside a wrapper with the attribute `module`.
+        micro: The micro-batch, with `input_ids` and `labels` (B, S), and optionally `position_ids` (B, S).
+        routing: Arguments from `routing_inputs` (trainers/routing.py). A model that returns logits ignores them.
+
+    Returns:
+        The losses, in nats, in row-major order of the target positions.
     """
     inputs: Micro = {k: micro[k] for k in ("input_ids", "position_ids") if k in micro}
+    # A model that computes the losses itself can avoid the full (B, S, V) logits.
     if getattr(getattr(model, "module", model), "computes_token_losses", False):
         result: TokenLosses = model(labels=micro["labels"], **inputs, **(routing or {}))
         return result
     return cross_entropy_from_logits(logits_of(model, inputs), shifted_targets(micro["labels"]))
 
 
-def token_metrics(losses: TokenLosses, targets: Tensor, sources: Tensor | None, names: list[str],
-                  bytes_per_token: Tensor | None) -> MetricPairs:
-    """Metrics as (sum, weight) pairs.
+def token_metrics(
+    losses: TokenLosses, targets: Tensor, sources: Tensor | None, names: list[str], bytes_per_token: Tensor | None
+) -> MetricPairs:
+    """Returns the metrics of a micro-batch as (sum, weight) pairs.
 
     Args:
-        losses: at the T target positions.
+        losses: Losses at the T target positions.
         targets: (T,) token ids.
-        sources: (T,) number of the source each target comes from.
-        names: names of the sources; with two or more, each gets `loss/<name>`.
-        bytes_per_token: (V,) UTF-8 bytes of each token.
+        sources: (T,) index of the data source of each target, or None.
+        names: Names of the sources. If there are at least two, each has a metric `loss/<name>`.
+        bytes_per_token: (V,) number of UTF-8 bytes of each token, or None for no bits per byte.
     """
     count = torch.tensor(len(targets))
     metrics: MetricPairs = {"token_accuracy": (losses.correct.sum(), count), "tokens": (count, 1.0)}
     if bytes_per_token is not None:
         metrics["bits_per_byte"] = (losses.nll.sum() / math.log(2), bytes_per_token.to(targets.device)[targets].sum())
     if sources is not None and len(names) > 1:
+        # All sources are reported for every micro-batch, with weight 0 if unused: ranks must report the same names.
         for number, name in enumerate(names):
             here = sources == number
             metrics[f"loss/{name}"] = (losses.nll[here].sum(), here.sum())
@@ -59,27 +69,36 @@ def token_metrics(losses: TokenLosses, targets: Tensor, sources: Tensor | None, 
 
 
 class CausalLMTrainer(BaseTrainer):
-    """Next-token cross entropy on the tokens that carry a label."""
+    """Trains with next-token cross entropy on the labelled tokens."""
 
     trains_routers = True
 
     def batch_weight(self, micro: Micro) -> Tensor:
-        """Target tokens."""
+        """Returns the number of target tokens of the micro-batch."""
+        # The first label of a row has no predictor, so it is not a target.
         return (micro["labels"][:, 1:] != IGNORE).sum()
 
     def train_step(self, micro: Micro) -> StepOutput:
-        """Sum of -log p over the target tokens of the micro-batch."""
+        """Returns the sum of -log p over the target tokens of the micro-batch, in nats."""
         targets = shifted_targets(micro["labels"])
         kept = targets != IGNORE
+        # Rows are the sequences of the routers' loss, each weighted by its number of target tokens.
         weights = kept.sum(1)
-        losses = token_losses(self.model, micro, routing_inputs(self.model, rows_as_sequences(real_tokens(micro)), weights))
+        losses = token_losses(
+            self.model, micro, routing_inputs(self.model, rows_as_sequences(real_tokens(micro)), weights)
+        )
         sources = micro["source_ids"][kept] if "source_ids" in micro else None
         metrics = token_metrics(losses, targets[kept], sources, self.sources, self.bytes_per_token)
+        # With routers, the logged training loss includes their loss. Perplexity is computed from this metric instead.
         if losses.router is not None:
             metrics["lm_loss"] = (losses.nll_sum.detach(), weights.sum())
         return with_router_loss(self.model, StepOutput(losses.nll_sum, metrics), losses.router, weights)
 
-    def derive(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Perplexity = exp(mean negative log-likelihood)."""
+    def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Returns the perplexity, exp(mean negative log-likelihood), in addition to the metrics of the base class."""
         nll = metrics.get("lm_loss", metrics.get("loss"))
-        return {**({} if nll is None else {"perplexity": math.exp(min(nll, 700.0))}), **super().derive(metrics)}
+        # math.exp raises an OverflowError above about 709.
+        return {
+            **({} if nll is None else {"perplexity": math.exp(min(nll, 700.0))}),
+            **super().derived_metrics(metrics),
+        }

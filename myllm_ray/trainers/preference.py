@@ -1,4 +1,8 @@
-"""What trainers on preferences share: rows of a prompt and two answers, run through a model in one row or in two."""
+"""Base class and helpers of trainers on preferences.
+
+A row of the data contains a prompt and two answers. The model computes it as one row with a shared prompt, or as two
+rows.
+"""
 
 from __future__ import annotations
 
@@ -7,113 +11,121 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from myllm_ray.common.modules import logits_of
-from myllm_ray.common.types import Batch, Micro, RouterLosses, TokenScores
-from myllm_ray.ops.log_probs import log_probs_from_logits
+from myllm_ray.common.types import Batch, Micro, RouterLosses
 from myllm_ray.ops.pairs import Answers, answers, one_answer_per_row, shared_prompt_mask, sum_by
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.routing import routing_inputs
-
-
-def score_tokens(model: nn.Module, inputs: Micro, predictors: Tensor, targets: Tensor, temperature: float = 1.0,
-                 entropy: bool = False, routing: dict[str, Tensor] | None = None) -> TokenScores:
-    """Scores of the targets, from a model that computes them itself or from any model that gives logits (B, S, V).
-
-    Args:
-        inputs: `input_ids`, `position_ids` (B, S), and `attention_mask` where it is not causal.
-        predictors, targets: (T,), see `CausalLM.forward`.
-        routing: see `trainers/routing.py`.
-    """
-    inputs = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
-    if getattr(getattr(model, "module", model), "computes_token_losses", False):
-        scores: TokenScores = model(predictors=predictors, targets=targets, temperature=temperature, entropy=entropy, **inputs,
-                                    **(routing or {}))
-        return scores
-    return log_probs_from_logits(logits_of(model, inputs).flatten(0, 1)[predictors], targets, temperature, entropy)
+from myllm_ray.trainers.scoring import filled_rows, score_tokens
 
 
 class AnswerScores(NamedTuple):
-    """Log-probability (rows, 2) of each answer, summed over its tokens, and its number of tokens (rows, 2)."""
+    """Scores of the two answers of each row."""
 
     log_probs: Tensor
+    """(rows, 2) log-probability of each answer in nats, summed over its tokens."""
     lengths: Tensor
+    """(rows, 2) number of tokens of each answer."""
     router: RouterLosses | None = None
+    """Loss and load of the routers, if they were requested and the model has routers."""
 
 
 class ReferenceTable(NamedTuple):
-    """Log-probabilities of answers under a reference, summed over their tokens, computed before the run (reference_table.py)."""
+    """Log-probabilities of answers under a reference, computed before the run (reference_table.py)."""
 
     values: Tensor
-    """(n, 2) of the first and the second answer: by number of the document, or by row of the run."""
+    """(n, 2) log-probabilities of the first and the second answer in nats, summed over their tokens.
+
+    The first dimension is the document number if `first_rows` is None, else the row of the run.
+    """
     first_rows: list[int] | None = None
-    """By row of the run: the entry of each epoch's first row."""
+    """Index in `values` of the first row of each epoch."""
 
     def of(self, batch: Batch, micro: Micro) -> Tensor:
-        """(rows, 2) of a micro-batch of a batch; anything in rows that only fill up."""
+        """Returns the entries (rows, 2) of a micro-batch of a batch; those of empty rows are arbitrary."""
+        # Empty rows have the document number -1 and read the last entry. The loss ignores them.
         if self.first_rows is None:
             return self.values[micro["documents"][:, 0]]
         return self.values[self.first_rows[batch.position.epoch] + batch.position.row + micro["places"][:, 0]]
 
 
 class PreferenceTrainer(BaseTrainer):
-    """Base of the trainers on preferences.
+    """Base class of trainers on preferences.
 
     Args:
-        shared_prompt: prompt and both answers are one row, in which the answers do not see each other; else two rows.
+        model: The module to train.
+        dataset: See `BaseTrainer`.
+        shared_prompt: Whether the prompt and both answers are one row, with a mask so that neither answer attends to
+            the other. If false, they are two rows with a copy of the prompt each.
+        named: See `BaseTrainer`.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("pairs",)
     trains_routers = True
     layout: ClassVar[str] = "padded"
+    dependencies: ClassVar[tuple[str, ...]] = ("shared_prompt",)
 
     def __init__(self, model: nn.Module, dataset: Any = None, *, shared_prompt: bool = False, **named: Any):
         super().__init__(model, dataset, **named)
         self.shared_prompt = shared_prompt
 
     def inputs(self, micro: Micro) -> tuple[Micro, int]:
-        """What a model is called with, `segment_ids` with it, and the number of answers in a row of it."""
+        """Returns the inputs of the model, including `segment_ids`, and the number of answers per row of them."""
         if not self.shared_prompt:
             return one_answer_per_row(micro), 1
+        # The causal mask of the model would let the second answer attend to the first one.
         inputs = {name: micro[name] for name in ("input_ids", "position_ids", "segment_ids")}
         return {**inputs, "attention_mask": shared_prompt_mask(micro["segment_ids"])}, 2
 
     def routing(self, micro: Micro, inputs: Micro, per_row: int, first_only: bool = False) -> dict[str, Tensor]:
-        """What makes the model return its routers' loss: a pair is one sequence, its prompt counted once.
+        """Returns the arguments that make the model return the loss of its routers.
+
+        A pair is one sequence, in which the prompt counts once.
 
         Args:
-            inputs, per_row: see `inputs`.
-            first_only: the second answer of a row is not trained on (KTO).
+            micro: The micro-batch.
+            inputs, per_row: The result of `self.inputs`.
+            first_only: Whether the second answer of a row is not trained on (KTO).
         """
         segments = inputs["segment_ids"]
         numbers = torch.arange(len(segments), device=segments.device)[:, None]
         counted = segments >= 0
-        if per_row == 1:  # the row of a second answer has the prompt once more
+        # Rows 2r and 2r + 1 are one sequence. The second one contains another copy of the prompt, which must not count
+        # again.
+        if per_row == 1:
             second = numbers % 2 == 1
             counted &= ~second | ((segments > 0) & (not first_only))
             numbers = numbers // 2
         elif first_only:
             counted &= segments < 2
-        return routing_inputs(self.model, torch.where(counted, numbers, -1), filled(micro).float())
+        return routing_inputs(self.model, torch.where(counted, numbers, -1), filled_rows(micro).float())
 
     def row_places(self, micro: Micro) -> Tensor | None:
-        """Of the rows of `inputs`: the answers of row r are the rows 2r and 2r + 1 where the prompt is not shared."""
+        """Returns the indices of the rows of `inputs`: 2r and 2r + 1 for row r, or r if the prompt is shared."""
         places = super().row_places(micro)
         if places is None or self.shared_prompt:
             return places
         return torch.stack([2 * places, 2 * places + 1], 1).flatten()
 
     def batch_weight(self, micro: Micro) -> Tensor:
-        """Pairs. Rows that only fill up the last batch of an epoch have no prompt."""
-        return filled(micro).sum()
+        """Returns the number of pairs, without the empty rows that fill up the last batch of an epoch."""
+        return filled_rows(micro).sum()
 
 
-def filled(micro: Micro) -> Tensor:
-    """(rows,) bool: whether a row holds anything."""
-    return (micro["segment_ids"] >= 0).any(1)
+def answer_log_probs(
+    model: nn.Module, inputs: Micro, per_row: int, rows: int, routing: dict[str, Tensor] | None = None
+) -> AnswerScores:
+    """Returns the scores of the answers of a micro-batch under a model.
 
+    Args:
+        model: The model.
+        inputs: Inputs of the model, including `segment_ids`.
+        per_row: Number of answers per row of `inputs`.
+        rows: Number of rows of the micro-batch, each with two answers.
+        routing: Arguments from `routing_inputs` (trainers/routing.py).
 
-def answer_log_probs(model: nn.Module, inputs: Micro, per_row: int, rows: int, routing: dict[str, Tensor] | None = None) -> AnswerScores:
-    """What a model says of the answers of rows; `routing`: see `trainers/routing.py`."""
+    Returns:
+        Sums over the tokens; those of empty rows are 0.
+    """
     found: Answers = answers(inputs["input_ids"], inputs["segment_ids"], per_row)
     scores = score_tokens(model, inputs, found.predictors, found.targets, routing=routing)
     total = sum_by(scores.log_probs, found.answer, 2 * rows).view(rows, 2)

@@ -2,82 +2,119 @@
 
     L = mean over pairs of  -log σ(r(x, y_c) - r(x, y_r) - m)  +  c · (r(x, y_c) + r(x, y_r))²
 
-r is a scalar head at the last token of an answer. m is the pair's margin, where the data has one (Touvron et al., 2023,
-arXiv:2307.09288, eq. 2). c is `reward.centering`: only differences are determined by the first term (Eisenstein et al., 2023,
-arXiv:2312.09244).
+r is the output of a scalar head at the last token of an answer. m is the margin of the pair, or 0 if the data has no
+margins (Touvron et al., 2023, arXiv:2307.09288, eq. 2). c is `reward.centering`. The first term determines only
+differences of rewards; the second keeps the rewards close to 0 (Eisenstein et al., 2023, arXiv:2312.09244).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from myllm_ray.common.types import MetricPairs, Micro, RouterLosses, StepOutput
-from myllm_ray.config.trainers import RewardKnobs
+from myllm_ray.config.trainers import TrainerSection
 from myllm_ray.ops.pairs import last_tokens
-from myllm_ray.trainers.preference import PreferenceTrainer, filled
+from myllm_ray.trainers.preference import PreferenceTrainer
 from myllm_ray.trainers.routing import with_router_loss
+from myllm_ray.trainers.scoring import filled_rows
 
 _BINS = 10
-"""Bins of confidence for the calibration error."""
+"""Number of confidence bins of the calibration error."""
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, centering: float = 0.0) -> Tensor:
-    """The loss of each pair: (n,) rewards of chosen and rejected answers, (n,) margins -> (n,)."""
+    """Returns (n,) the loss of each pair.
+
+    Args:
+        chosen: (n,) rewards of the chosen answers.
+        rejected: (n,) rewards of the rejected answers.
+        margins: (n,) margins m.
+        centering: The coefficient c.
+    """
+    # logsigmoid instead of log(sigmoid): the sigmoid of a large negative difference underflows to 0.
     return -logsigmoid(chosen - rejected - margins) + centering * (chosen + rejected).square()
 
 
 def calibration(difference: Tensor) -> MetricPairs:
-    """How far the confidence σ(|difference|) is from how often it is right, bin by bin: gaps whose absolute values add up.
+    """Returns the gap between confidence and accuracy in each confidence bin, as metrics (sum, weight).
 
-    Expected calibration error, Guo et al., 2017, arXiv:1706.04599, eq. 3.
+    The confidence of a pair is σ(|difference|). The sum of the absolute gaps is the expected calibration error, Guo et
+    al., 2017, arXiv:1706.04599, eq. 3.
+
+    Args:
+        difference: (n,) reward of the chosen minus reward of the rejected answer, detached.
     """
     confidence = torch.sigmoid(difference.abs())
     gap = confidence - (difference > 0).float()
+    # `derived_metrics` takes the absolute values, after the sums over micro-batches and ranks. The weight of each gap
+    # is the number of all pairs, so the averaged gaps already contain the share of the bin.
     bins = ((confidence - 0.5) * 2 * _BINS).long().clamp(0, _BINS - 1)
     return {f"_calibration/{number}": (gap[bins == number].sum(), len(difference)) for number in range(_BINS)}
 
 
 class RewardTrainer(PreferenceTrainer):
-    """A pairwise reward model."""
+    """Trains a pairwise reward model."""
 
+    class Config(TrainerSection):
+        """Settings of a pairwise reward model."""
+
+        centering: NonNegativeFloat = Field(
+            0.0, description="weight of (r_chosen + r_rejected)^2, which keeps rewards around zero"
+        )
+        shared_prompt: Literal["auto", "never"] = Field(
+            "auto", description="compute a prompt once for both answers, if the model supports it"
+        )
+
+    config: Config
     trains: ClassVar[str] = "reward_model"
-    uses: ClassVar[tuple[str, ...]] = ("knobs", "shared_prompt")
-
-    def __init__(self, model: nn.Module, dataset: Any = None, *, knobs: RewardKnobs | None = None, shared_prompt: bool = False,
-                 bytes_per_token: Any = None, sources: Any = (), **options: Any):
-        super().__init__(model, dataset, shared_prompt=shared_prompt, bytes_per_token=bytes_per_token, sources=sources)
-        self.knobs = knobs or RewardKnobs(**options)
 
     def rewards(self, micro: Micro) -> tuple[Tensor, RouterLosses | None]:
-        """(rows, 2): rewards of the first and the second answer of each row; 0 in rows without. And the loss of the routers, if any."""
+        """Returns the rewards of the two answers of each row, and the loss of the routers.
+
+        Returns:
+            (rows, 2) rewards, 0 in empty rows; and the loss of the routers, or None if the model has no routers.
+        """
         inputs, per_row = self.inputs(micro)
         ends, numbers = last_tokens(inputs["segment_ids"], per_row)
         given = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
         found = self.model(ends=ends, **given, **self.routing(micro, inputs, per_row))
         scores, router = found if isinstance(found, tuple) else (found, None)
         rows = len(micro["segment_ids"])
-        return torch.zeros(2 * rows, dtype=scores.dtype, device=scores.device).index_put((numbers,), scores).view(rows, 2), router
+        # `scores` has no entries for empty rows, whose rewards stay 0. The out-of-place index_put is differentiable.
+        return torch.zeros(2 * rows, dtype=scores.dtype, device=scores.device).index_put((numbers,), scores).view(
+            rows, 2
+        ), router
 
     def train_step(self, micro: Micro) -> StepOutput:
-        """Sum of the pairs' losses."""
-        kept = filled(micro)
+        """Returns the sum of the losses of the pairs."""
+        # Empty rows pass through the model too, because all ranks must make the same collectives under FSDP.
+        kept = filled_rows(micro)
         rewards, router = self.rewards(micro)
         chosen, rejected = rewards[kept].unbind(1)
-        losses = bradley_terry_loss(chosen, rejected, micro["margins"][kept, 0].to(chosen.dtype), self.knobs.centering)
+        losses = bradley_terry_loss(chosen, rejected, micro["margins"][kept, 0].to(chosen.dtype), self.config.centering)
+        # Detached: metrics must not keep the autograd graph of the micro-batch in memory.
         difference = (chosen - rejected).detach()
         n = len(losses)
-        output = StepOutput(losses.sum(), {
-            "accuracy": ((difference > 0).sum(), n), "margin": (difference.sum(), n),
-            "rewards/chosen": (chosen.detach().sum(), n), "rewards/rejected": (rejected.detach().sum(), n),
-            "brier_score": ((1 - torch.sigmoid(difference)).square().sum(), n),
-            "tokens": ((micro["segment_ids"] > 0).sum(), 1.0), **calibration(difference)})
+        output = StepOutput(
+            losses.sum(),
+            {
+                "accuracy": ((difference > 0).sum(), n),
+                "margin": (difference.sum(), n),
+                "rewards/chosen": (chosen.detach().sum(), n),
+                "rewards/rejected": (rejected.detach().sum(), n),
+                "brier_score": ((1 - torch.sigmoid(difference)).square().sum(), n),
+                "tokens": ((micro["segment_ids"] > 0).sum(), 1.0),
+                **calibration(difference),
+            },
+        )
         return with_router_loss(self.model, output, router, kept.float())
 
-    def derive(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The expected calibration error."""
+    def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Returns the expected calibration error, in addition to the metrics of the base class."""
         error = sum(abs(v) for name, v in metrics.items() if name.startswith("_calibration/"))
-        return {"calibration_error": error, **super().derive(metrics)}
+        return {"calibration_error": error, **super().derived_metrics(metrics)}

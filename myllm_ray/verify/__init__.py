@@ -1,1 +1,1 @@
-"""`myllm-ray verify`: does this config train the same run wherever its tensors live and however its batch is cut?"""
+"""`myllm-ray verify`: checks that a config trains the same run on every backend and for every split of its batch."""

@@ -1,4 +1,4 @@
-"""What works on this machine: tried, not looked up in a table."""
+"""Checks which devices, backends and precisions work on this machine, by running them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import nn
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.resolve import names, resolve
-from myllm_ray.config.schema import ModelSection, TrainerConfig
-from myllm_ray.engine.checkpoint import versions
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.sections import ModelSection
+from myllm_ray.engine.checkpointing.manager import versions
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.models.isolation import probe_isolation
@@ -25,7 +26,7 @@ from myllm_ray.models.isolation import probe_isolation
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was tried."""
+    """The result of one check. `what` names it; `detail` contains the reason if it does not work."""
 
     what: str
     works: bool
@@ -33,7 +34,7 @@ class Line:
 
 
 class _Blocks(nn.Module):
-    """A model just large enough to be sharded."""
+    """A tiny model with a list of layers, so that every backend can shard it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,20 +47,34 @@ class _Blocks(nn.Module):
 
 
 PACKED = (("llama", "sdpa"), ("gpt2", "sdpa"), ("qwen3_5_text", "sdpa"), ("mamba2", "eager"))
-"""Model types whose packing is tried without a config, with their attention."""
+"""Model types, with their attention, whose packing is checked if no config is given."""
 
 
 def examine(config: TrainerConfig | None = None) -> Iterator[Line]:
-    """Devices, then every backend in every precision on every device by one step, then what else a config can ask for.
+    """Checks the devices, every backend in every precision on every device, packing, offload and compilation.
+
+    A backend is checked with one training step of a tiny model.
 
     Args:
-        config: packing is tried with its model; default: with a few kinds of models.
+        config: A config whose model is used to check packing. Default: the models of `PACKED`.
+
+    Yields:
+        One line per check.
     """
     yield Line("versions", True, ", ".join(f"{k} {v}" for k, v in versions().items()))
-    yield Line("cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    yield Line(
+        "cpu", True, f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    )
     cuda = torch.cuda.is_available()
-    yield Line("cuda", cuda, ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if cuda else
-               "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU (driver? CUDA_VISIBLE_DEVICES?)")
+    yield Line(
+        "cuda",
+        cuda,
+        ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        if cuda
+        else "this torch is built without CUDA"
+        if torch.version.cuda is None
+        else "torch sees no GPU (driver? CUDA_VISIBLE_DEVICES?)",
+    )
     for device in ("cpu", "cuda") if cuda else ("cpu",):
         for name in sorted(names("accelerators")):
             for stage in resolve("accelerators", name, "accelerator.name").stages:
@@ -70,23 +85,36 @@ def examine(config: TrainerConfig | None = None) -> Iterator[Line]:
     if config is not None:
         yield _packing(config.model)
     else:
-        yield from (_packing(ModelSection(config={"model_type": name}, attention=attention)) for name, attention in PACKED)  # type: ignore[arg-type]
+        yield from (
+            _packing(ModelSection(config={"model_type": name}, attention=attention)) for name, attention in PACKED
+        )  # type: ignore[arg-type]
     yield _disk_offload()
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    yield Line("torch.compile on the CPU", compiler is not None, "" if compiler else "no C++ compiler (Debian: apt install g++)")
+    yield Line(
+        "torch.compile on the CPU",
+        compiler is not None,
+        "" if compiler else "no C++ compiler (Debian: apt install g++)",
+    )
 
 
 def _packing(section: ModelSection) -> Line:
-    """Whether several documents share a row."""
+    """Checks whether a model keeps several documents of one row independent of each other."""
     name = section.factory or section.name or (section.config or {})["model_type"]
     found = probe_isolation(section)
     return Line(f"packing, {name}", found.isolated is True, "" if found.isolated else f"one document a row: {found}")
 
 
 def _disk_offload() -> Line:
-    """Not tried: DeepSpeed compiles its I/O library at the first use, which takes minutes."""
+    """Checks the requirements of DeepSpeed's offload to disk.
+
+    No step is run, because DeepSpeed compiles its I/O library at the first use, which takes minutes.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        section = {"name": "deepspeed", "stage": 3, "offload": {"optimizer": "disk", "parameters": "disk", "path": folder}}
+        section = {
+            "name": "deepspeed",
+            "stage": 3,
+            "offload": {"optimizer": "disk", "parameters": "disk", "path": folder},
+        }
         try:
             resolve("accelerators", "deepspeed", "accelerator.name")({"accelerator": section}).check()
         except UserError as error:
@@ -95,23 +123,25 @@ def _disk_offload() -> Line:
 
 
 def _try(label: str, section: dict[str, Any]) -> Line:
-    """One training step of a tiny model."""
+    """Runs one training step of a tiny model and returns whether it works."""
     try:
         _step(section)
     except UserError as error:
         return Line(label, False, str(error))
-    except Exception as error:  # whatever a library says, in one line
+    except Exception as error:  # an error of any library is a result of the check, shortened to one line
         return Line(label, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
     return Line(label, True)
 
 
 def _step(section: dict[str, Any]) -> None:
-    config = {"accelerator": section, "optimizer": {"name": "adamw", "lr": 1e-3}}
+    config = {"accelerator": section, "gradient_clip": None, "optimizer": {"name": "adamw", "lr": 1e-3}}
     accelerator: Accelerator = resolve("accelerators", section["name"], "accelerator.name")(config)
     accelerator.setup()
     try:
         model = _Blocks()
-        prepared = accelerator.prepare(model, OptimizerManager(model, config).build, SchedulerManager(config=config).build)
+        prepared = accelerator.prepare(
+            model, OptimizerManager(model, config).build, SchedulerManager(config=config).build
+        )
         with accelerator.microbatch(last=True):
             with accelerator.autocast():
                 output = prepared(torch.ones(2, 8, device=accelerator.device))

@@ -1,20 +1,26 @@
-"""Whether a config trains the tokens at which sampling stops: a model that never saw one does not end its answers."""
+"""Checks that a config trains the tokens at which sampling stops.
+
+A model that was not trained on any of them does not end its answers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.data.examples import PROMPTS
 from myllm_ray.data.inspect import ended_documents
-from myllm_ray.data.records import PROMPTS
 from myllm_ray.data.tokenizer import open_tokenizer
-from myllm_ray.roles import model_section, stop_tokens
-from myllm_ray.worker import absolute, prepare_data
+from myllm_ray.dependencies import model_section, stop_tokens
+from myllm_ray.preparation import absolute, prepare_data
 
 
 @dataclass(frozen=True)
 class EndTokensCheck:
-    """`tokens`: those at which sampling stops. `ended` of the first `documents` documents train on one of them."""
+    """The result of the check.
+
+    Sampling stops at `tokens`. Of the first `documents` documents, `ended` train on at least one of them.
+    """
 
     tokens: tuple[str, ...]
     ended: int
@@ -22,17 +28,21 @@ class EndTokensCheck:
 
     @property
     def wrong(self) -> bool:
+        """Whether documents were checked and none trains on an end token."""
         return self.documents > 0 and not self.ended
 
     def __str__(self) -> str:
         names = " or ".join(self.tokens)
         if not self.documents:
-            return f"sampling stops at {names}; the data holds no answers"
+            return f"sampling stops at {names}; the data contains no answers"
         return f"sampling stops at {names}; {self.ended} of {self.documents} documents train on it"
 
 
 def check_end_tokens(config: TrainerConfig) -> EndTokensCheck:
-    """Compare what the sampler stops at with what the prepared documents train on. Prompts hold no answers: none is looked at."""
+    """Counts the prepared documents that train on a token at which sampling stops.
+
+    Data that consists of prompts contains no answers, so no document is counted.
+    """
     config = absolute(config)
     prepared = prepare_data(config)
     tokenizer = open_tokenizer(prepared.tokenizer_folder)

@@ -1,4 +1,7 @@
-"""No decision that a collective depends on may come from hash order, a folder's listing, a clock or one rank's file system."""
+"""Checks that collectives never depend on local state.
+
+Local state is hash order, the listing order of a folder, a clock, or the file system of one rank.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,33 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "myllm_ray"
-ON_EVERY_RANK = sorted([*(p for folder in ("engine", "accelerators", "trainers", "ops", "models", "common") for p in (PACKAGE / folder).glob("*.py")),
-                        PACKAGE / "worker.py", PACKAGE / "roles.py"])
-"""What runs in a worker."""
-OUTSIDE = {"pulse.py", "watch.py", "run_folder.py", "files.py", "report.py", "mirror.py", "checkpoint.py", "worker.py", "roles.py", "remote.py",
-           "pretrained.py", "starting_weights.py"}
-"""What looks at clocks and files: in the driver, in a thread of its own, or on rank 0 for all ranks."""
+ON_EVERY_RANK = sorted(
+    [
+        *(
+            p
+            for folder in ("engine", "accelerators", "trainers", "ops", "models", "common")
+            for p in (PACKAGE / folder).rglob("*.py")
+        ),
+        PACKAGE / "worker.py",
+        PACKAGE / "dependencies.py",
+    ]
+)
+"""Files whose code runs in a worker, on every rank."""
+OUTSIDE = {
+    "heartbeat.py",
+    "hang_detector.py",
+    "run_folder.py",
+    "files.py",
+    "report.py",
+    "remote_store.py",
+    "manager.py",
+    "worker.py",
+    "dependencies.py",
+    "remote.py",
+    "pretrained.py",
+    "starting_weights.py",
+}
+"""Files that may read clocks and files: they run in the driver, in a separate thread, or on rank 0 for all ranks."""
 _UNORDERED_CALLS = {"set", "frozenset", "iterdir", "glob", "rglob", "listdir", "scandir", "walk"}
 _SET_METHODS = {"union", "intersection", "difference", "symmetric_difference"}
 _ORDER_DOES_NOT_MATTER = {"sorted", "set", "frozenset", "len", "any", "all", "min", "max"}
@@ -24,7 +48,13 @@ _LOCAL = {"time", "monotonic", "perf_counter", "random", "exists", "is_file", "i
 def _called(node: ast.AST) -> str | None:
     if not isinstance(node, ast.Call):
         return None
-    return node.func.id if isinstance(node.func, ast.Name) else node.func.attr if isinstance(node.func, ast.Attribute) else None
+    return (
+        node.func.id
+        if isinstance(node.func, ast.Name)
+        else node.func.attr
+        if isinstance(node.func, ast.Attribute)
+        else None
+    )
 
 
 def _name(node: ast.AST) -> str | None:
@@ -32,7 +62,7 @@ def _name(node: ast.AST) -> str | None:
 
 
 def _set_names(tree: ast.AST) -> set[str]:
-    """Names and attributes that are annotated as sets, or that a set is assigned to, anywhere in the file."""
+    """Returns the names and attributes that are annotated as sets or assigned a set anywhere in the file."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.AnnAssign, ast.arg)) and node.annotation is not None:
@@ -52,7 +82,7 @@ def _set_names(tree: ast.AST) -> set[str]:
 
 
 def _unordered(node: ast.AST, names: set[str]) -> bool:
-    """Whether an expression is a set, or lists a folder."""
+    """Returns whether an expression is a set or a folder listing."""
     if isinstance(node, (ast.Set, ast.SetComp)) or _name(node) in names or _called(node) in _UNORDERED_CALLS:
         return True
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.BitAnd, ast.BitOr, ast.Sub, ast.BitXor)):
@@ -65,10 +95,12 @@ def _unordered(node: ast.AST, names: set[str]) -> bool:
 
 
 def unordered_iterations(source: str) -> list[int]:
-    """Lines that iterate over a set or a folder's listing in an order that may matter."""
+    """Returns the lines that iterate over a set or a folder listing where the order may matter."""
     tree = ast.parse(source)
     names = _set_names(tree)
-    harmless = {id(argument) for node in ast.walk(tree) if _called(node) in _ORDER_DOES_NOT_MATTER for argument in node.args}  # type: ignore[attr-defined]
+    harmless = {
+        id(argument) for node in ast.walk(tree) if _called(node) in _ORDER_DOES_NOT_MATTER for argument in node.args
+    }  # type: ignore[attr-defined]
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.For):
@@ -85,25 +117,29 @@ def unordered_iterations(source: str) -> list[int]:
 
 
 def local_decisions(source: str) -> list[int]:
-    """Lines that branch on a clock, a random number, a file or a process."""
+    """Returns the lines that branch on a clock, a random number, a file or a process."""
     tests = [node.test for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.If, ast.While, ast.IfExp))]
     return sorted({test.lineno for test in tests for node in ast.walk(test) if _called(node) in _LOCAL})
 
 
-@pytest.mark.parametrize(("code", "lines"), [
-    ("for name in {'leave', 'abandon'} & self._heard:\n    pass", [1]),
-    ("def f(self):\n    self._heard: set[str] = set()\n    for n in self._heard:\n        pass", [3]),
-    ("names = {p.name for p in x}\nfirst = next(iter(names))", [2]),
-    ("a, b = 1, set(x)\nc = [y for y in b]", [2]),
-    ("kinds = {1: 2}.keys() - {3}\nfor k in kinds:\n    pass", [2]),
-    ("for p in folder.glob('*'):\n    pass", [1]),
-    ("x = [*{1, 2}]\ny = list(a.union(b))\nz = ', '.join({'a'})", [1, 2, 3]),
-    ("def f(names: frozenset[str]):\n    return {n: 0 for n in names}", [2]),
-    ("seen = set()\none = seen.pop()", [2]),
-    ("for n in sorted({1, 2}):\n    pass\nbest = max(x for x in {1, 2})\nother = {n for n in {1, 2}}", []),
-    ("known = set(x)\nif name in known:\n    pass", []),
-    ("files = sorted(p for p in folder.iterdir() if p.is_file())", [])])
-def test_the_check_finds_what_it_is_for(code: str, lines: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("for name in {'preempt', 'abort'} & self._agreed:\n    pass", [1]),
+        ("def f(self):\n    self._agreed: set[str] = set()\n    for n in self._agreed:\n        pass", [3]),
+        ("names = {p.name for p in x}\nfirst = next(iter(names))", [2]),
+        ("a, b = 1, set(x)\nc = [y for y in b]", [2]),
+        ("kinds = {1: 2}.keys() - {3}\nfor k in kinds:\n    pass", [2]),
+        ("for p in folder.glob('*'):\n    pass", [1]),
+        ("x = [*{1, 2}]\ny = list(a.union(b))\nz = ', '.join({'a'})", [1, 2, 3]),
+        ("def f(names: frozenset[str]):\n    return {n: 0 for n in names}", [2]),
+        ("seen = set()\none = seen.pop()", [2]),
+        ("for n in sorted({1, 2}):\n    pass\nbest = max(x for x in {1, 2})\nother = {n for n in {1, 2}}", []),
+        ("known = set(x)\nif name in known:\n    pass", []),
+        ("files = sorted(p for p in folder.iterdir() if p.is_file())", []),
+    ],
+)
+def test_the_check_detects_unordered_iterations(code: str, lines: list[int]) -> None:
     assert unordered_iterations(code) == lines
 
 

@@ -1,4 +1,7 @@
-"""Makes the table of docs/reliability.md from the lines that the chaos tests wrote: `python tests/chaos/table.py FILE`."""
+"""Makes the table of docs/reliability.md from the JSON lines of the chaos tests.
+
+Usage: `python tests/chaos/table.py FILE`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The contract of accelerators, with two real processes: the optimizer sees the sum over ranks and micro-batches.
+"""The contract of accelerators on real processes: the optimizer sees the sum over ranks and micro-batches.
 
-Plain SGD, because Adam with clipping hides a factor; unequal micro-batches, because equal ones hide a wrong mean.
+The tests use plain SGD, because Adam with clipping hides a factor, and unequal micro-batches, because equal ones hide a
+wrong mean.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from myllm_ray.accelerators.single import SingleGPUAccelerator
 from myllm_ray.common.types import Batch, Position, StepOutput
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
-from myllm_ray.engine.checkpoint import CheckpointManager
-from myllm_ray.engine.engine import TrainerEngine
+from myllm_ray.engine.checkpointing.manager import CheckpointManager
+from myllm_ray.engine.loop import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.trainers.base import BaseTrainer
 
 SECTIONS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("single", "ddp", "fsdp", "accelerate")},
-    **{f"deepspeed-{stage}": {"name": "deepspeed", "stage": stage} for stage in range(4)}}
+    **{f"deepspeed-{stage}": {"name": "deepspeed", "stage": stage} for stage in range(4)},
+}
 SHARED = [kind for kind in SECTIONS if kind != "single"]
 ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 WEIGHTS = torch.tensor([1.0, 9, 2, 2, 30, 1, 5, 4])
@@ -50,7 +52,7 @@ class Blocks(nn.Module):
 
 
 class Weighted(BaseTrainer):
-    """Weighted squared output: each row carries a weight of its own."""
+    """Weighted squared output, with one weight per row."""
 
     def batch_weight(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
         return micro["weight"].sum()
@@ -60,7 +62,7 @@ class Weighted(BaseTrainer):
 
 
 class Cut:
-    """The eight rows, cut into micro-batches of `micro` for `world` ranks."""
+    """The eight rows, split into micro-batches of `micro` rows for `world` ranks."""
 
     def __init__(self, micro: int, rank: int, world: int):
         self.sources: list[str] = []
@@ -75,19 +77,37 @@ class Cut:
             yield Batch(micros, Position(start.epoch + step, 0), Position(start.epoch + step + 1, 0), 0)
 
 
-def train(kind: str, micro: int, rank: int, world: int, steps: int = 3, folder: str = "", resume: str = "",
-          loss_scale: float = 0) -> dict[str, Any]:
-    """Three steps of SGD. `loss_scale`: in fp16, starting from this scale."""
-    config = {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}, "max_steps": steps, "gradient_clip": 0.3,
-              "checkpoint": {"at_end": bool(folder)},
-              "accelerator": {**SECTIONS[kind], "precision": "fp16" if loss_scale else "fp32"}}
+def train(
+    kind: str,
+    micro: int,
+    rank: int,
+    world: int,
+    steps: int = 3,
+    folder: str = "",
+    resume: str = "",
+    loss_scale: float = 0,
+) -> dict[str, Any]:
+    """Runs `steps` steps of SGD; with `loss_scale`, in fp16 and from this initial scale."""
+    config = {
+        "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+        "max_steps": steps,
+        "gradient_clip": 0.3,
+        "checkpoint": {"at_end": bool(folder)},
+        "accelerator": {**SECTIONS[kind], "precision": "fp16" if loss_scale else "fp32"},
+    }
     model = Blocks()
     accelerator: Accelerator = resolve("accelerators", SECTIONS[kind]["name"], "name")(config)
     norms: list[float] = []
     skipped: list[bool] = []
     manager = CheckpointManager(model, folder or "unused")
-    engine = TrainerEngine(Weighted(model), accelerator, OptimizerManager(model, config), config=config,
-                           stream=Cut(micro, rank, world), checkpoint_manager=manager)
+    engine = TrainerEngine(
+        Weighted(model),
+        accelerator,
+        OptimizerManager(model, config),
+        config=config,
+        stream=Cut(micro, rank, world),
+        checkpoint_manager=manager,
+    )
     step = accelerator.optimizer_step
 
     def recorded(clip: float | None) -> Any:
@@ -101,12 +121,20 @@ def train(kind: str, micro: int, rank: int, world: int, steps: int = 3, folder: 
     accelerator.close = lambda: None  # type: ignore[method-assign]
     accelerator.loss_scale.load_state_dict({"scale": loss_scale, "good_steps": 0})
     engine.train()
-    return {"norms": norms, "skipped": skipped, "scale": accelerator.loss_scale.value, "rate": engine.last_rate,
-            "state": {k: whole(v) for k, v in accelerator.state().items()}}
+    return {
+        "norms": norms,
+        "skipped": skipped,
+        "scale": accelerator.loss_scale.value,
+        "rate": engine.last_rate,
+        "state": {k: whole(v) for k, v in accelerator.state().items()},
+    }
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of `state()` on every rank. By its place, not by `full_tensor`: some describe their place only."""
+    """Returns a tensor of `state()` in full on every rank.
+
+    It uses the placement instead of `full_tensor`, because some backends only describe a placement.
+    """
     if not isinstance(tensor, DTensor):
         return tensor.clone()
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -118,7 +146,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def process(rank: int, world: int, store: str, jobs: list[dict[str, Any]], out: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1"
+    )
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     results = [train(rank=rank, world=world, **job) for job in jobs]
     if rank == 0:
@@ -139,7 +169,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
         torch.testing.assert_close(found["state"][name], value, atol=tolerance, rtol=0, msg=name)
 
 
-def test_every_backend_cut_and_world_size_takes_the_same_steps(tmp_path: Path) -> None:
+def test_every_backend_micro_batch_size_and_world_size_takes_the_same_steps(tmp_path: Path) -> None:
     expected = train("single", 8, 0, 1)
     assert expected["norms"][0] > 0.3, "the test needs clipping to bite"
     for micro in (1, 2, 4):
@@ -154,16 +184,33 @@ def test_every_backend_cut_and_world_size_takes_the_same_steps(tmp_path: Path) -
 def test_a_checkpoint_moves_between_backends_and_world_sizes(tmp_path: Path) -> None:
     expected = train("single", 4, 0, 1, steps=5)
     train("single", 4, 0, 1, steps=2, folder=str(tmp_path / "from-single"))
-    jobs = [{"kind": kind, "micro": 2, "steps": 2, "folder": str(tmp_path / f"from-{kind}")} for kind in ("ddp", "fsdp")]
-    jobs += [{"kind": kind, "micro": 1, "steps": 5, "folder": str(tmp_path / f"{kind}-from-{source}"),
-              "resume": str(tmp_path / f"from-{source}" / "step-00000002")}
-             for kind in ("ddp", "fsdp") for source in ("single", "ddp", "fsdp")]
+    jobs = [
+        {"kind": kind, "micro": 2, "steps": 2, "folder": str(tmp_path / f"from-{kind}")} for kind in ("ddp", "fsdp")
+    ]
+    jobs += [
+        {
+            "kind": kind,
+            "micro": 1,
+            "steps": 5,
+            "folder": str(tmp_path / f"{kind}-from-{source}"),
+            "resume": str(tmp_path / f"from-{source}" / "step-00000002"),
+        }
+        for kind in ("ddp", "fsdp")
+        for source in ("single", "ddp", "fsdp")
+    ]
     results = spawn(tmp_path, 2, jobs)
     for result in results[2:]:
         assert_same({**result, "norms": result["norms"]}, {**expected, "norms": expected["norms"][2:]})
     for source in ("ddp", "fsdp"):
-        resumed = train("single", 8, 0, 1, steps=5, folder=str(tmp_path / f"single-from-{source}"),
-                        resume=str(tmp_path / f"from-{source}" / "step-00000002"))
+        resumed = train(
+            "single",
+            8,
+            0,
+            1,
+            steps=5,
+            folder=str(tmp_path / f"single-from-{source}"),
+            resume=str(tmp_path / f"from-{source}" / "step-00000002"),
+        )
         assert_same(resumed, {**expected, "norms": expected["norms"][2:]})
 
 
@@ -175,7 +222,11 @@ class Still:
 @pytest.mark.parametrize("kind", SECTIONS)
 def test_bf16_keeps_fp32_master_weights(kind: str) -> None:
     model = Blocks()
-    config = {"accelerator": {**SECTIONS[kind], "precision": "bf16"}, "optimizer": {"name": "adamw", "lr": 1e-2}}
+    config = {
+        "gradient_clip": None,
+        "accelerator": {**SECTIONS[kind], "precision": "bf16"},
+        "optimizer": {"name": "adamw", "lr": 1e-2},
+    }
     accelerator: Accelerator = resolve("accelerators", SECTIONS[kind]["name"], "name")(config)
     accelerator.setup()
     try:
@@ -186,7 +237,9 @@ def test_bf16_keeps_fp32_master_weights(kind: str) -> None:
             with accelerator.autocast():
                 output = prepared(ROWS)
             accelerator.backward(output.float().pow(2).mean())
-        assert torch.equal(output.bfloat16().to(output.dtype), output), "computed in bf16 (Accelerate gives it out as fp32)"
+        assert torch.equal(output.bfloat16().to(output.dtype), output), (
+            "computed in bf16 (Accelerate gives it out as fp32)"
+        )
         accelerator.optimizer_step(None)
         assert {t.dtype for t in accelerator.state().values()} == {torch.float32}
     finally:
@@ -197,14 +250,17 @@ FP16 = [kind for kind in SECTIONS if not kind.startswith("accelerate")]
 
 
 def test_fp16_skips_the_same_steps_on_every_backend(tmp_path: Path, cpu_with_fp16: str) -> None:
-    """From a loss scale that overflows: it halves until it fits, and only then the weights move."""
+    """Starts from a loss scale that overflows: it halves until it fits, and the weights change only after that."""
     job = {"steps": 12, "loss_scale": 2.0**18}
     expected = train("single", 8, 0, 1, **job)
     exact = train("single", 8, 0, 1, steps=12 - sum(expected["skipped"]))
     assert 2 <= sum(expected["skipped"]) <= 8
     assert expected["skipped"] == sorted(expected["skipped"], reverse=True)
     assert expected["scale"] == 2.0**18 / 2 ** sum(expected["skipped"])
-    for result in [expected, *spawn(tmp_path, 2, [{"kind": kind, "micro": 4, **job} for kind in FP16 if kind != "single"])]:
+    for result in [
+        expected,
+        *spawn(tmp_path, 2, [{"kind": kind, "micro": 4, **job} for kind in FP16 if kind != "single"]),
+    ]:
         assert result["skipped"] == expected["skipped"]
         assert result["scale"] == expected["scale"]
         taken = [n for n, s in zip(result["norms"], result["skipped"], strict=True) if not s]
@@ -249,7 +305,7 @@ def test_precisions_on_the_poorest_and_the_richest_cpu(any_cpu: str) -> None:
         SingleGPUAccelerator({"accelerator": {"precision": "fp16", "device": "cpu"}}).setup()
 
 
-def test_a_missing_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="torch sees no CUDA device"):
         SingleGPUAccelerator({"accelerator": {"device": "cuda"}}).setup()

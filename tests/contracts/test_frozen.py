@@ -1,4 +1,4 @@
-"""Frozen models (a reference, a reward model) on two real ranks: placed as the trained model is, and equal to it."""
+"""Frozen models (a reference, a reward model) on two ranks: sharded like the trained model, and equal to it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common.materialize import attach_source, source_of
 from myllm_ray.common.modules import parameter_count
 from myllm_ray.config.resolve import resolve
-from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.sections import ModelSection
 from myllm_ray.data.tokenizer import byte_tokenizer
-from myllm_ray.engine.checkpoint import CheckpointManager
+from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.models.load import build_deferred, build_model
@@ -28,7 +28,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("ddp", "fsdp", "accelerate")},
     "fsdp-offload": {"name": "fsdp", "offload": {"parameters": "cpu"}},
     **{f"deepspeed-{stage}": {"name": "deepspeed", "stage": stage} for stage in range(4)},
-    "deepspeed-3-offload": {"name": "deepspeed", "stage": 3, "offload": {"parameters": "cpu"}}}
+    "deepspeed-3-offload": {"name": "deepspeed", "stage": 3, "offload": {"parameters": "cpu"}},
+}
 SHARDED = ("fsdp", "fsdp-offload", "deepspeed-3", "deepspeed-3-offload")
 PRECISIONS = ("fp32", "bf16")
 
@@ -38,9 +39,13 @@ def deferred() -> nn.Module:
 
 
 def compare(name: str, precision: str) -> dict[str, Any]:
-    """A trained and a frozen model from the same source: bytes of each, how far their losses are apart, the largest tensor made."""
-    config = {"accelerator": {**SECTIONS[name], "precision": precision}, "optimizer": {"name": "adamw", "lr": 1e-3}, "max_steps": 3,
-              "batch": {"micro_size": 1, "global_size": 2}}
+    """Compares a trained and a frozen model from the same source: bytes, losses, and reads per tensor."""
+    config = {
+        "accelerator": {**SECTIONS[name], "precision": precision},
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "max_steps": 3,
+        "batch": {"micro_size": 1, "global_size": 2},
+    }
     accelerator: Accelerator = resolve("accelerators", SECTIONS[name]["name"], "accelerator.name")(config)
     accelerator.setup()
     model, other = deferred(), deferred()
@@ -48,7 +53,9 @@ def compare(name: str, precision: str) -> dict[str, Any]:
     source, asked = source_of(other), []
     assert source is not None
     attach_source(other, lambda key: asked.append(key) or source(key))  # type: ignore[func-returns-value]
-    trained = accelerator.prepare(model, OptimizerManager(model, config).build, SchedulerManager(config=config).build).eval()
+    trained = accelerator.prepare(
+        model, OptimizerManager(model, config).build, SchedulerManager(config=config).build
+    ).eval()
     trained = accelerator.model
     frozen = accelerator.prepare_frozen(other)
     trained.eval()
@@ -57,16 +64,23 @@ def compare(name: str, precision: str) -> dict[str, Any]:
         for _ in range(2):  # ZeRO-3 records the order of modules in the first pass
             with accelerator.autocast():
                 expected, found = trained(input_ids=ids, labels=ids).nll, frozen(input_ids=ids, labels=ids).nll
-    result = {"held": accelerator.parameter_bytes(frozen), "apart": float((found - expected).abs().max()), "total": total,
-              "once": len(asked) == len(set(asked)), "loss": float(found.mean()),
-              "trains": any(p.requires_grad for p in frozen.parameters()) or frozen.training}
+    result = {
+        "held": accelerator.parameter_bytes(frozen),
+        "apart": float((found - expected).abs().max()),
+        "total": total,
+        "once": len(asked) == len(set(asked)),
+        "loss": float(found.mean()),
+        "trains": any(p.requires_grad for p in frozen.parameters()) or frozen.training,
+    }
     accelerator.close = lambda: None  # type: ignore[method-assign]
     return result
 
 
 def process(rank: int, world: int, store: str, names: list[str], out: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1"
+    )
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     torch.save({(n, p): compare(n, p) for n in names for p in PRECISIONS}, f"{out}-{rank}")
     leave()
@@ -77,10 +91,18 @@ def run(tmp_path: Path, names: list[str]) -> list[dict[tuple[str, str], dict[str
     return [torch.load(tmp_path / f"out-{rank}", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("names", [pytest.param(["fsdp", "deepspeed-3"], id="two"),
-                                   pytest.param(list(SECTIONS), id="all", marks=pytest.mark.promise)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["fsdp", "deepspeed-3"], id="two"),
+        pytest.param(list(SECTIONS), id="all", marks=pytest.mark.promise),
+    ],
+)
 def test_a_frozen_model_is_sharded_and_equals_the_trained_one(tmp_path: Path, names: list[str]) -> None:
-    """Before: whole and in fp32 on every rank, and in fp32 arithmetic under DeepSpeed and Accelerate whatever the precision."""
+    """Regression test: every rank held the whole frozen model in fp32.
+
+    DeepSpeed and Accelerate also computed it in fp32 for every precision.
+    """
     for found in run(tmp_path, names):
         for (name, precision), result in found.items():
             held, expected = result["held"]
@@ -97,9 +119,9 @@ def test_a_frozen_model_is_sharded_and_equals_the_trained_one(tmp_path: Path, na
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_weights_of_a_checkpoint_one_by_one(make_config: MakeConfig, world: int) -> None:
-    """From shards of two ranks as from one file: what a reward model of a run is filled with."""
+    """Loads the weights of a run, as a reward model does, from the shards of two ranks and from one file."""
     backend = "single" if world == 1 else "fsdp"
-    folder, = run_all(world, [make_config(f"accelerator.name={backend}", "run.max_steps=1", "data.validation=null")])
+    (folder,) = run_all(world, [make_config(f"accelerator.name={backend}", "run.max_steps=1", "data.validation=null")])
     checkpoint = CheckpointManager(folder=folder / "checkpoints").latest()
     assert checkpoint is not None
     section = ModelSection(config=LLAMA)

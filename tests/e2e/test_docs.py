@@ -1,4 +1,4 @@
-"""The README's commands and the Python in the docs do what they say."""
+"""The README's commands and the Python code in the docs work as documented."""
 
 from __future__ import annotations
 
@@ -23,14 +23,21 @@ def blocks(path: str, language: str) -> list[str]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the configs, so that the commands run as they stand and write nothing here."""
+    """Returns a folder with the configs, in which the commands run unchanged and write nothing to the checkout."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_readme_commands(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fork_server: None) -> None:
-    lines = [line for block in blocks("README.md", "") for line in block.splitlines() if line.startswith(".venv/bin/myllm-ray")]
+def test_readme_commands(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fork_server: None
+) -> None:
+    lines = [
+        line
+        for block in blocks("README.md", "")
+        for line in block.splitlines()
+        if line.startswith(".venv/bin/myllm-ray")
+    ]
     assert len(lines) == 12
     for line in lines:
         code, out, err = call(capsys, monkeypatch, *shlex.split(line)[1:])
@@ -39,21 +46,27 @@ def test_readme_commands(elsewhere: Path, capsys: pytest.CaptureFixture[str], mo
     assert (elsewhere / "hf-model" / "config.json").is_file()
 
 
-def test_the_pages_of_preferences_and_rollouts(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their commands, with fewer steps; and the run wired by hand."""
+def test_the_pages_of_preferences_and_rollouts(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs the commands of both pages with fewer steps, and the manually constructed run."""
     done = set()
     for page in ("docs/preferences.md", "docs/rollouts.md"):
         for line in blocks(page, "")[0].splitlines():
             if line not in done:
                 done.add(line)
-                short = ["run.max_steps=4", "evaluation.every_steps=4", "callbacks=[jsonl]"] if " train " in line else []
+                short = (
+                    ["run.max_steps=4", "evaluation.every_steps=4", "callbacks=[jsonl]"] if " train " in line else []
+                )
                 code, _out, err = call(capsys, monkeypatch, *shlex.split(line)[1:], *short)
                 assert code == 0, (line, err)
     assert (elsewhere / "runs" / "dpo-demo" / "config.yaml").is_file()
     exec(blocks("docs/preferences.md", "python")[0], {})
 
 
-def test_a_new_stage_as_the_page_says(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_stage_as_the_page_says(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for line in next(b for b in blocks("docs/training.md", "") if "tiny_dpo" in b).splitlines():
         code, _out, err = call(capsys, monkeypatch, *shlex.split(line)[1:], "run.max_steps=2", "callbacks=[jsonl]")
         assert code == 0, (line, err)
@@ -61,11 +74,13 @@ def test_a_new_stage_as_the_page_says(elsewhere: Path, capsys: pytest.CaptureFix
 
 
 def test_the_page_lists_every_hook_and_every_field_of_the_state() -> None:
-    """With the arguments that the hooks have."""
+    """The page lists the hooks with their arguments."""
     page = (ROOT / "docs" / "training.md").read_text().partition("## Callbacks")[2].partition("\n## ")[0]
     hooks, state = page.split("`state` is a `RunState`")
     listed = [name for row in re.findall(r"^\| (`.*?) \|", hooks, re.M) for name in re.findall(r"`([^`]+)`", row)]
-    own = [(name, method) for name, method in vars(Callback).items() if inspect.isfunction(method)]
+    own = [
+        (name, method) for name, method in vars(Callback).items() if inspect.isfunction(method) and name != "__init__"
+    ]
     assert listed == [f"{name}({', '.join(list(inspect.signature(method).parameters)[1:])})" for name, method in own]
     fields = [name for row in re.findall(r"^\| (`.*?) \|", state, re.M) for name in re.findall(r"`([^`]+)`", row)]
     assert sorted(fields) == sorted([*(field.name for field in dataclasses.fields(RunState)), "request(what, reason)"])
@@ -79,7 +94,9 @@ def test_readme_names_targets_that_exist() -> None:
 
 def test_ci_runs_targets_that_exist_and_the_readmes_test_command() -> None:
     makefile, script = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
-    targets = next(line for line in script.splitlines() if line.startswith("for target in ")).removesuffix("; do").split()[3:]
+    targets = (
+        next(line for line in script.splitlines() if line.startswith("for target in ")).removesuffix("; do").split()[3:]
+    )
     assert targets[:2] == ["check", "test"]
     for target in targets:
         assert re.search(rf"^(?:[\w -]+ )?{target}(?: [\w -]+)?:", makefile, re.M), target

@@ -1,6 +1,6 @@
-"""SIGKILL where an off-by-one would show: around an epoch's end, and around the run's. Nothing is skipped, nothing trained twice.
+"""SIGKILL where an off-by-one error would appear: around the end of an epoch and of the run.
 
-(verl #7401: an epoch skipped after a resume on its boundary.)
+No batch is skipped or trained twice. (verl #7401: an epoch is skipped after a resume on its boundary.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from myllm_ray import train
 
 
 def killed(config: dict[str, Any]) -> bool:
-    """Run in a forked process, which has all imports made; whether it was killed."""
+    """Trains in a forked process, which inherits all imports; returns whether the process was killed."""
     child = os.fork()
     if child == 0:
         try:
@@ -36,17 +36,23 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(shared: Path) -> str:
-    return train(job_config(shared, "whole", "scaling.workers=0", "accelerator.name=single", "callbacks=[jsonl]")).folder
+    return train(
+        job_config(shared, "whole", "scaling.workers=0", "accelerator.name=single", "callbacks=[jsonl]")
+    ).folder
 
 
-@pytest.mark.parametrize(("moment", "callback"), [
-    ("the last step of an epoch, trained", {"helpers:KillOnce": {"step": EPOCH}}),
-    ("the last step of an epoch, saved", {"helpers:KillAtCheckpoint": {"step": EPOCH}}),
-    ("the first step of the next", {"helpers:KillOnce": {"step": EPOCH + 1}}),
-    ("the first step of the next, saved", {"helpers:KillAtCheckpoint": {"step": EPOCH + 1}}),
-    ("the last step of the run, trained", {"helpers:KillOnce": {"step": STEPS}}),
-    ("the last step of the run, saved", {"helpers:KillAtCheckpoint": {"step": STEPS}}),
-], ids=lambda v: v.replace(" ", "_") if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("moment", "callback"),
+    [
+        ("the last step of an epoch, trained", {"helpers:KillOnce": {"step": EPOCH}}),
+        ("the last step of an epoch, saved", {"helpers:KillAtCheckpoint": {"step": EPOCH}}),
+        ("the first step of the next", {"helpers:KillOnce": {"step": EPOCH + 1}}),
+        ("the first step of the next, saved", {"helpers:KillAtCheckpoint": {"step": EPOCH + 1}}),
+        ("the last step of the run, trained", {"helpers:KillOnce": {"step": STEPS}}),
+        ("the last step of the run, saved", {"helpers:KillAtCheckpoint": {"step": STEPS}}),
+    ],
+    ids=lambda v: v.replace(" ", "_") if isinstance(v, str) else "",
+)
 def test_killed_at(shared: Path, whole: str, moment: str, callback: dict[str, dict[str, Any]]) -> None:
     name = moment.replace(" ", "-").replace(",", "")
     (options,) = callback.values()

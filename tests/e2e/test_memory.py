@@ -1,4 +1,4 @@
-"""The stream reads data larger than the memory it may use, and its peak does not grow with the data."""
+"""The stream reads data larger than its memory limit, and its peak memory does not grow with the data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from myllm_ray.data.tokenizer import byte_tokenizer
 byte_tokenizer()("import what is imported when first used")
 
 def anonymous():
-    "Bytes of memory that no file stands behind."
+    "Returns the bytes of memory that are not backed by a file."
     return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read()).group(1)) * 1024
 
 def private():
@@ -51,18 +51,35 @@ MEGABYTE = 2**20
 
 
 def stream(folder: Path, megabytes: int, limit: int) -> dict[str, Any]:
-    """Write a data set, then prepare and read it in a process of its own under a limit of `limit` more megabytes."""
+    """Writes a data set, then prepares and reads it in a separate process.
+
+    `limit` is the memory in megabytes that the process may use in addition; 0 means no limit.
+    """
     path = folder / f"{megabytes}.jsonl"
     text = "the quick brown fox jumps over the lazy dog; " * 45
     with open(path, "w") as file:
         for i in range(megabytes * 512):
             file.write(json.dumps({"text": f"{i} {text}"}) + "\n")
-    config = {"trainer": "pretrain", "model": {"name": "unused"}, "tokenizer": {"kind": "bytes"},
-              "data": {"train": {"path": str(path), "format": "text"}, "sequence_length": 4096, "cache": str(folder / "cache"),
-                       "shuffle": "window", "shuffle_window": 2048},
-              "batch": {"global_size": 16, "micro_size": 16}, "run": {"max_steps": 1}}
-    result = subprocess.run([sys.executable, "-c", CHILD, json.dumps(config), str(limit * MEGABYTE)], capture_output=True, text=True,
-                            check=False)
+    config = {
+        "trainer": "pretrain",
+        "model": {"name": "unused"},
+        "tokenizer": {"kind": "bytes"},
+        "data": {
+            "train": {"path": str(path), "format": "text"},
+            "sequence_length": 4096,
+            "cache": str(folder / "cache"),
+            "shuffle": "window",
+            "shuffle_window": 2048,
+        },
+        "batch": {"global_size": 16, "micro_size": 16},
+        "run": {"max_steps": 1},
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(config), str(limit * MEGABYTE)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     path.unlink()
     assert result.returncode == 0, result.stderr[-2000:]
     return dict(json.loads(result.stdout))

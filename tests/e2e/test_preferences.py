@@ -1,4 +1,4 @@
-"""From preferences to rewards, as a user does it: commands, one after the other."""
+"""From preferences to rewards with the commands that a user runs one after the other."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_reward_model_serves_ppo(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a run's folder and as the folder that `export` wrote: the same rewards. The policy's own answers are sampled and exported."""
+def test_a_reward_model_serves_ppo(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's folder and the folder that `export` wrote give the same rewards.
+
+    The trained policy can be sampled and exported.
+    """
 
     def run(*arguments: str) -> str:
         code, out, err = call(capsys, monkeypatch, *arguments)
@@ -36,7 +41,9 @@ def test_a_reward_model_serves_ppo(elsewhere: Path, capsys: pytest.CaptureFixtur
     rewards = []
     for name, judge in (("by-run", "runs/tiny-reward"), ("by-folder", "judge")):
         run("train", "configs/tiny_ppo.yaml", *SMALL, f"run.name={name}", "ppo.reward=[]", f"ppo.reward_model={judge}")
-        rewards.append([row["score"] for row in read_jsonl(elsewhere / "runs" / name / "metrics.jsonl") if "score" in row])
+        rewards.append(
+            [row["score"] for row in read_jsonl(elsewhere / "runs" / name / "metrics.jsonl") if "score" in row]
+        )
     assert rewards[0] == rewards[1]
     assert any(abs(r) > 1e-6 for r in rewards[0])
     assert run("sample", "runs/by-run", "--prompt", "1+2=", "--max-new-tokens", "3")
@@ -45,8 +52,10 @@ def test_a_reward_model_serves_ppo(elsewhere: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("name", ["dpo", "reward", "grpo", "ppo"])
-def test_what_training_will_see(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """`data` shows prompts and answers, and the hash of a step is the ledger's."""
+def test_what_training_will_see(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """`data` shows prompts and answers, and the hash of a step equals the hash in the ledger."""
     code, out, err = call(capsys, monkeypatch, "data", f"configs/tiny_{name}.yaml", "--rows", "1")
     assert code == 0, err
     assert "+" in out
@@ -59,7 +68,9 @@ def test_what_training_will_see(elsewhere: Path, capsys: pytest.CaptureFixture[s
     assert any(row["tokens_hash"] in out for row in rows)
 
 
-def test_a_missing_model_is_told(elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model_is_reported(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, _, err = call(capsys, monkeypatch, "train", "configs/dpo.yaml")
     assert code == 2
     assert "no folder" in err

@@ -1,4 +1,4 @@
-"""What sweeps leave behind: nothing in the cluster, and everything in their folder when their driver is killed."""
+"""Sweeps leave nothing in the cluster, and keep everything in their folder when the driver is killed."""
 
 from __future__ import annotations
 
@@ -19,25 +19,53 @@ pytestmark = pytest.mark.slow
 
 def sweep_config(folder: Path, name: str, *overrides: str, **top: Any) -> dict[str, Any]:
     base = job_config(folder, "base", "scaling.workers=0", "accelerator.name=ddp", "logging.every_steps=1", *overrides)
-    return {"base": base, "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}}, "trials": 12,
-            "run": {"name": name, "storage": str(folder / "sweeps")}, **top}
+    return {
+        "base": base,
+        "space": {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}},
+        "trials": 12,
+        "run": {"name": name, "storage": str(folder / "sweeps")},
+        **top,
+    }
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("workers", "dashboard", "seconds"), [(0, False, 5), (0, True, 5), (2, False, 5), (2, True, 5)])
+@pytest.mark.parametrize(
+    ("workers", "dashboard", "seconds"), [(0, False, 5), (0, True, 5), (2, False, 5), (2, True, 5)]
+)
 def test_twenty_stopped_trials_leave_nothing(tmp_path: Path, workers: int, dashboard: bool, seconds: float) -> None:
-    """On 4 CPUs, seen from a session that goes on. The largest learning rate is the best: one trial of ten goes on after two steps."""
-    config = sweep_config(tmp_path, "stopped", f"scaling.workers={workers}", "scheduler.name=constant", "scheduler.warmup_steps=0",
-                          "checkpoint.every_steps=null")
+    """Runs on 4 CPUs, observed from a session that continues after the sweep.
+
+    The largest learning rate is the best: one trial of ten continues after two steps.
+    """
+    config = sweep_config(
+        tmp_path,
+        "stopped",
+        f"scaling.workers={workers}",
+        "scheduler.name=constant",
+        "scheduler.warmup_steps=0",
+        "checkpoint.every_steps=null",
+    )
     config["base"]["callbacks"] = ["jsonl", {"helpers:Slow": {"seconds": 0.05}}]
-    config |= {"space": {"optimizer.lr": {"loguniform": [1e-6, 1e-2]}}, "trials": 20, "metric": "learning_rate", "mode": "max",
-               "scheduler": {"asha": {"grace_steps": 2, "reduction_factor": 10}}, "budget": {"steps": 60}}
+    config |= {
+        "space": {"optimizer.lr": {"loguniform": [1e-6, 1e-2]}},
+        "trials": 20,
+        "metric": "learning_rate",
+        "mode": "max",
+        "scheduler": {"asha": {"grace_steps": 2, "reduction_factor": 10}},
+        "budget": {"steps": 60},
+    }
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps(config))
     with place(4, dashboard=dashboard) as where:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
-        ran = subprocess.run([sys.executable, str(ROOT / "tests" / "sweep_driver.py"), where.address, str(path)], env=environment, cwd=ROOT,
-                             capture_output=True, text=True, timeout=1700)
+        ran = subprocess.run(
+            [sys.executable, str(ROOT / "tests" / "sweep_driver.py"), where.address, str(path)],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=1700,
+        )
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])
     print(json.dumps({k: v for k, v in found.items() if k != "statuses"}))
@@ -57,7 +85,7 @@ def test_twenty_stopped_trials_leave_nothing(tmp_path: Path, workers: int, dashb
 
 @pytest.mark.timeout(600)
 def test_a_killed_driver_costs_no_trial(tmp_path: Path) -> None:
-    """SIGKILL when 5 of 12 trials have ended; --resume: 12 results, none run twice."""
+    """SIGKILL when 5 of 12 trials have ended; --resume gives 12 results, and no trial runs twice."""
     config = sweep_config(tmp_path, "killed", "run.max_steps=12")
     config["base"]["callbacks"] = ["jsonl", {"helpers:Slow": {"seconds": 0.1}}]
     job = Job(config, None, "sweep").start("max_concurrent=2")
@@ -71,7 +99,7 @@ def test_a_killed_driver_costs_no_trial(tmp_path: Path) -> None:
 
     refused = Job(config, None, "sweep").start("max_concurrent=2")
     assert refused.end() == 2
-    assert "--resume goes on with it" in refused.said()
+    assert "--resume continues it" in refused.said()
     again = Job(config, None, "sweep").start("max_concurrent=2", "--resume")
     assert again.end(300) == 0, again.said()[-3000:]
     rows = read_jsonl(results)
@@ -88,8 +116,8 @@ def test_a_killed_driver_costs_no_trial(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_an_interrupted_sweep_goes_on_where_its_trials_stood(tmp_path: Path) -> None:
-    """Ctrl-C while trials run: they save, exit code 75; with --resume no step of them is trained again."""
+def test_an_interrupted_sweep_resumes_where_its_trials_stopped(tmp_path: Path) -> None:
+    """Ctrl-C while trials run: they save and the exit code is 75; with --resume none of their steps is repeated."""
     config = sweep_config(tmp_path, "interrupted", "run.max_steps=60", "checkpoint.every_steps=null", trials=3)
     config["base"]["callbacks"] = ["jsonl", {"helpers:Slow": {"seconds": 0.05}}]
     job = Job(config, None, "sweep").start("max_concurrent=2")

@@ -1,6 +1,6 @@
-"""What the tests of this folder share. They need one CUDA device, and are skipped without it.
+"""Fixtures of the GPU tests, which need one CUDA device and are skipped without it.
 
-`TEST_DEVICE=cpu` runs the same tests on the CPU, but for what only a GPU has: to see that the tests themselves work.
+`TEST_DEVICE=cpu` runs the tests on the CPU, except for GPU-only features, to check the tests themselves.
 """
 
 from __future__ import annotations
@@ -31,17 +31,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def train(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`train("name", "accelerator.precision=bf16")`: the logged rows of a run of few steps in this process, on the device.
+    """Returns a function that trains a few steps in this process on the device and returns the logged rows.
 
-    Without a clock's values; the speed of the last step is printed. `device="cpu"` for a run to compare with.
+    Call: `train("name", "accelerator.precision=bf16")`; `device="cpu"` gives a run to compare with. The rows have no
+    values that depend on a clock; the speed of the last step is printed.
     """
+
     def run(name: str, *overrides: str, device: str | None = None) -> list[dict[str, Any]]:
         name, device = name if device is None else f"{name}-compared", device or DEVICE
-        config: TrainerConfig = make_config("data.validation=null", "checkpoint.at_end=false", "run.max_steps=4", f"run.name={name}",
-                                            f"accelerator.device={device}", *overrides)
-        folder, = run_all(1, [config])
+        config: TrainerConfig = make_config(
+            "data.validation=null",
+            "checkpoint.at_end=false",
+            "run.max_steps=4",
+            f"run.name={name}",
+            f"accelerator.device={device}",
+            *overrides,
+        )
+        (folder,) = run_all(1, [config])
         with capsys.disabled():
-            print(f"\n  {name} on {device}: {read_jsonl(folder / 'metrics.jsonl')[-1]['tokens_per_second']:.0f} tokens/s in the last step")
+            print(
+                f"\n  {name} on {device}: "
+                f"{read_jsonl(folder / 'metrics.jsonl')[-1]['tokens_per_second']:.0f} tokens/s in the last step"
+            )
         return comparable(folder)
 
     return run

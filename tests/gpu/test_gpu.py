@@ -1,4 +1,4 @@
-"""All that a first machine with a GPU should answer, on one GPU, in minutes: `make test-gpu`."""
+"""Checks of the GPU-specific behaviour, on one GPU within minutes: `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.accelerators.precision import why_not
 from myllm_ray.common.distributed import backend
 from myllm_ray.config.resolve import resolve
-from myllm_ray.config.schema import ModelSection, OptimizerSection
+from myllm_ray.config.sections import ModelSection, OptimizerSection
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.scheduler import SchedulerManager
@@ -28,19 +28,37 @@ from .conftest import DEVICE, ON_GPU, Run
 pytestmark = pytest.mark.gpu
 BACKENDS: dict[str, list[str]] = {
     **{name: [f"accelerator.name={name}"] for name in ("single", "ddp", "fsdp", "accelerate")},
-    **{f"deepspeed-{n}": ["accelerator.name=deepspeed", f"accelerator.stage={n}"] for n in range(4)}}
+    **{f"deepspeed-{n}": ["accelerator.name=deepspeed", f"accelerator.stage={n}"] for n in range(4)},
+}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 PAIRS = ["data.sequence_length=32", "data.train={source: brackets, format: preference}"]
-PROMPTS = ["data.sequence_length=32", "data.train={source: brackets, format: prompt, limit: 30}", "rollout.max_new_tokens=8"]
+PROMPTS = [
+    "data.sequence_length=32",
+    "data.train={source: brackets, format: prompt, limit: 30}",
+    "rollout.max_new_tokens=8",
+]
 TRAINERS: dict[str, list[str]] = {
-    "pretrain": ["trainer=pretrain"], "sft": ["trainer=sft"], "reward": ["trainer=reward", *PAIRS],
-    "dpo": ["trainer=dpo", "dpo.beta=0.5", *PAIRS], "simpo": ["trainer=dpo", "dpo={loss: simpo, beta: 0.5}", *PAIRS],
+    "pretrain": ["trainer=pretrain"],
+    "sft": ["trainer=sft"],
+    "reward": ["trainer=reward", *PAIRS],
+    "dpo": ["trainer=dpo", "dpo.beta=0.5", *PAIRS],
+    "simpo": ["trainer=dpo", "dpo={loss: simpo, beta: 0.5}", *PAIRS],
     "grpo": ["trainer=grpo", "grpo={reward: 'helpers:variety', group_size: 4, kl_weight: 0.05}", *PROMPTS],
     "ppo": ["trainer=ppo", "ppo={reward: 'helpers:variety', epochs: 1, minibatches: 2}", *PROMPTS],
-    "ppo-own-critic": ["trainer=ppo", "ppo={reward: 'helpers:variety', epochs: 1, minibatches: 2, critic: own}", *PROMPTS]}
+    "ppo-own-critic": [
+        "trainer=ppo",
+        "ppo={reward: 'helpers:variety', epochs: 1, minibatches: 2, critic: own}",
+        *PROMPTS,
+    ],
+}
 
 
-def close(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float, names: tuple[str, ...] = ("loss", "grad_norm")) -> None:
+def close(
+    found: list[dict[str, Any]],
+    expected: list[dict[str, Any]],
+    tolerance: float,
+    names: tuple[str, ...] = ("loss", "grad_norm"),
+) -> None:
     assert [row["step"] for row in found] == [row["step"] for row in expected]
     for row, other in zip(found, expected, strict=True):
         for name in names:
@@ -58,14 +76,18 @@ def needs(precision: str, name: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_every_backend_and_precision(train: Run, name: str, precision: str) -> None:
-    """Losses and gradient norms of the CPU in fp32, within rounding."""
+    """Losses and gradient norms equal those of the CPU in fp32, within rounding."""
     needs(precision, name)
-    close(train(f"{name}-{precision}", *BACKENDS[name], f"accelerator.precision={precision}"), train("reference", device="cpu"), TOLERANCE[precision])
+    close(
+        train(f"{name}-{precision}", *BACKENDS[name], f"accelerator.precision={precision}"),
+        train("reference", device="cpu"),
+        TOLERANCE[precision],
+    )
 
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_every_trainer(train: Run, kind: str) -> None:
-    """Sampled answers may part from the CPU's by rounding: there the first step is compared, whose ratio must be 1."""
+    """Rounding may change sampled answers; there only the importance ratio of the first step is checked (it is 1)."""
     found, expected = train(kind, *TRAINERS[kind]), train(kind, *TRAINERS[kind], device="cpu")
     if "rollout.max_new_tokens=8" not in TRAINERS[kind]:
         close(found, expected, 1e-3)
@@ -86,7 +108,7 @@ def test_frozen_models_and_sampling_of_sharded_backends(train: Run, kind: str, n
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
 def test_every_attention(train: Run, attention: str) -> None:
-    """Packed documents, against eager attention on the CPU."""
+    """Compares packed documents with eager attention on the CPU."""
     if attention not in str(ModelSection.model_fields["attention"].annotation):
         pytest.skip(f"model.attention has no {attention}")
     if attention.startswith("fl") and not ON_GPU:
@@ -99,16 +121,29 @@ def test_every_attention(train: Run, attention: str) -> None:
     close(found, train("eager", "model.attention=eager", *packed, device="cpu"), TOLERANCE[precision])
 
 
-@pytest.mark.parametrize("overrides", [
-    ["accelerator.name=fsdp", "accelerator.offload.parameters=cpu"],
-    ["accelerator.name=deepspeed", "accelerator.stage=2", "accelerator.offload.optimizer=cpu"],
-    ["accelerator.name=deepspeed", "accelerator.stage=3", "accelerator.offload={optimizer: cpu, parameters: cpu}"]], ids=["fsdp", "zero-2", "zero-3"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["accelerator.name=fsdp", "accelerator.offload.parameters=cpu"],
+        ["accelerator.name=deepspeed", "accelerator.stage=2", "accelerator.offload.optimizer=cpu"],
+        ["accelerator.name=deepspeed", "accelerator.stage=3", "accelerator.offload={optimizer: cpu, parameters: cpu}"],
+    ],
+    ids=["fsdp", "zero-2", "zero-3"],
+)
 def test_offload_with_clipping(train: Run, overrides: list[str]) -> None:
-    """Norms of gradients on the CPU are reduced by gloo, beside NCCL."""
-    close(train("offload", *overrides, "gradient_clip=0.5"), train("clipped", "gradient_clip=0.5", device="cpu"), TOLERANCE["fp32"])
+    """Gradient norms on the CPU are reduced with gloo, in addition to NCCL."""
+    close(
+        train("offload", *overrides, "gradient_clip=0.5"),
+        train("clipped", "gradient_clip=0.5", device="cpu"),
+        TOLERANCE["fp32"],
+    )
 
 
-@pytest.mark.parametrize("overrides", [["accelerator.activation_checkpointing=full"], ["accelerator.compile=blocks"]], ids=["recompute", "compile"])
+@pytest.mark.parametrize(
+    "overrides",
+    [["accelerator.activation_checkpointing=full"], ["accelerator.compile=blocks"]],
+    ids=["recompute", "compile"],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_less_memory_and_compiled(train: Run, overrides: list[str]) -> None:
     close(train("memory", *overrides), train("reference", device="cpu"), TOLERANCE["fp32"])
@@ -123,8 +158,8 @@ def test_the_fsdp_plugin_of_accelerate(train: Run) -> None:
 
 
 @pytest.mark.parametrize("name", ["single", "fsdp", "deepspeed-3"])
-def test_a_resumed_run_goes_on(train: Run, name: str) -> None:
-    """From a checkpoint that was written in the background: within rounding of the undisturbed run."""
+def test_a_resumed_run_equals_the_undisturbed_one(train: Run, name: str) -> None:
+    """Resumes from a checkpoint that was written in the background; equal within rounding."""
     saving = ["checkpoint={every_steps: 2, async: true, keep_last: null}", *BACKENDS[name]]
     whole = train(f"whole-{name}", *saving)
     train(f"half-{name}", *saving, "run.max_steps=2", "scheduler.name=constant")
@@ -136,8 +171,18 @@ def test_a_resumed_run_goes_on(train: Run, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["single", "fsdp", "deepspeed-3"])
 def test_a_frozen_model_takes_half_the_memory_in_bf16(name: str) -> None:
-    section: dict[str, Any] = {"name": name.partition("-")[0], "device": DEVICE, "precision": "bf16", **({"stage": 3} if "-" in name else {})}
-    config = {"accelerator": section, "optimizer": OptimizerSection().model_dump(), "max_steps": 1, "batch": {"micro_size": 1, "global_size": 1}}
+    section: dict[str, Any] = {
+        "name": name.partition("-")[0],
+        "device": DEVICE,
+        "precision": "bf16",
+        **({"stage": 3} if "-" in name else {}),
+    }
+    config = {
+        "accelerator": section,
+        "optimizer": OptimizerSection().model_dump(),
+        "max_steps": 1,
+        "batch": {"micro_size": 1, "global_size": 1},
+    }
 
     def deferred() -> nn.Module:
         sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "tie_word_embeddings": False}
@@ -148,7 +193,9 @@ def test_a_frozen_model_takes_half_the_memory_in_bf16(name: str) -> None:
     try:
         model = deferred()
         total = sum(p.numel() for p in model.parameters())
-        trained = accelerator.prepare(model, OptimizerManager(model, config).build, SchedulerManager(config=config).build)
+        trained = accelerator.prepare(
+            model, OptimizerManager(model, config).build, SchedulerManager(config=config).build
+        )
         before = torch.cuda.memory_allocated() if ON_GPU else 0
         frozen = accelerator.prepare_frozen(deferred())
         held, expected = accelerator.parameter_bytes(frozen)
@@ -165,7 +212,11 @@ def test_a_frozen_model_takes_half_the_memory_in_bf16(name: str) -> None:
 
 
 def test_the_optimizer_is_fused_for_sharded_parameters() -> None:
-    config = {"accelerator": {"name": "fsdp", "device": DEVICE}, "optimizer": {"name": "adamw", "lr": 1e-3}, "max_steps": 1}
+    config = {
+        "accelerator": {"name": "fsdp", "device": DEVICE},
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "max_steps": 1,
+    }
     accelerator: Accelerator = resolve("accelerators", "fsdp", "accelerator.name")(config)
     accelerator.setup()
     try:
@@ -203,8 +254,16 @@ def test_through_ray(make_config: MakeConfig, train: Run, kind: str) -> None:
 
     gpus = 0.0 if not ON_GPU else 0.5 if kind == "grpo" else 1.0
     rollout = ["rollout.placement=actors"] if kind == "grpo" else []
-    config = make_config("data.validation=null", "run.max_steps=4", "accelerator.name=ddp", "scaling.workers=1", f"scaling.gpus_per_worker={gpus}",
-                         *TRAINERS[kind], *rollout, f"run.name=ray-{kind}")
+    config = make_config(
+        "data.validation=null",
+        "run.max_steps=4",
+        "accelerator.name=ddp",
+        "scaling.workers=1",
+        f"scaling.gpus_per_worker={gpus}",
+        *TRAINERS[kind],
+        *rollout,
+        f"run.name=ray-{kind}",
+    )
     rows = comparable(Path(str(through_ray(config).folder)))
     assert len(rows) == 4
     if kind == "sft":

@@ -1,6 +1,6 @@
-"""docs/learning.svg and the table of docs/learning.md, from the JSON lines that test_learning.py writes (LEARNING_OUT).
+"""Draws docs/learning.svg and prints the table of docs/learning.md.
 
-    python tests/learning/draw.py FILE
+Reads the JSON lines that test_learning.py writes (LEARNING_OUT): `python tests/learning/draw.py FILE`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def smooth(curve: list[list[float]], window: int = 10) -> list[tuple[float, float]]:
-    """Running means over `window` steps; short curves as they are."""
+    """Returns running means over `window` points at every fourth point; curves below 50 points are unchanged."""
     if len(curve) < 50:
         return [(x, y) for x, y in curve]
-    return [(curve[i][0], sum(y for _, y in curve[max(0, i - window + 1) : i + 1]) / min(window, i + 1)) for i in range(0, len(curve), 4)]
+    return [
+        (curve[i][0], sum(y for _, y in curve[max(0, i - window + 1) : i + 1]) / min(window, i + 1))
+        for i in range(0, len(curve), 4)
+    ]
 
 
 def panel(title: str, runs: list[dict[str, Any]], at: int) -> str:
@@ -29,11 +32,20 @@ def panel(title: str, runs: list[dict[str, Any]], at: int) -> str:
     def place(x: float, y: float) -> str:
         return f"{at + LEFT + x / last * inner:.1f},{24 + (1 - y) * (HEIGHT - 50):.1f}"
 
-    lines = "".join(f'<polyline fill="none" stroke="{colour}" stroke-width="1.3" points="{" ".join(place(*p) for p in smooth(run["curve"]))}"/>'
-                    for run, colour in zip(runs, COLOURS, strict=False))
-    grid = "".join(f'<path d="M{place(0, y)}L{place(last, y)}" stroke="#d1d9e0"/><text x="{at + 4}" y="{28 + (1 - y) * (HEIGHT - 50):.0f}">{y:g}</text>'
-                   for y in (0, 0.5, 1))
-    return f'{grid}{lines}<text x="{at + LEFT}" y="14">{title}</text><text x="{at + WIDTH - 70}" y="{HEIGHT - 8}">step {last:.0f}</text>'
+    lines = "".join(
+        f'<polyline fill="none" stroke="{colour}" stroke-width="1.3" '
+        f'points="{" ".join(place(*p) for p in smooth(run["curve"]))}"/>'
+        for run, colour in zip(runs, COLOURS, strict=False)
+    )
+    grid = "".join(
+        f'<path d="M{place(0, y)}L{place(last, y)}" stroke="#d1d9e0"/>'
+        f'<text x="{at + 4}" y="{28 + (1 - y) * (HEIGHT - 50):.0f}">{y:g}</text>'
+        for y in (0, 0.5, 1)
+    )
+    return (
+        f'{grid}{lines}<text x="{at + LEFT}" y="14">{title}</text>'
+        f'<text x="{at + WIDTH - 70}" y="{HEIGHT - 8}">step {last:.0f}</text>'
+    )
 
 
 def main() -> None:
@@ -44,7 +56,9 @@ def main() -> None:
     panels = "".join(panel(title, group, i * WIDTH) for i, (title, group) in enumerate(groups.items()))
     (DOCS / "learning.svg").write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH * len(groups)} {HEIGHT}" style="background:#fff">'
-        f'<style>text{{font:10px system-ui,sans-serif;fill:#59636e}}</style>{panels}</svg>\n', encoding="utf-8")
+        f"<style>text{{font:10px system-ui,sans-serif;fill:#59636e}}</style>{panels}</svg>\n",
+        encoding="utf-8",
+    )
     for title, group in groups.items():
         cells = []
         for run in group:

@@ -1,4 +1,4 @@
-"""Dropout is the same run however the batch is cut: its masks are a function of (seed, step, row), and random enough."""
+"""Dropout does not depend on the micro-batch size: masks are a function of (seed, step, row), and random enough."""
 
 from __future__ import annotations
 
@@ -15,48 +15,69 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from myllm_ray import worker
+from myllm_ray import preparation
 from myllm_ray.config import ConfigError, TrainerConfig
+from myllm_ray.dependencies import model_section
 from myllm_ray.ops import dropout
 from myllm_ray.ops.dropout import RowDropout, StepDropout, checkpoint_contexts, dropped, find_dropout
-from myllm_ray.roles import model_section
 from myllm_ray.worker import run_local
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
 DROPPING = {**GPT2, "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 PLAIN = {**GPT2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-FEW = ("run.max_steps=3", "data.validation=null", "checkpoint.at_end=false", "data.sequence_length=96", "optimizer.name=sgd", "optimizer.weight_decay=0",
-       "run.overwrite=true")
+FEW = (
+    "run.max_steps=3",
+    "data.validation=null",
+    "checkpoint.at_end=false",
+    "data.sequence_length=96",
+    "optimizer.name=sgd",
+    "optimizer.weight_decay=0",
+    "run.overwrite=true",
+)
 
 
 def cut(make_config: MakeConfig, name: str, size: int, *overrides: str, **top: Any) -> TrainerConfig:
-    return make_config(f"run.name={name}", f"batch.micro_size={size}", *FEW, *overrides, **{"model": {"config": DROPPING}, **top})
+    return make_config(
+        f"run.name={name}", f"batch.micro_size={size}", *FEW, *overrides, **{"model": {"config": DROPPING}, **top}
+    )
 
 
 def curve(folder: str | Path) -> list[float]:
     return [row[name] for row in comparable(folder) for name in ("loss", "grad_norm")]
 
 
-def curves(make_config: MakeConfig, *overrides: str, sizes: tuple[int, ...] = (8, 2, 1), **top: Any) -> list[list[float]]:
+def curves(
+    make_config: MakeConfig, *overrides: str, sizes: tuple[int, ...] = (8, 2, 1), **top: Any
+) -> list[list[float]]:
     return [curve(run_local(cut(make_config, f"micro-{size}", size, *overrides, **top))["folder"]) for size in sizes]
 
 
-@pytest.mark.parametrize("overrides", [
-    (), ("model.attention=eager", "data.packing=false", "accelerator.activation_checkpointing=full"),
-    pytest.param(("accelerator.activation_checkpointing=2",), marks=pytest.mark.slow),
-    pytest.param(("accelerator.precision=bf16",), marks=pytest.mark.slow)])
-def test_losses_and_gradients_do_not_depend_on_the_cut(make_config: MakeConfig, overrides: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.attention=eager", "data.packing=false", "accelerator.activation_checkpointing=full"),
+        pytest.param(("accelerator.activation_checkpointing=2",), marks=pytest.mark.slow),
+        pytest.param(("accelerator.precision=bf16",), marks=pytest.mark.slow),
+    ],
+)
+def test_losses_and_gradients_do_not_depend_on_the_micro_batch_size(
+    make_config: MakeConfig, overrides: tuple[str, ...]
+) -> None:
     whole, *others = curves(make_config, *overrides, sizes=(8, 4, 2, 1) if not overrides else (8, 1))
-    without, = curves(make_config, *overrides, sizes=(8,), model={"config": PLAIN})
+    (without,) = curves(make_config, *overrides, sizes=(8,), model={"config": PLAIN})
     assert abs(whole[0] - without[0]) > 1e-3, "there is dropout"
     for other in others:
         assert other == pytest.approx(whole, rel=2e-2 if "accelerator.precision=bf16" in overrides else 1e-5)
 
 
 def test_adapters_have_dropout_too(make_config: MakeConfig) -> None:
-    """The adapters' second matrices start at zero: their gradients show the masks."""
+    """The second matrices of the adapters start at zero, and their gradients show the masks."""
+
     def run(p: float, *sizes: int) -> list[list[float]]:
-        return curves(make_config, "optimizer.lr=1", sizes=sizes, model={"config": LLAMA, "lora": {"rank": 4, "dropout": p}})
+        return curves(
+            make_config, "optimizer.lr=1", sizes=sizes, model={"config": LLAMA, "lora": {"rank": 4, "dropout": p}}
+        )
 
     whole, cut_up = run(0.2, 8, 1)
     assert cut_up == pytest.approx(whole, rel=1e-5)
@@ -67,7 +88,11 @@ def test_adapters_have_dropout_too(make_config: MakeConfig) -> None:
 def test_reward_models_drop_by_answer(make_config: MakeConfig, tmp_path: Path, shared: str) -> None:
     pairs = [{"prompt": f"say {i}", "chosen": "yes " * (1 + i % 4), "rejected": "no " * (1 + i % 3)} for i in range(16)]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    data = {"train": {"path": str(tmp_path / "pairs.json"), "format": "preference"}, "sequence_length": 96, "cache": str(tmp_path / "cache")}
+    data = {
+        "train": {"path": str(tmp_path / "pairs.json"), "format": "preference"},
+        "sequence_length": 96,
+        "cache": str(tmp_path / "cache"),
+    }
     whole, *others = curves(make_config, f"reward.shared_prompt={shared}", trainer="reward", data=data, sizes=(8, 2, 1))
     for other in others:
         assert other == pytest.approx(whole, rel=1e-5)
@@ -78,59 +103,84 @@ def test_reward_models_drop_by_answer(make_config: MakeConfig, tmp_path: Path, s
 def test_every_backend_and_number_of_workers(make_config: MakeConfig) -> None:
     expected = curve(run_all(1, [cut(make_config, "reference", 8)])[0])
     for world in (1, 2):
-        runs = [cut(make_config, f"{name}-{world}-{size}-{every}", size, *BACKENDS[name], f"accelerator.activation_checkpointing={every}")
-                for name in BACKENDS if name != "single" for size, every in ((1, "none"), (2, "full"))]
+        runs = [
+            cut(
+                make_config,
+                f"{name}-{world}-{size}-{every}",
+                size,
+                *BACKENDS[name],
+                f"accelerator.activation_checkpointing={every}",
+            )
+            for name in BACKENDS
+            if name != "single"
+            for size, every in ((1, "none"), (2, "full"))
+        ]
         for folder in run_all(world, runs):
             assert curve(folder) == pytest.approx(expected, rel=1e-5), folder.name
 
 
 def test_one_and_two_workers(make_config: MakeConfig) -> None:
     expected = curve(run_all(1, [cut(make_config, "one", 8)])[0])
-    for folder in run_all(2, [cut(make_config, "two", 4, "accelerator.name=ddp"), cut(make_config, "four", 1, "accelerator.name=fsdp")]):
+    for folder in run_all(
+        2, [cut(make_config, "two", 4, "accelerator.name=ddp"), cut(make_config, "four", 1, "accelerator.name=fsdp")]
+    ):
         assert curve(folder) == pytest.approx(expected, rel=1e-5), folder.name
 
 
 def test_compiled_dropout_is_refused_before_anything_is_written(make_config: MakeConfig) -> None:
     config = cut(make_config, "compiled", 2, "accelerator.compile=blocks")
-    with pytest.raises(ConfigError, match=r"accelerator.compile=blocks: the model has dropout \(model.transformer.drop.p=0.1\)"):
+    with pytest.raises(
+        ConfigError, match=r"accelerator.compile=blocks: the model has dropout \(model.transformer.drop.p=0.1\)"
+    ):
         run_local(config)
     assert not (Path(config.run.storage) / "compiled").exists()
 
 
-def test_trainers_with_a_reference_say_that_they_use_no_dropout(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`lora.dropout` stayed on in DPO: a difference between policy and reference."""
+def test_trainers_with_a_reference_say_that_they_use_no_dropout(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression test: `lora.dropout` stayed active in DPO, so policy and reference differed."""
     lines: list[str] = []
-    monkeypatch.setattr(worker.log, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(preparation.log, "warning", lambda text, *values: lines.append(text % values))
     model = {"config": {**LLAMA, "attention_dropout": 0.1}, "lora": {"rank": 4, "dropout": 0.2}}
     config = make_config(model=model, trainer="dpo")
     section = model_section(config)
     assert section.lora is not None
     assert (section.lora.dropout, (section.config or {})["attention_dropout"]) == (0.0, 0.0)
-    worker._warn_of_dropout(config)
-    assert lines == ["model.config.attention_dropout=0.1, model.lora.dropout=0.2: not used, trainer dpo trains without dropout: it compares "
-                     "two passes of the model"]
-    worker._warn_of_dropout(make_config(model=model))
+    preparation._warn_of_dropout(config)
+    assert lines == [
+        "model.config.attention_dropout=0.1, model.lora.dropout=0.2: not used, "
+        "trainer dpo trains without dropout: it compares two passes of the model"
+    ]
+    preparation._warn_of_dropout(make_config(model=model))
     assert len(lines) == 1
 
 
-# The mode by itself.
+# Tests of the dispatch mode without a trainer.
 
 ROWS, WIDTH = 5, 7
 X = torch.randn(ROWS, WIDTH, 8, generator=torch.Generator().manual_seed(0))
 
 
 def forward(rows: slice, width: int, seed: int = 3) -> list[Tensor]:
-    """Dropout as models call it, on some rows of X cut to a width."""
+    """Calls dropout as models do, on some rows of X truncated to a width."""
     x = X[rows, :width]
     with RowDropout(seed, torch.arange(ROWS)[rows], width):
         heads = x.view(len(x), width, 2, 4).transpose(1, 2)
         inplace = x.clone()
         nn.Dropout(0.2, inplace=True)(inplace)
-        return [nn.Dropout(0.3)(x), torch.dropout(x, 0.3, True), functional.dropout(x.reshape(-1, 8), 0.3).view(x.shape), inplace,
-                functional.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.4, is_causal=True).transpose(1, 2).flatten(2)]
+        return [
+            nn.Dropout(0.3)(x),
+            torch.dropout(x, 0.3, True),
+            functional.dropout(x.reshape(-1, 8), 0.3).view(x.shape),
+            inplace,
+            functional.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.4, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2),
+        ]
 
 
-def test_each_row_is_dropped_alike_in_every_company() -> None:
+def test_the_masks_of_a_row_do_not_depend_on_other_rows() -> None:
     whole = forward(slice(0, ROWS), WIDTH)
     assert all((a != b).any() for a, b in pairwise(whole)), "each call has masks of its own"
     for rows, width in ((slice(2, 3), WIDTH), (slice(1, 4), WIDTH), (slice(0, ROWS), 4)):
@@ -139,17 +189,29 @@ def test_each_row_is_dropped_alike_in_every_company() -> None:
 
 
 def test_attention_is_torchs_but_for_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With nothing dropped: grouped heads, boolean and additive masks, causal, a scale, and a query that sees nothing."""
+    """Covers grouped heads, boolean and additive masks, causal attention, a scale, and a fully masked query.
+
+    Dropout has a probability of almost zero here, so that nothing is dropped.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 6, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2))
     seen = torch.rand(2, 1, 6, 6, generator=generator) > 0.5
     seen[0, :, 2] = False
-    for options in ({"attn_mask": seen}, {"attn_mask": torch.where(seen | (torch.arange(6) == 0), 0.0, -9.0)}, {"is_causal": True}, {"scale": 0.7}):
+    for options in (
+        {"attn_mask": seen},
+        {"attn_mask": torch.where(seen | (torch.arange(6) == 0), 0.0, -9.0)},
+        {"is_causal": True},
+        {"scale": 0.7},
+    ):
         expected = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)  # type: ignore[arg-type]
         with RowDropout(0, torch.arange(2)):
             found = functional.scaled_dot_product_attention(q, k, v, dropout_p=1e-12, enable_gqa=True, **options)  # type: ignore[arg-type]
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-        for a, b in zip(torch.autograd.grad(found.square().sum(), (q, k, v)), torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(found.square().sum(), (q, k, v)),
+            torch.autograd.grad(expected.square().sum(), (q, k, v)),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -170,7 +232,10 @@ def test_a_recomputation_draws_the_same_masks() -> None:
 
 
 def test_what_cannot_be_drawn_by_row_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors whose rows are not known, other kinds of dropout, and checkpointing by the model itself, whose gradient stays right."""
+    """Covers tensors without known rows, other kinds of dropout, and checkpointing by the model itself.
+
+    The gradient under the model's own checkpointing stays correct.
+    """
     lines: list[str] = []
     monkeypatch.setattr(dropout, "_reported", set())
     monkeypatch.setattr(dropout.log, "warning", lambda text, *values: lines.append(text % values))
@@ -181,41 +246,59 @@ def test_what_cannot_be_drawn_by_row_is_reported_once(monkeypatch: pytest.Monkey
         functional.dropout2d(torch.randn(ROWS, 2, 2, 2))
         inner = checkpoint(lambda x: functional.dropout(x @ weight, 0.5), X, use_reentrant=False)
     kept = (inner != 0).float()
-    torch.testing.assert_close(torch.autograd.grad(inner.sum(), weight)[0], (X.flatten(0, 1).T @ kept.flatten(0, 1)) * 2)
+    torch.testing.assert_close(
+        torch.autograd.grad(inner.sum(), weight)[0], (X.flatten(0, 1).T @ kept.flatten(0, 1)) * 2
+    )
     assert [line.split(":")[0] for line in lines] == [
-        "dropout on a tensor whose rows can't be told apart, of shape (2, 8) in a micro-batch of 5 rows", "dropout by dropout2d",
-        "dropout inside activation checkpointing of the model's own (use accelerator.activation_checkpointing instead)"]
+        "dropout on a tensor whose rows can't be identified, of shape (2, 8) in a micro-batch of 5 rows",
+        "dropout by dropout2d",
+        "dropout inside built-in activation checkpointing (use accelerator.activation_checkpointing instead)",
+    ]
     assert all("depends on batch.micro_size" in line for line in lines)
 
 
 def test_modules_that_call_dropout_inside_torch_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before: nn.MultiheadAttention and nn.LSTM drew for each micro-batch, and nothing said so."""
+    """Regression test: nn.MultiheadAttention and nn.LSTM drew masks per micro-batch without a warning."""
     lines: list[str] = []
     monkeypatch.setattr(dropout, "_reported", set())
     monkeypatch.setattr(dropout.log, "warning", lambda text, *values: lines.append(text % values))
     for p, training in ((0.0, True), (0.1, False), (0.1, True)):
-        modules = [nn.MultiheadAttention(8, 2, dropout=p, batch_first=True), *(kind(8, 8, num_layers=2, dropout=p, batch_first=True)
-                                                                              for kind in (nn.LSTM, nn.GRU, nn.RNN))]
+        modules = [
+            nn.MultiheadAttention(8, 2, dropout=p, batch_first=True),
+            *(kind(8, 8, num_layers=2, dropout=p, batch_first=True) for kind in (nn.LSTM, nn.GRU, nn.RNN)),
+        ]
         with RowDropout(3, torch.arange(ROWS), WIDTH):
             for module in modules:
                 module.train(training)(*[X] * (3 if isinstance(module, nn.MultiheadAttention) else 1))
         assert bool(lines) == (p > 0 and training), lines
     assert [line.split(":")[0] for line in lines] == [
         "dropout inside nn.MultiheadAttention (functional.scaled_dot_product_attention has masks by row)",
-        *(f"dropout between the layers of {name}" for name in ("lstm", "gru", "rnn_tanh"))]
+        *(f"dropout between the layers of {name}" for name in ("lstm", "gru", "rnn_tanh")),
+    ]
 
 
 def test_nothing_is_installed_for_a_model_without_dropout() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     def model(p: float) -> nn.Module:
-        return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8, n_positions=8, resid_pdrop=0.0, embd_pdrop=p, attn_pdrop=0.0))
+        return GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=8,
+                n_layer=1,
+                n_head=1,
+                vocab_size=8,
+                n_positions=8,
+                resid_pdrop=0.0,
+                embd_pdrop=p,
+                attn_pdrop=0.0,
+            )
+        )
 
     assert find_dropout(model(0.0)) is None
     assert not StepDropout(model(0.0), 0).active
     assert find_dropout(model(0.1)) == "transformer.drop.p=0.1"
     assert StepDropout(model(0.1), 0).active
-    assert StepDropout(nn.Linear(2, 2), 0).active, "a model of one's own may call functional.dropout"
+    assert StepDropout(nn.Linear(2, 2), 0).active, "a custom model may call functional.dropout"
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -224,7 +307,10 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_masks_are_random_enough(p: float) -> None:
-    """Means, and correlations between neighbours in every direction, rows, calls and steps, within five standard deviations of none."""
+    """Means and correlations are within five standard deviations of those of independent masks.
+
+    Correlations are taken between neighbours in every direction, rows, calls and steps.
+    """
     shape = (32, 64, 256)
     masks = {key: dropped(key, torch.arange(32), shape, p).float() for key in (1, 2, 2**32 + 1, 2**63 + 5)}
     one = masks[1]
@@ -234,9 +320,14 @@ def test_masks_are_random_enough(p: float) -> None:
         spread = float(one.mean(dims).var()) / (p * (1 - p) / size)
         assert 0.5 < spread < 1.7, "each row, column and feature is dropped as often as chance has it"
     pairs = [(one, other) for key, other in masks.items() if key != 1]
-    pairs += [(one.narrow(dim, 0, one.shape[dim] - lag), one.narrow(dim, lag, one.shape[dim] - lag)) for dim in range(3) for lag in (1, 2, 8)]
+    pairs += [
+        (one.narrow(dim, 0, one.shape[dim] - straggler), one.narrow(dim, straggler, one.shape[dim] - straggler))
+        for dim in range(3)
+        for straggler in (1, 2, 8)
+    ]
     assert max(abs(correlation(a, b)) for a, b in pairs) < 5 / (0.7 * n) ** 0.5
-    # Products of four corners of a rectangle: what a mask that is a sum or a product of a row's and a column's word would fail.
+    # Products of the four corners of a rectangle: a mask that is a sum or product of a row word and a column word
+    # fails this test.
     centred = one - p
     corners = centred[:, :-1, :-1] * centred[:, 1:, :-1] * centred[:, :-1, 1:] * centred[:, 1:, 1:]
     assert abs(float(corners.mean())) < 5 * (p * (1 - p)) ** 2 / corners.numel() ** 0.5

@@ -1,4 +1,4 @@
-"""A step does not depend on how its batch is cut, nor a run on callbacks, restarts or dropout's moment."""
+"""A step does not depend on the micro-batch size; a run does not depend on callbacks, restarts or dropout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from myllm_ray.data.prepare import prepare
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.engine.callbacks import Callback
-from myllm_ray.engine.engine import TrainerEngine
+from myllm_ray.engine.loop import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.models.load import build_model
 from myllm_ray.trainers.sft import SFTTrainer
@@ -25,7 +25,7 @@ from myllm_ray.worker import run_local
 
 
 class Recording(SingleGPUAccelerator):
-    """Keeps the gradients that the optimizer would see."""
+    """Records the gradients that reach the optimizer."""
 
     def optimizer_step(self, gradient_clip: float | None) -> StepResult:
         self.seen = [p.grad.clone() for p in self.module.parameters() if p.grad is not None]
@@ -33,7 +33,8 @@ class Recording(SingleGPUAccelerator):
 
 
 def unequal_batch(stream: LocalStream) -> Batch:
-    """The batch of the first epoch whose rows differ most in how many tokens they train on."""
+    """Returns the batch of the first epoch whose rows differ most in the number of trained tokens."""
+
     def ratio(batch: Batch) -> float:
         counts = torch.cat([(m["labels"] != IGNORE).sum(1) for m in batch.micros])
         return float(counts.max() / counts.min()) if counts.min() else 0.0
@@ -49,15 +50,17 @@ def gradients(make_config: MakeConfig, micro_size: int) -> tuple[float, list[tor
     model = build_model(config.model, byte_tokenizer(), 160, 0)
     accelerator = Recording(config)
     stream = LocalStream(prepared.train, 0, 1)
-    engine = TrainerEngine(SFTTrainer(model), accelerator, OptimizerManager(model, config), config=config, stream=stream)
+    engine = TrainerEngine(
+        SFTTrainer(model), accelerator, OptimizerManager(model, config), config=config, stream=stream
+    )
     engine.setup()
     batch = unequal_batch(stream)
     _, sums = engine.training_step(batch.micros)
     return sums.reduce(accelerator)["loss"], accelerator.seen
 
 
-def test_gradients_do_not_depend_on_the_cut(make_config: MakeConfig) -> None:
-    """global_size 8 as 8×1, 4×2, 2×4 and 1×8 micro-batches."""
+def test_gradients_do_not_depend_on_the_micro_batch_size(make_config: MakeConfig) -> None:
+    """Splits global_size 8 into 8×1, 4×2, 2×4 and 1×8 micro-batches."""
     expected_loss, expected = gradients(make_config, 8)
     assert max(float(g.abs().max()) for g in expected) > 1e-3
     for micro_size in (1, 2, 4):
@@ -68,7 +71,7 @@ def test_gradients_do_not_depend_on_the_cut(make_config: MakeConfig) -> None:
 
 
 def test_the_gradient_is_that_of_the_mean_over_the_global_batch(make_config: MakeConfig) -> None:
-    """Against plain autograd on the whole batch, row by row, divided once."""
+    """Compares with plain autograd on the whole batch, row by row, with one division at the end."""
     config = make_config("data.packing=false")
     prepared = prepare(config)
     model = build_model(config.model, byte_tokenizer(), 160, 0)
@@ -93,9 +96,15 @@ def run(make_config: MakeConfig, name: str, *overrides: str) -> Path:
 
 @pytest.mark.parametrize("accelerator", ["single", "ddp", "fsdp"])
 def test_stopped_in_the_second_epoch_and_resumed_is_bitwise_the_same(make_config: MakeConfig, accelerator: str) -> None:
-    """Stop at step 13 of 30 in the middle of an epoch; the metrics file is that of the run that never stopped."""
-    common = (f"accelerator.name={accelerator}", "run.max_steps=30", "batch.global_size=4", "evaluation.every_steps=10",
-              "data.packing=false", "checkpoint.resume=auto")
+    """Stops at step 13 of 30 within an epoch; the metrics file equals that of an uninterrupted run."""
+    common = (
+        f"accelerator.name={accelerator}",
+        "run.max_steps=30",
+        "batch.global_size=4",
+        "evaluation.every_steps=10",
+        "data.packing=false",
+        "checkpoint.resume=auto",
+    )
     whole = run(make_config, "whole", *common)
 
     class Stop(Callback):
@@ -122,7 +131,7 @@ def test_stopped_in_the_second_epoch_and_resumed_is_bitwise_the_same(make_config
 
 
 def test_steps_trained_again_replace_their_lines(make_config: MakeConfig) -> None:
-    """Killed after step 7, resumed from the checkpoint of step 4: one line a step."""
+    """Kills a run after step 7 and resumes it from the checkpoint of step 4: the metrics have one line per step."""
     common = ("run.max_steps=9", "checkpoint.every_steps=4", "checkpoint.resume=auto")
     whole = run(make_config, "whole", *common)
 
@@ -152,10 +161,12 @@ def test_steps_trained_again_replace_their_lines(make_config: MakeConfig) -> Non
 
 @pytest.mark.parametrize("at", [2, 3, 4])
 def test_epoch_boundaries_are_neither_skipped_nor_repeated(make_config: MakeConfig, at: int) -> None:
-    """Stopped on the last step but one of an epoch, on its last, on the first of the next: nothing is lost or repeated."""
+    """Stops on the second-to-last and last step of an epoch and on the first step of the next one."""
     common = ("run.max_steps=9", "checkpoint.every_steps=1", "checkpoint.keep_last=null", "checkpoint.resume=auto")
     whole = run(make_config, "whole", *common)
-    assert [r["step"] for r in ledger(whole) if r["row"] == 0][:2] == [1, 5] or [r["epoch"] for r in ledger(whole)][-1] > 0
+    assert [r["step"] for r in ledger(whole) if r["row"] == 0][:2] == [1, 5] or [r["epoch"] for r in ledger(whole)][
+        -1
+    ] > 0
     cut = run(make_config, "cut", *common)
     for checkpoint in sorted((cut / "checkpoints").iterdir()):
         if int(checkpoint.name[5:]) > at:
@@ -188,14 +199,22 @@ def test_dropout_does_not_depend_on_restarts(make_config: MakeConfig) -> None:
     folders = []
     for name, steps in (("whole", (6,)), ("cut", (3, 6))):
         for number in steps:
-            config = make_config(f"run.name={name}", f"run.max_steps={number}", "checkpoint.resume=auto",
-                                 "scheduler.decay_steps=6", "evaluation.at_end=false", **common)
+            config = make_config(
+                f"run.name={name}",
+                f"run.max_steps={number}",
+                "checkpoint.resume=auto",
+                "scheduler.decay_steps=6",
+                "evaluation.at_end=false",
+                **common,
+            )
             folders.append(Path(run_local(config)["folder"]))
     assert comparable(folders[-1]) == comparable(folders[0])
 
 
 def test_non_finite_loss_stops_with_step_and_place(make_config: MakeConfig) -> None:
-    config = make_config("optimizer.lr=1e30", "checkpoint.every_steps=1", "gradient_clip=null", "scheduler.warmup_steps=0")
+    config = make_config(
+        "optimizer.lr=1e30", "checkpoint.every_steps=1", "gradient_clip=null", "scheduler.warmup_steps=0"
+    )
     with pytest.raises(TrainingError, match=r"step \d: the gradient is not finite .*epoch 0, row \d+") as caught:
         run_local(config)
     assert isinstance(caught.value, UserError)
@@ -205,9 +224,16 @@ def test_non_finite_loss_stops_with_step_and_place(make_config: MakeConfig) -> N
 
 
 def test_early_stopping_and_the_best_checkpoint(make_config: MakeConfig) -> None:
-    config = make_config("run.max_steps=40", "evaluation.every_steps=2", "checkpoint.every_steps=2", "checkpoint.keep_last=1",
-                         "checkpoint.keep_best=validation_loss", "optimizer.lr=0.05", "run.seed=1",
-                         callbacks=["jsonl", {"early_stopping": {"patience": 2}}])
+    config = make_config(
+        "run.max_steps=40",
+        "evaluation.every_steps=2",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=1",
+        "checkpoint.keep_best=validation_loss",
+        "optimizer.lr=0.05",
+        "run.seed=1",
+        callbacks=["jsonl", {"early_stopping": {"patience": 2}}],
+    )
     summary = run_local(config)
     rows = [r for r in comparable(summary["folder"]) if "validation_loss" in r]
     assert summary["step"] < 40

@@ -1,4 +1,4 @@
-"""LoRA: what is trained, where it begins, what is exported, and the base as the reference of DPO."""
+"""LoRA: trained parameters, initial values, export, and the base model as the reference of DPO."""
 
 from __future__ import annotations
 
@@ -12,21 +12,30 @@ from transformers import AutoModelForCausalLM
 
 from myllm_ray.common.modules import adapters_off
 from myllm_ray.config import ConfigError
-from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.sections import ModelSection
 from myllm_ray.data.tokenizer import byte_tokenizer
-from myllm_ray.engine.checkpoint import read_tensors
+from myllm_ray.engine.checkpointing.manager import read_tensors
 from myllm_ray.models.export import save_pretrained
 from myllm_ray.models.load import build_model
-from myllm_ray.worker import open_run
+from myllm_ray.trained_model import open_run
 
 LORA = "model.lora={rank: 4, alpha: 8}"
-DPO = ("trainer=dpo", "dpo={beta: 0.5, reference: adapter_off}", "data.train={source: brackets, format: preference}", "data.validation=null",
-       "data.sequence_length=32", "optimizer.lr=1e-2", "run.max_steps=5")
+DPO = (
+    "trainer=dpo",
+    "dpo={beta: 0.5, reference: adapter_off}",
+    "data.train={source: brackets, format: preference}",
+    "data.validation=null",
+    "data.sequence_length=32",
+    "optimizer.lr=1e-2",
+    "run.max_steps=5",
+)
 
 
 def test_adapters_change_nothing_at_first() -> None:
     plain = build_model(ModelSection(config=dict(LLAMA)), byte_tokenizer(), 64, 3)
-    adapted = build_model(ModelSection.model_validate({"config": dict(LLAMA), "lora": {"rank": 4}}), byte_tokenizer(), 64, 3)
+    adapted = build_model(
+        ModelSection.model_validate({"config": dict(LLAMA), "lora": {"rank": 4}}), byte_tokenizer(), 64, 3
+    )
     ids = torch.arange(20).view(2, 10)
     assert torch.equal(adapted(input_ids=ids, labels=ids).nll, plain(input_ids=ids, labels=ids).nll)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
@@ -43,21 +52,30 @@ def test_adapters_change_nothing_at_first() -> None:
 
 
 def test_the_base_is_the_reference(make_config: MakeConfig) -> None:
-    """The same run as with a frozen copy; on DDP and FSDP too. The base stays as it was."""
-    with_copy, switched = run_all(1, [make_config("run.name=copy", LORA, *DPO, "dpo.reference=copy"), make_config("run.name=switched", LORA, *DPO)])
+    """The run equals one with a frozen copy as reference, also on DDP and FSDP; the base stays unchanged."""
+    with_copy, switched = run_all(
+        1,
+        [make_config("run.name=copy", LORA, *DPO, "dpo.reference=copy"), make_config("run.name=switched", LORA, *DPO)],
+    )
     assert comparable(switched) == comparable(with_copy)
     assert comparable(switched)[-1]["loss"] < comparable(switched)[0]["loss"]
     found = read_tensors(switched / "checkpoints" / "step-00000005")
-    initial = dict(build_model(ModelSection.model_validate({"config": dict(LLAMA), "lora": {"rank": 4}}), byte_tokenizer(), 64, 0).named_parameters())
+    initial = dict(
+        build_model(
+            ModelSection.model_validate({"config": dict(LLAMA), "lora": {"rank": 4}}), byte_tokenizer(), 64, 0
+        ).named_parameters()
+    )
     for name, value in initial.items():
         assert torch.equal(found[f"model.{name}"], value) == (not value.requires_grad), name
-    for folder in run_all(2, [make_config(f"run.name={name}", LORA, *DPO, *BACKENDS[name]) for name in ("ddp", "fsdp")]):
+    for folder in run_all(
+        2, [make_config(f"run.name={name}", LORA, *DPO, *BACKENDS[name]) for name in ("ddp", "fsdp")]
+    ):
         for row, other in zip(comparable(folder), comparable(switched), strict=True):
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-4), folder.name
 
 
 def test_export_merges(make_config: MakeConfig, tmp_path: Path) -> None:
-    folder, = run_all(1, [make_config("run.name=lora", LORA, "run.max_steps=3", "optimizer.lr=1e-2")])
+    (folder,) = run_all(1, [make_config("run.name=lora", LORA, "run.max_steps=3", "optimizer.lr=1e-2")])
     model, tokenizer = open_run(folder)
     ids = torch.arange(20).view(2, 10)
     model.eval()

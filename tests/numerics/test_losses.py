@@ -1,4 +1,4 @@
-"""The losses against slow references."""
+"""The losses, compared with slow reference implementations."""
 
 from __future__ import annotations
 
@@ -17,15 +17,24 @@ from myllm_ray.trainers.causal_lm import token_losses
 from myllm_ray.trainers.sft import SFTTrainer
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 2}, "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
-    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}, "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
+    "llama": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8},
+    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
 
 
 def tiny(model_type: str, vocab: int = 50) -> CausalLM:
     torch.manual_seed(0)
-    common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": vocab, "pad_token_id": None,
-              "bos_token_id": None, "eos_token_id": None}
+    common = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": vocab,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     if model_type != "gpt2":
         common["intermediate_size"] = 64
     config = AutoConfig.for_model(model_type, **common, **SHAPES[model_type])
@@ -33,7 +42,7 @@ def tiny(model_type: str, vocab: int = 50) -> CausalLM:
 
 
 def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """-Σ log softmax(W h_t)[x_t], token by token, as the definition has it."""
+    """Returns -Σ log softmax(W h_t)[x_t], computed token by token from the definition."""
     total = torch.zeros((), dtype=hidden.dtype)
     for b in range(hidden.shape[0]):
         for s in range(hidden.shape[1]):
@@ -71,7 +80,7 @@ def test_fused_head_without_targets_has_zero_gradients() -> None:
 
 
 def test_positions_without_loss_have_no_influence() -> None:
-    """NaN planted in hidden states that carry no target changes nothing."""
+    """NaN in the hidden states of positions without a target changes nothing."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(1, 4, 3), torch.randn(5, 3, requires_grad=True)
     targets = torch.tensor([[2, IGNORE, 4, IGNORE]])
@@ -123,18 +132,29 @@ def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
 
 
 def test_a_model_with_changed_logits_is_not_fused() -> None:
-    config = AutoConfig.for_model("gemma2", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=16, vocab_size=50,
-                                  num_key_value_heads=2, intermediate_size=32, final_logit_softcapping=5.0, pad_token_id=None)
+    config = AutoConfig.for_model(
+        "gemma2",
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=16,
+        vocab_size=50,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        final_logit_softcapping=5.0,
+        pad_token_id=None,
+    )
     model = CausalLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
     assert not model.fused
     ids = torch.randint(0, 50, (1, 6))
-    plain = torch.nn.functional.cross_entropy(model.model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:],
-                                              reduction="sum")
+    plain = torch.nn.functional.cross_entropy(
+        model.model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:], reduction="sum"
+    )
     torch.testing.assert_close(model(ids, ids, torch.arange(6)[None]).nll_sum, plain, atol=1e-4, rtol=1e-5)
 
 
 def test_metrics_by_hand() -> None:
-    """Two sources, known probabilities: loss per source, accuracy, bits per byte and perplexity."""
+    """Two sources with known probabilities: loss per source, accuracy, bits per byte and perplexity."""
 
     class Fixed(torch.nn.Module):
         def forward(self, input_ids: Tensor) -> Tensor:
@@ -142,17 +162,22 @@ def test_metrics_by_hand() -> None:
             return logits + 0 * input_ids[..., None]
 
     trainer = SFTTrainer(Fixed(), bytes_per_token=[1, 2, 4], sources=["a", "b"])
-    micro = {"input_ids": torch.tensor([[0, 0, 1, 2]]), "labels": torch.tensor([[0, 0, 1, 2]]),
-             "source_ids": torch.tensor([[0, 0, 1, 1]])}
+    micro = {
+        "input_ids": torch.tensor([[0, 0, 1, 2]]),
+        "labels": torch.tensor([[0, 0, 1, 2]]),
+        "source_ids": torch.tensor([[0, 0, 1, 1]]),
+    }
     output = trainer.train_step(micro)
     values = {name: float(total) / float(weight) for name, (total, weight) in output.metrics.items()}
     assert float(output.loss_sum) == pytest.approx(math.log(2) + 2 * math.log(4))
     assert float(trainer.batch_weight(micro)) == 3
-    assert values["loss/a"] == pytest.approx(1.5 * math.log(2))  # the targets of source a's two positions: tokens 0 and 1
+    assert values["loss/a"] == pytest.approx(
+        1.5 * math.log(2)
+    )  # the targets of source a's two positions: tokens 0 and 1
     assert values["loss/b"] == pytest.approx(math.log(4))
     assert values["token_accuracy"] == pytest.approx(1 / 3)
     assert values["bits_per_byte"] == pytest.approx(5 / 7)
-    assert trainer.derive({"loss": math.log(2)})["perplexity"] == pytest.approx(2)
+    assert trainer.derived_metrics({"loss": math.log(2)})["perplexity"] == pytest.approx(2)
 
 
 def test_a_plain_module_is_called_with_what_it_takes() -> None:
@@ -160,5 +185,9 @@ def test_a_plain_module_is_called_with_what_it_takes() -> None:
         def forward(self, input_ids: Tensor) -> Tensor:
             return torch.zeros(*input_ids.shape, 4)
 
-    micro = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[1, 2]]), "position_ids": torch.tensor([[0, 1]])}
+    micro = {
+        "input_ids": torch.tensor([[1, 2]]),
+        "labels": torch.tensor([[1, 2]]),
+        "position_ids": torch.tensor([[0, 1]]),
+    }
     assert float(token_losses(OnlyIds(), micro).nll_sum) == pytest.approx(math.log(4))

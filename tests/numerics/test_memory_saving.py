@@ -1,4 +1,4 @@
-"""Activation checkpointing, compilation and models built shard by shard: the same numbers with less memory."""
+"""Activation checkpointing, compilation and models built shard by shard: equal results with less memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,20 @@ from myllm_ray.accelerators.memory import save_memory
 from myllm_ray.common.materialize import source_of
 from myllm_ray.config import ConfigError
 from myllm_ray.config.resolve import resolve
-from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.sections import AcceleratorSection, ModelSection
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.models.load import build_deferred, build_model
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 2, "resid_pdrop": 0.3}
-FEW = ("run.max_steps=4", "data.validation=null", "batch.micro_size=1", "checkpoint.at_end=false", "data.sequence_length=96")
+FEW = (
+    "run.max_steps=4",
+    "data.validation=null",
+    "batch.micro_size=1",
+    "checkpoint.at_end=false",
+    "data.sequence_length=96",
+)
 
 
 def losses(folder: Path) -> list[float]:
@@ -35,8 +41,10 @@ def losses(folder: Path) -> list[float]:
 
 def test_activation_checkpointing_changes_no_bit(make_config: MakeConfig) -> None:
     """With dropout: the second computation draws the same random numbers."""
-    runs = [make_config(f"run.name=every-{n}", f"accelerator.activation_checkpointing={n}", *FEW, model={"config": GPT2})
-            for n in ("none", "full", 2)]
+    runs = [
+        make_config(f"run.name=every-{n}", f"accelerator.activation_checkpointing={n}", *FEW, model={"config": GPT2})
+        for n in ("none", "full", 2)
+    ]
     none, full, second = run_all(1, runs)
     assert comparable(full) == comparable(none)
     assert comparable(second) == comparable(none)
@@ -48,7 +56,7 @@ def test_activation_checkpointing_keeps_less(make_config: MakeConfig) -> None:
     for what in ("none", 2, "full"):
         model = build_model(ModelSection(config=GPT2), byte_tokenizer(), 64, 0)
         names = [n for n, _ in model.named_parameters()]
-        save_memory(model, {"activation_checkpointing": what})
+        save_memory(model, AcceleratorSection(activation_checkpointing=what))
         assert [n for n, _ in model.named_parameters()] == names
         sizes: list[int] = []
 
@@ -65,39 +73,55 @@ def test_activation_checkpointing_keeps_less(make_config: MakeConfig) -> None:
 
 @pytest.mark.promise
 def test_activation_checkpointing_on_every_backend(make_config: MakeConfig) -> None:
-    plain, = run_all(1, [make_config("run.name=plain", *FEW)])
-    runs = [make_config(f"run.name={n}", *BACKENDS[n], "accelerator.activation_checkpointing=full", *FEW) for n in SHARED]
+    (plain,) = run_all(1, [make_config("run.name=plain", *FEW)])
+    runs = [
+        make_config(f"run.name={n}", *BACKENDS[n], "accelerator.activation_checkpointing=full", *FEW) for n in SHARED
+    ]
     for folder in run_all(2, runs):
         assert losses(folder) == pytest.approx(losses(plain), rel=1e-5), folder.name
 
 
-def test_a_model_without_blocks_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"accelerator.activation_checkpointing: Linear has no blocks that repeat"):
-        save_memory(torch.nn.Linear(2, 2), {"activation_checkpointing": "full"})
+def test_a_model_without_blocks_is_reported() -> None:
+    with pytest.raises(ConfigError, match=r"accelerator.activation_checkpointing: Linear has no repeated blocks"):
+        save_memory(torch.nn.Linear(2, 2), AcceleratorSection(activation_checkpointing="full"))
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")  # torch, compiling
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # torch, compiling
 @pytest.mark.parametrize("what", ["blocks", "model"])
 def test_compiled_is_the_same_run(make_config: MakeConfig, what: str) -> None:
-    plain, = run_all(1, [make_config("run.name=plain", *FEW)])
+    (plain,) = run_all(1, [make_config("run.name=plain", *FEW)])
     for name in ("single", "ddp", "fsdp", "deepspeed-2", "deepspeed-3"):
-        folder, = run_all(1, [make_config(f"run.name={name}", *BACKENDS[name], f"accelerator.compile={what}", *FEW)])
+        (folder,) = run_all(1, [make_config(f"run.name={name}", *BACKENDS[name], f"accelerator.compile={what}", *FEW)])
         assert losses(folder) == pytest.approx(losses(plain), rel=1e-5), name
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"pad_token_id": 3}, "qwen3": {}, "gemma3_text": {"head_dim": 8}, "mixtral": {"num_local_experts": 2}}
+    "llama": {"pad_token_id": 3},
+    "qwen3": {},
+    "gemma3_text": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 2},
+}
 
 
 @pytest.mark.parametrize("name", [*MODELS, "gpt2", "mamba"])
 def test_weights_made_one_by_one_are_initialised_as_transformers_would(name: str) -> None:
-    """The distribution of each tensor is that of transformers' own initialisation; buffers are equal."""
+    """The distribution of each tensor equals that of transformers' initialisation; buffers are equal."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = {"model_type": name, **(GPT2 if name == "gpt2" else {"hidden_size": 64, "num_hidden_layers": 2}
-                                     if name == "mamba" else {**sizes, **MODELS[name]})}
+    config = {
+        "model_type": name,
+        **(
+            GPT2
+            if name == "gpt2"
+            else {"hidden_size": 64, "num_hidden_layers": 2}
+            if name == "mamba"
+            else {**sizes, **MODELS[name]}
+        ),
+    }
     attention: Any = "eager" if name == "mamba" else "sdpa"
     model = build_model(ModelSection(config=config, attention=attention), byte_tokenizer(), 64, 0)
     torch.manual_seed(0)
@@ -127,9 +151,21 @@ def test_random_weights_are_a_function_of_seed_and_name() -> None:
 
 
 def test_weights_are_read_tensor_by_tensor(tmp_path: Path) -> None:
-    """A folder of several safetensors files; and one under other names (GPT-2's base model), read as a whole."""
-    for config, streamed in (({"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                               "intermediate_size": 48, "num_key_value_heads": 2}, True), (GPT2, False)):
+    """Reads a folder of several safetensors files, and one with other tensor names (GPT-2's base model) as a whole."""
+    for config, streamed in (
+        (
+            {
+                "model_type": "llama",
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 48,
+                "num_key_value_heads": 2,
+            },
+            True,
+        ),
+        (GPT2, False),
+    ):
         made = build_model(ModelSection(config=config), byte_tokenizer(), 64, 5)
         folder = tmp_path / str(config["model_type"])
         (made.model if streamed else made.model.base_model).save_pretrained(folder, max_shard_size="20KB")
@@ -137,17 +173,26 @@ def test_weights_are_read_tensor_by_tensor(tmp_path: Path) -> None:
         assert (source_of(build_deferred(section, byte_tokenizer(), 64, 0)) is not None) == streamed
         read = build_model(section, byte_tokenizer(), 64, 0)
         for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
-            assert torch.equal(read.get_parameter(name) if "inv_freq" not in name else read.get_buffer(name), tensor), name
+            assert torch.equal(read.get_parameter(name) if "inv_freq" not in name else read.get_buffer(name), tensor), (
+                name
+            )
 
 
 M_MMAP_THRESHOLD = -3  # malloc.h
-WIDE = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 8}
+WIDE = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+}
 
 
 def limited(rank: int, world: int, store: str, section: dict[str, Any], out: str) -> None:
-    """Build a model of 255 MB with room for less than that beside what the process holds already."""
+    """Builds a model of 255 MB under a limit of 0.75 times its size above the memory that the process holds."""
     torch.set_num_threads(1)
-    # Large tensors go back to the system when they are freed: what glibc's heap keeps depends on what the process did before.
+    # Large tensors return to the system when they are freed. Otherwise what glibc's heap keeps depends on what the
+    # process did before.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -156,9 +201,13 @@ def limited(rank: int, world: int, store: str, section: dict[str, Any], out: str
     accelerator.setup()
     model = build_deferred(ModelSection(config=WIDE), byte_tokenizer(), 64, 0)
     size = sum(p.numel() * 4 for p in model.parameters())
-    held = next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    held = next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmData")
+    )
     resource.setrlimit(resource.RLIMIT_DATA, (held + int(0.75 * size), resource.RLIM_INFINITY))
-    if hasattr(accelerator, "deepspeed"):  # the limit is for building the model; ZeRO's optimizer buffers come on top
+    if hasattr(accelerator, "deepspeed"):  # the limit is for building the model; ZeRO's optimizer buffers are extra
         initialize = accelerator.deepspeed.initialize
 
         def unlimited(**arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Sampling: the cache changes nothing, answers depend on their seeds alone, and what was drawn has the model's distribution."""
+"""Sampling: independent of the cache, a function of the seeds, and distributed as the model says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.generate import HFSampler
 from myllm_ray.ops.rollouts import answer_tokens, training_rows
-from myllm_ray.trainers.preference import score_tokens
+from myllm_ray.trainers.scoring import score_tokens
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [2, 3]]
 
@@ -32,7 +32,7 @@ def sampler(end: int = 1, **settings: object) -> HFSampler:
 
 
 def slowly(model: CausalLM, prompt: list[int], draws: list[float], end: int, temperature: float) -> list[int]:
-    """Token by token, without a cache, without a batch."""
+    """Samples token by token, without a cache and without a batch."""
     tokens: list[int] = []
     for draw in draws:
         logits = model.model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1]
@@ -53,7 +53,9 @@ def test_the_cache_and_the_batch_change_nothing(kind: str) -> None:
     ids, mask = padded(PROMPTS)
     seeds = list(range(100, 112))
     first = sampler(temperature=0.9)(model, ids, mask, 3, seeds)
-    end = next(int(t) for t in first.tokens[0, 3:] if 0 < (first.tokens == t).any(1).sum() < len(seeds))  # some will end by it
+    end = next(
+        int(t) for t in first.tokens[0, 3:] if 0 < (first.tokens == t).any(1).sum() < len(seeds)
+    )  # some answers end with it
     found = sampler(end, temperature=0.9)(model, ids, mask, 3, seeds)
     for i, seed in enumerate(seeds):
         draws = np.random.Generator(np.random.PCG64(seed)).random(12).tolist()
@@ -62,7 +64,7 @@ def test_the_cache_and_the_batch_change_nothing(kind: str) -> None:
         assert bool(found.ended[i]) == (wanted[-1] == end)
     assert found.ended.any()
     assert not found.ended.all()
-    # Scored by the training forward pass, they have the probabilities that they were drawn with.
+    # The training forward pass gives the answers the probabilities with which they were drawn.
     rows = training_rows(ids, mask, found)
     places = answer_tokens(rows)
     scores = score_tokens(model, rows, places.predictors, places.targets, 0.9)
@@ -82,7 +84,7 @@ def test_an_answer_depends_on_its_seed_alone() -> None:
 
 
 def test_tokens_are_drawn_by_their_probabilities() -> None:
-    """A chi-square test on the first token of 4000 answers."""
+    """Applies a chi-square test to the first token of 4000 answers."""
     model = tiny(2).eval()
     ids, mask = padded([[3, 4, 5]])
     found = sampler(max_new_tokens=1, temperature=1.3)(model, ids, mask, 4000, list(range(4000)))
@@ -98,8 +100,11 @@ def test_top_k_top_p_and_min_p() -> None:
     ids, mask = padded([[3, 4, 5]])
     p = torch.softmax(model.model(input_ids=ids).logits[0, -1].detach(), -1)
     ordered, order = p.sort(descending=True)
-    allowed = {"top_k": set(order[:3].tolist()), "min_p": set((p >= 0.3 * p.max()).nonzero().flatten().tolist()),
-               "top_p": set(order[: int((ordered.cumsum(0) < 0.6).sum()) + 1].tolist())}
+    allowed = {
+        "top_k": set(order[:3].tolist()),
+        "min_p": set((p >= 0.3 * p.max()).nonzero().flatten().tolist()),
+        "top_p": set(order[: int((ordered.cumsum(0) < 0.6).sum()) + 1].tolist()),
+    }
     for name, value in (("top_k", 3), ("min_p", 0.3), ("top_p", 0.6)):
         found = sampler(max_new_tokens=1, **{name: value})(model, ids, mask, 300, list(range(300)))
         assert set(found.tokens[:, 0].tolist()) <= allowed[name], name
@@ -113,7 +118,7 @@ def test_stop_texts_end_an_answer() -> None:
 
     config = AutoConfig.for_model("gpt2", **{**CONFIG, "vocab_size": len(tokenizer)})
     model = CausalLM(AutoModelForCausalLM.from_config(config)).eval()
-    with torch.no_grad():  # whatever came before, a and b are the likely tokens
+    with torch.no_grad():  # a and b are the likely tokens after any prefix
         model.model.transformer.ln_f.weight.zero_()
         model.model.transformer.ln_f.bias.fill_(1.0)
         model.model.lm_head.weight.zero_()

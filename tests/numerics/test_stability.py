@@ -1,4 +1,7 @@
-"""Poisoned batches: noticed before a weight changes, skipped or gone back over, the same on every backend, and repeatable."""
+"""Poisoned batches are detected before a weight changes, and then skipped or rewinding.
+
+The result is equal on every backend and repeatable.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,32 @@ from myllm_ray.common.types import Position
 from myllm_ray.config import TrainerConfig, TrainingError
 from myllm_ray.data.prepare import prepare
 from myllm_ray.data.stream import LocalStream
-from myllm_ray.engine.checkpoint import CheckpointManager, read_tensors
+from myllm_ray.engine.checkpointing.manager import CheckpointManager, read_tensors
 from myllm_ray.engine.stability import SpikeDetector
-from myllm_ray.worker import absolute
+from myllm_ray.preparation import absolute
 
 BAD = 7
 COMMON = ("run.max_steps=10", "evaluation.at_end=false", "checkpoint.every_steps=4", "stability.min_history=3")
 
 
 def marks_of_step(config: TrainerConfig, step: int) -> list[int]:
-    """What the helper trainer knows the micro-batches of a step by."""
+    """Returns the hashes by which the helper trainer identifies the micro-batches of a step."""
     *_, batch = LocalStream(prepare(absolute(config)).train).batches(Position(), step)
-    return [hash(tuple(micro["input_ids"].flatten().tolist())) for micro in batch.micros
-            if (micro["labels"] >= 0).any()]
+    return [
+        hash(tuple(micro["input_ids"].flatten().tolist())) for micro in batch.micros if (micro["labels"] >= 0).any()
+    ]
 
 
 def poisoned(make_config: MakeConfig, name: str, policy: str, factor: float, *more: str) -> TrainerConfig:
     marks = marks_of_step(make_config(*COMMON), BAD)
-    return make_config(*COMMON, f"run.name={name}", f"stability.on_spike={policy}", *more, trainer="helpers:Poisoned",
-                       options={"marks": marks, "factor": str(factor)})
+    return make_config(
+        *COMMON,
+        f"run.name={name}",
+        f"stability.on_spike={policy}",
+        *more,
+        trainer="helpers:Poisoned",
+        options={"marks": marks, "factor": str(factor)},
+    )
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -58,22 +68,25 @@ def without_records(folder: str | Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("factor", [math.nan, 1e5], ids=["nan", "spike"])
 def test_skip_and_rewind_leave_out_one_step_and_nothing_else(make_config: MakeConfig, factor: float) -> None:
-    clean = train(make_config(*COMMON, "run.name=clean", trainer="helpers:Poisoned", options={"marks": [], "factor": "1"})).folder
+    clean = train(
+        make_config(*COMMON, "run.name=clean", trainer="helpers:Poisoned", options={"marks": [], "factor": "1"})
+    ).folder
     skipped = train(poisoned(make_config, "skipped", "skip", factor)).folder
-    rewound = train(poisoned(make_config, "rewound", "rewind", factor)).folder
-    for folder in (skipped, rewound):
+    rewinding = train(poisoned(make_config, "rewinding", "rewind", factor)).folder
+    for folder in (skipped, rewinding):
         assert left_out(folder) == [BAD]
-        assert [r["action"] for r in read_jsonl(Path(folder) / "interventions.jsonl")] == [Path(folder).name.replace(
-            "skipped", "skip").replace("rewound", "rewind")]
+        assert [r["action"] for r in read_jsonl(Path(folder) / "interventions.jsonl")] == [
+            Path(folder).name.replace("skipped", "skip").replace("rewinding", "rewind")
+        ]
         assert without_records(folder)[: BAD - 1] == without_records(clean)[: BAD - 1]
         strip = [{k: v for k, v in row.items() if k != "left_out"} for row in ledger(folder)]
         assert strip == ledger(clean), "the same batches in every step"
-    assert same(skipped, rewound)
+    assert same(skipped, rewinding)
     assert not same(skipped, clean)
-    assert without_records(skipped)[BAD:] == without_records(rewound)[BAD:]
+    assert without_records(skipped)[BAD:] == without_records(rewinding)[BAD:]
     again = train(poisoned(make_config, "again", "rewind", factor)).folder
-    assert comparable(again) == comparable(rewound)
-    assert ledger(again) == ledger(rewound)
+    assert comparable(again) == comparable(rewinding)
+    assert ledger(again) == ledger(rewinding)
 
 
 @pytest.mark.parametrize("stop", [5, 8])
@@ -100,14 +113,17 @@ def test_stop_and_too_many_interventions(make_config: MakeConfig) -> None:
     bad_from_7_on = [s for step in range(7, 11) for s in marks_of_step(make_config(*COMMON), step)]
     config = poisoned(make_config, "many", "skip", math.nan, "stability.max_interventions=2")
     config.options = {"marks": bad_from_7_on, "factor": "nan"}
-    with pytest.raises(TrainingError, match=r"step 9: .* 2 steps were left out before it \(stability.max_interventions\)"):
+    with pytest.raises(TrainingError, match=r"step 9: .* 2 steps were already skipped \(stability.max_interventions\)"):
         train(config)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("backends", [pytest.param(["fsdp", "deepspeed-2"], id="two"), pytest.param(SHARED, id="all", marks=pytest.mark.promise)])
+@pytest.mark.parametrize(
+    "backends",
+    [pytest.param(["fsdp", "deepspeed-2"], id="two"), pytest.param(SHARED, id="all", marks=pytest.mark.promise)],
+)
 def test_every_backend_leaves_out_the_same_step(make_config: MakeConfig, backends: list[str]) -> None:
-    """Where the norm is known inside the backend's own step (ZeRO) too."""
+    """Includes backends that compute the gradient norm inside their step (ZeRO)."""
     cases = {"skip-nan": ("skip", math.nan), "skip-spike": ("skip", 1e5), "rewind-spike": ("rewind", 1e5)}
 
     def configs(backend: str, options: list[str]) -> list[TrainerConfig]:
@@ -127,7 +143,7 @@ def test_every_backend_leaves_out_the_same_step(make_config: MakeConfig, backend
 
 
 def test_the_detector_by_hand() -> None:
-    """Mean 2, deviation sqrt(2/3): 2 + 3 deviations is 4.449."""
+    """The mean is 2 and the deviation sqrt(2/3), so the limit, 2 + 3 deviations, is 4.449."""
     detector = SpikeDetector(zscore=3.0, history=3, min_history=3)
     for loss in (1.0, 2.0, 3.0):
         assert detector.judge(loss, 1.0) is None
@@ -136,4 +152,4 @@ def test_the_detector_by_hand() -> None:
     other = SpikeDetector(zscore=3.0, history=3, min_history=3)
     other.load_state_dict(detector.state_dict())
     assert other.judge(4.44, 1.0) is None, "bad steps are not among those it judges by"
-    assert "gradient norm" in str(other.judge(3.0, 1.5)), "the floor of a constant: 1 % of its mean"
+    assert "gradient norm" in str(other.judge(3.0, 1.5)), "the smallest deviation of a constant: 1 % of its mean"

@@ -1,4 +1,4 @@
-"""`myllm-ray verify`: certifies what is right, and names the kind of each planted fault."""
+"""`myllm-ray verify` certifies correct configs, and names the kind of each planted fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import ROOT, MakeConfig
 from myllm_ray.cli import main
 from myllm_ray.common.types import Batch, Isolation
 from myllm_ray.config import ConfigError
-from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.sections import ModelSection
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.models.shrink import small_model
 from myllm_ray.verify.certificate import verify
@@ -24,7 +24,7 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "resid_pd
 
 @pytest.fixture(autouse=True)
 def fast_start(request: pytest.FixtureRequest) -> None:
-    """But in the first test: that one starts processes as `verify` does."""
+    """Uses the fork server in all tests but the first, which starts processes as `verify` does."""
     if "sound" not in request.node.name:
         request.getfixturevalue("fork_server")
 
@@ -37,8 +37,9 @@ def found_kinds(config: Any, workers: int = 1, backends: tuple[str, ...] = ("own
 
 
 def test_a_sound_config_is_certified(make_config: MakeConfig) -> None:
-    certificate = verify(make_config("run.max_steps=1000", "scheduler.warmup_steps=100"), steps=3,
-                         backends=("single", "deepspeed-1"))
+    certificate = verify(
+        make_config("run.max_steps=1000", "scheduler.warmup_steps=100"), steps=3, backends=("single", "deepspeed-1")
+    )
     assert certificate.holds, certificate.findings
     assert len(certificate.rows) == 2 + 3
     assert all(0 <= apart["loss"] < 1e-5 for _, apart in certificate.rows)
@@ -48,7 +49,9 @@ def test_a_sound_config_is_certified(make_config: MakeConfig) -> None:
 
 
 def test_dropout_and_half_precision_are_certified_too(make_config: MakeConfig) -> None:
-    certificate = verify(make_config("accelerator.precision=bf16", model={"config": GPT2}), steps=3, backends=("ddp",), workers=1)
+    certificate = verify(
+        make_config("accelerator.precision=bf16", model={"config": GPT2}), steps=3, backends=("ddp",), workers=1
+    )
     assert certificate.holds, certificate.findings
     assert any("bf16" in variant.backend for variant, _ in certificate.rows)
     assert any("model.config.resid_pdrop=0.0" in variant.changes for variant, _ in certificate.rows)
@@ -78,9 +81,15 @@ def test_a_mean_over_ranks_is_normalisation(make_config: MakeConfig) -> None:
     assert kinds == [("normalisation", 1), ("normalisation", 1)]
 
 
-@pytest.mark.parametrize(("fault", "kind", "step"), [
-    ("SteppedTwice", "schedule stepped twice", 3), ("LowPrecision", "precision", 1), ("Unclipped", "clipping", 1),
-    ("NoDropout", "dropout", 1)])
+@pytest.mark.parametrize(
+    ("fault", "kind", "step"),
+    [
+        ("SteppedTwice", "schedule stepped twice", 3),
+        ("LowPrecision", "precision", 1),
+        ("Unclipped", "clipping", 1),
+        ("NoDropout", "dropout", 1),
+    ],
+)
 def test_a_planted_fault_is_named(make_config: MakeConfig, fault: str, kind: str, step: int) -> None:
     overrides = {"model": {"config": GPT2}} if fault == "NoDropout" else {}
     found = found_kinds(make_config(f"accelerator.name=faults:{fault}", **overrides))
@@ -88,9 +97,14 @@ def test_a_planted_fault_is_named(make_config: MakeConfig, fault: str, kind: str
 
 
 def test_an_unsharded_reference_is_named(make_config: MakeConfig) -> None:
-    """Its losses are right; only what a rank holds is not."""
-    config = make_config("dpo.beta=0.5", "data={train: {source: brackets, format: preference}, sequence_length: 32}", "model.config.vocab_size=260",
-                         "accelerator.name=faults:UnshardedReference", trainer="dpo")
+    """The losses are correct; only the memory that a rank holds is wrong."""
+    config = make_config(
+        "dpo.beta=0.5",
+        "data={train: {source: brackets, format: preference}, sequence_length: 32}",
+        "model.config.vocab_size=260",
+        "accelerator.name=faults:UnshardedReference",
+        trainer="dpo",
+    )
     certificate = verify(config, steps=2, backends=("own", "fsdp"), workers=2)
     assert {(f.kind, f.variant.backend, f.variant.workers) for f in certificate.findings} == {("sharding", "own", 2)}
     assert "at the start, bytes of the parameters of reference on rank 0 " in str(certificate.findings[0])
@@ -100,7 +114,7 @@ def test_an_unsharded_reference_is_named(make_config: MakeConfig) -> None:
 
 
 def test_another_order_of_the_data_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Micro-batches of one row come from the next batch: what a stream does that counts in micro-batches."""
+    """Micro-batches of one row come from the next batch, as from a stream that counts in micro-batches."""
     batches = LocalStream.batches
 
     def shifted(self: LocalStream, start: Any, steps: int) -> Any:
@@ -116,9 +130,12 @@ def test_a_trainer_that_forgets_where_documents_begin_is_named(make_config: Make
 
 
 def test_a_leak_in_the_model_is_named(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A mask without boundaries: rows fall back to one document each; where the verdict is wrong as well, the losses tell."""
+    """Without document boundaries in the mask, rows fall back to one document each.
+
+    If the verdict is wrong as well, the losses show the leak.
+    """
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda _: None)
-    check = check_packing(make_config(f"data.cache={tmp_path / 'fresh'}"))  # where no verdict is kept
+    check = check_packing(make_config(f"data.cache={tmp_path / 'fresh'}"))  # a cache without a stored verdict
     assert "one document a row; documents in one row see each other" in check.text
     assert check.distance({"loss": 1.0, "grad_norm": 1.0}) is None, "nothing to compare"
     monkeypatch.setattr("myllm_ray.models.isolation._compare", lambda *_, **__: Isolation(True, "planted"))
@@ -126,14 +143,23 @@ def test_a_leak_in_the_model_is_named(make_config: MakeConfig, monkeypatch: pyte
 
 
 def test_wrong_end_tokens_are_named(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sampling that stops at the end-of-text token alone, where the chat template ends turns with another: such answers never end."""
+    """Sampling stops at the end-of-text token only, but the chat template ends turns with another token.
+
+    Such answers never end.
+    """
     path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(json.dumps({"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n + 1}"}]})
-                              for n in range(40)))
+    path.write_text(
+        "\n".join(
+            json.dumps(
+                {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n + 1}"}]}
+            )
+            for n in range(40)
+        )
+    )
     config = make_config(f"data={{train: {{path: {path}, format: chat}}, sequence_length: 64}}")
     assert str(check_end_tokens(config)).startswith("sampling stops at <|endoftext|> or <|im_end|>; ")
     assert not check_end_tokens(config).wrong
-    monkeypatch.setattr("myllm_ray.roles.end_tokens", lambda tokenizer, others=(): (tokenizer.eos_token_id,))
+    monkeypatch.setattr("myllm_ray.dependencies.end_tokens", lambda tokenizer, others=(): (tokenizer.eos_token_id,))
     certificate = verify(config, steps=2, backends=(), workers=1)
     assert [(f.kind, f.difference.step, f.difference.found) for f in certificate.findings] == [("end tokens", 0, 0.0)]
     assert "no document trains on a token at which sampling stops (<|endoftext|>)" in str(certificate.findings[0])
@@ -144,14 +170,19 @@ def test_a_format_that_leaves_the_end_token_out_is_named(make_config: MakeConfig
 
 
 def test_prompts_hold_no_end_tokens(make_config: MakeConfig) -> None:
-    config = make_config("data={train: {source: arithmetic, format: prompt}, sequence_length: 16}", "rollout={max_new_tokens: 4}",
-                         "grpo={reward: [{function: 'math:prod'}], group_size: 2}", trainer="grpo")
-    assert str(check_end_tokens(config)).endswith("; the data holds no answers")
+    config = make_config(
+        "data={train: {source: arithmetic, format: prompt}, sequence_length: 16}",
+        "rollout={max_new_tokens: 4}",
+        "grpo={reward: [{function: 'math:prod'}], group_size: 2}",
+        trainer="grpo",
+    )
+    assert str(check_end_tokens(config)).endswith("; the data contains no answers")
     assert not check_end_tokens(config).wrong
 
 
-def test_the_command(make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import yaml
 
     path = tmp_path / "config.yaml"
@@ -177,13 +208,13 @@ def test_the_command(make_config: MakeConfig, tmp_path: Path, capsys: pytest.Cap
     assert "--backend dpp: choose from single, ddp" in err
 
 
-def test_nothing_to_train_on_is_told(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"there is nothing to train on: .* stand behind data\.sequence_length=8"):
+def test_nothing_to_train_on_is_reported(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"there is nothing to train on: .* are after data\.sequence_length=8"):
         verify(make_config("data.sequence_length=8"), steps=3, backends=())
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "quickstart"])
-def test_models_are_shrunk_in_kind(name: str) -> None:
+def test_shrunk_models_keep_their_type(name: str) -> None:
     from myllm_ray.config import load_config
 
     section = load_config(ROOT / "configs" / f"{name}.yaml").model

@@ -1,4 +1,7 @@
-"""Joining a cluster that `ray start` started, with Ray's token authentication, as a user does: a token file, an address, no more."""
+"""Joins a running cluster with Ray's token authentication, configured by a token file and an address only.
+
+The cluster is started with `ray start`, as a user would do it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ BINARIES = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With a token file in a HOME of its own."""
+    """Yields a Ray server with a token file in a separate HOME."""
     server = Server(tmp_path_factory.mktemp("home"), "token", dashboard=False)
     try:
         server.wait_for_node()
@@ -28,15 +31,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def run(server: Server, folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A user's command, who has the token file and sets RAY_ADDRESS."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != "PYTHONPATH"}
-    environment |= {"HOME": str(server.folder), "RAY_ADDRESS": server.cluster, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}", **variables}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    """Runs `command` as a user who has the token file and sets RAY_ADDRESS."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != "PYTHONPATH"
+    }
+    environment |= {
+        "HOME": str(server.folder),
+        "RAY_ADDRESS": server.cluster,
+        "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}",
+        **variables,
+    }
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150, check=False
+    )
 
 
 def config_file(folder: Path, *overrides: str) -> Path:
     path = folder / "job.json"
-    path.write_text(json.dumps(job_config(folder, "job", "scaling.workers=1", "accelerator.name=ddp", "run.max_steps=2", *overrides)))
+    path.write_text(
+        json.dumps(
+            job_config(folder, "job", "scaling.workers=1", "accelerator.name=ddp", "run.max_steps=2", *overrides)
+        )
+    )
     return path
 
 
@@ -62,9 +78,16 @@ def test_python_that_has_imported_ray_before(server: Server, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_sweep_on_a_cluster_with_a_token(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "sweep.json").write_text(json.dumps({
-        "base": str(config_file(tmp_path, "checkpoint.resume=never")), "space": {"optimizer.lr": {"choice": [1e-3, 2e-3]}}, "trials": 2,
-        "run": {"name": "sweep", "storage": str(tmp_path / "runs")}}))
+    (tmp_path / "sweep.json").write_text(
+        json.dumps(
+            {
+                "base": str(config_file(tmp_path, "checkpoint.resume=never")),
+                "space": {"optimizer.lr": {"choice": [1e-3, 2e-3]}},
+                "trials": 2,
+                "run": {"name": "sweep", "storage": str(tmp_path / "runs")},
+            }
+        )
+    )
     result = run(server, tmp_path, str(BINARIES / "myllm-ray"), "sweep", str(tmp_path / "sweep.json"))
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "runs" / "sweep" / "best.yaml").exists()
@@ -72,10 +95,20 @@ def test_sweep_on_a_cluster_with_a_token(server: Server, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize(("variables", "said"), [
-    ({"RAY_AUTH_TOKEN": "wrong" * 8}, "Token: the one in the environment variable RAY_AUTH_TOKEN; set it to the cluster's token"),
-    ({"HOME": "/nowhere"}, "Token: none found in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and /nowhere/.ray/auth_token; set RAY_AUTH_TOKEN")])
-def test_a_wrong_token_is_said(server: Server, tmp_path: Path, variables: dict[str, str], said: str) -> None:
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            {"RAY_AUTH_TOKEN": "wrong" * 8},
+            "Token: the one in the environment variable RAY_AUTH_TOKEN; set it to the cluster's token",
+        ),
+        (
+            {"HOME": "/nowhere"},
+            "Token: none found in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and /nowhere/.ray/auth_token; set RAY_AUTH_TOKEN",
+        ),
+    ],
+)
+def test_a_wrong_token_is_reported(server: Server, tmp_path: Path, variables: dict[str, str], said: str) -> None:
     result = run(server, tmp_path, str(BINARIES / "myllm-ray"), "train", str(config_file(tmp_path)), **variables)
     assert result.returncode == 2, result.stdout + result.stderr
     last = result.stderr.splitlines()[-1]

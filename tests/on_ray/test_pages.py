@@ -1,4 +1,4 @@
-"""The Python in the pages about Ray and sweeps does what they say."""
+"""The Python code in the pages about Ray and sweeps works as documented."""
 
 from __future__ import annotations
 

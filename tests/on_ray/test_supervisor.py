@@ -1,4 +1,4 @@
-"""Planned changes cost no step: workers that come and go, nodes that are drained, a run that is asked to stop."""
+"""Planned changes lose no step: workers that join and leave, drained nodes, and a run that is stopped on request."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ from conftest import MakeConfig, comparable, ledger
 from harness import BACKENDS, Job, Place, attempts_of, compare, job_config, place
 
 from myllm_ray import train
-from myllm_ray.engine.pulse import going_on
+from myllm_ray.engine.liveness.heartbeat import find_activity
 
-LONG = ("run.max_steps=40", "checkpoint.every_steps=100", "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.3}}]",
-        "scaling.resources_per_worker={slot: 1}", "scaling.max_failures=0", *BACKENDS["ddp"])
+LONG = (
+    "run.max_steps=40",
+    "checkpoint.every_steps=100",
+    "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.3}}]",
+    "scaling.resources_per_worker={slot: 1}",
+    "scaling.max_failures=0",
+    *BACKENDS["ddp"],
+)
 
 
 def drain(where: Place, node: Any) -> None:
-    """Ray's notice that a node will be taken away, as a cloud's spot instance gets it."""
+    """Sends Ray's notice that `node` will be preempted, as a cloud provider does for a spot instance."""
     import ray
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
     client = GcsClient(address=where.address)
-    accepted, why = client.drain_node(node.node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", int((time.time() + 60) * 1000))
+    accepted, why = client.drain_node(
+        node.node_id, DRAIN_NODE_REASON_PREEMPTION, "spot", int((time.time() + 60) * 1000)
+    )
     assert accepted, why
     assert ray is not None
 
@@ -35,7 +43,10 @@ def drain(where: Place, node: Any) -> None:
 @pytest.mark.promise
 @pytest.mark.timeout(280)
 def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
-    """1 -> 2 -> 1 workers in one run: a node joins, and is drained. No checkpoint but those of the changes; none repeated."""
+    """One run with 1 -> 2 -> 1 workers: a node joins and is drained.
+
+    Checkpoints are written only at these changes, and no step is repeated.
+    """
     with place(cpus=3, slots=1) as where:
         job = Job(job_config(tmp_path, "elastic", *LONG, "scaling.workers=[1,2]"), where.address).start()
         job.until(lambda: job.steps() >= 2)
@@ -45,12 +56,16 @@ def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
         job.until(lambda: job.steps() > now + 1)
         drain(where, node)
         assert job.end() == 0, job.said()
-        expected = train(job_config(tmp_path, "fixed", *LONG[:2], "accelerator.name=single", "scaling.workers=0", "callbacks=[jsonl]"))
+        expected = train(
+            job_config(
+                tmp_path, "fixed", *LONG[:2], "accelerator.name=single", "scaling.workers=0", "callbacks=[jsonl]"
+            )
+        )
         found = compare(job.folder, Path(expected.folder), steps=40)
         attempts = attempts_of(job.folder)
         assert [a["workers"] for a in attempts] == [1, 2, 1], attempts
-        assert [a["end"].split(":")[0] for a in attempts] == ["left", "left", "done"]
-        assert "room for 2 workers instead of 1" in attempts[0]["end"]
+        assert [a["end"].split(":")[0] for a in attempts] == ["preempted", "preempted", "done"]
+        assert "2 workers fit instead of 1" in attempts[0]["end"]
         assert "is about to leave" in attempts[1]["end"]
         assert all(a["to_step"] == b["from_step"] for a, b in pairwise(attempts))
         assert (found.retrained, found.lost_or_repeated) == (0, 0)
@@ -59,31 +74,38 @@ def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.promise), "SIGINT", "command"])
-def test_a_run_that_is_asked_saves_first(tmp_path: Path, how: str, make_config: MakeConfig,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 75, and the same run in the end; in this process (0 workers), and once on Ray."""
+def test_a_run_that_is_requested_to_stop_saves_first(
+    tmp_path: Path, how: str, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exit code is 75, and the resumed run equals the whole run; in this process (0 workers), and once on Ray."""
     on_ray = how == "SIGTERM"
-    options = ("scaling.resources_per_worker={slot: 1}", *BACKENDS["ddp"]) if on_ray else ("scaling.workers=0", "accelerator.name=single")
+    options = (
+        ("scaling.resources_per_worker={slot: 1}", *BACKENDS["ddp"])
+        if on_ray
+        else ("scaling.workers=0", "accelerator.name=single")
+    )
     common = ("checkpoint.every_steps=100", "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.2}}]", *options)
 
     def run(address: str | None) -> Path:
         job = Job(job_config(tmp_path, "stopped", *common), address).start()
         job.until(lambda: job.steps() >= 3)
         if how == "command":
-            from myllm_ray.engine.watch import stop
+            from myllm_ray.engine.liveness.hang_detector import stop
 
             assert stop(job.folder, 60) == str(job.folder / "checkpoints" / f"step-{job.steps():08d}")
         else:
             job.process.send_signal(getattr(signal, how))
         assert job.end() == 75, job.said()
         said = job.said()
-        assert re.search(r"stopped before its end \((SIGTERM|Ctrl-C|myllm-ray stop)\); to go on: the same command with", said), said
+        assert re.search(
+            r"stopped early \((SIGTERM|Ctrl-C|myllm-ray stop)\); to resume: the same command with", said
+        ), said
         assert "Traceback" not in said
         steps = job.steps()
         assert [p.name for p in sorted((job.folder / "checkpoints").iterdir())] == [f"step-{steps:08d}"]
-        assert not (job.folder / ".pulse").exists()
+        assert not (job.folder / ".heartbeats").exists()
         assert job.start().end() == 0, job.said()
-        assert f"going on from step {steps}" in job.said()
+        assert f"resuming from step {steps}" in job.said()
         return job.folder
 
     if on_ray:
@@ -91,24 +113,36 @@ def test_a_run_that_is_asked_saves_first(tmp_path: Path, how: str, make_config: 
             folder = run(where.address)
     else:
         folder = run(None)
-    whole = train(job_config(tmp_path, "whole", "scaling.workers=0", "accelerator.name=single", "callbacks=[jsonl]")).folder
+    whole = train(
+        job_config(tmp_path, "whole", "scaling.workers=0", "accelerator.name=single", "callbacks=[jsonl]")
+    ).folder
     assert ledger(folder) == ledger(whole)
     if on_ray:
-        assert [r["loss"] for r in comparable(folder)] == pytest.approx([r["loss"] for r in comparable(whole)], rel=1e-5)
+        assert [r["loss"] for r in comparable(folder)] == pytest.approx(
+            [r["loss"] for r in comparable(whole)], rel=1e-5
+        )
     else:
         assert comparable(folder) == comparable(whole)
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    job = Job(job_config(tmp_path, "twice", "scaling.workers=0", "accelerator.name=single",
-                         "callbacks=[print, jsonl, {helpers:Slow: {seconds: 60}}]"), None).start()
+    job = Job(
+        job_config(
+            tmp_path,
+            "twice",
+            "scaling.workers=0",
+            "accelerator.name=single",
+            "callbacks=[print, jsonl, {helpers:Slow: {seconds: 60}}]",
+        ),
+        None,
+    ).start()
     job.until(lambda: "training 16 steps" in job.said())
-    job.until(lambda: going_on(job.folder))
+    job.until(lambda: find_activity(job.folder))
     for _ in range(2):
         job.process.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    assert job.end(40) == 130, job.said()  # well below a step
-    assert "stopped at once" in job.said()
+    assert job.end(40) == 130, job.said()  # much shorter than a step
+    assert "stopped without saving" in job.said()
     assert "Traceback" not in job.said()
 
 
@@ -117,12 +151,19 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.
     from myllm_ray.engine import run_folder
 
     monkeypatch.setattr(run_folder, "_OLD_WORKERS_SECONDS", 0.5)
-    config = job_config(tmp_path, "same", "scaling.workers=0", "accelerator.name=single",
-                        "callbacks=[jsonl, {helpers:Slow: {seconds: 0.5}}]")
+    config = job_config(
+        tmp_path,
+        "same",
+        "scaling.workers=0",
+        "accelerator.name=single",
+        "callbacks=[jsonl, {helpers:Slow: {seconds: 0.5}}]",
+    )
     job = Job(config, None).start()
     try:
         job.until(lambda: job.steps() >= 1)
-        with pytest.raises(ConfigError, match=r"a run is going on there \((rank 0|training): pid \d+ on .*\); end it \(myllm-ray stop "):
+        with pytest.raises(
+            ConfigError, match=r"a run is active there \((rank 0|training): pid \d+ on .*\); stop it \(myllm-ray stop "
+        ):
             train(config)
     finally:
         job.process.kill()
@@ -133,7 +174,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["data", "forward"])
 def test_a_rank_that_sleeps_is_named(tmp_path: Path, phase: str, ray_cluster: None) -> None:
-    """Rank 1 sleeps, once, much longer than hang_seconds: rank and phase are named, stacks are there, the run recovers."""
+    """Rank 1 sleeps once, much longer than hang_seconds.
+
+    The log names rank and phase, the stacks are written, and the run recovers.
+    """
     import logging
 
     lines: list[str] = []
@@ -142,8 +186,15 @@ def test_a_rank_that_sleeps_is_named(tmp_path: Path, phase: str, ray_cluster: No
         def emit(self, record: logging.LogRecord) -> None:
             lines.append(record.getMessage())
 
-    config = job_config(tmp_path, "sleeps", *BACKENDS["ddp"], "checkpoint.every_steps=4", "stability.hang_seconds=12",
-                        "scaling.max_failures=1", "callbacks=[jsonl]")
+    config = job_config(
+        tmp_path,
+        "sleeps",
+        *BACKENDS["ddp"],
+        "checkpoint.every_steps=4",
+        "stability.hang_seconds=12",
+        "scaling.max_failures=1",
+        "callbacks=[jsonl]",
+    )
     config["trainer"] = "helpers:Sleeper"
     config["options"] = {"rank": 1, "step": 6, "phase": phase, "marker": str(tmp_path / "slept")}
     handler = Lines()
@@ -153,34 +204,38 @@ def test_a_rank_that_sleeps_is_named(tmp_path: Path, phase: str, ray_cluster: No
     finally:
         logging.getLogger("myllm_ray").removeHandler(handler)
     assert result.step == 16
-    said = next(line for line in lines if "has not gone on" in line)
-    assert re.search(rf"rank 1 has not gone on for \d+ s, in phase {phase} of step 6 \(pid \d+ on ", said), said
+    said = next(line for line in lines if "has made no progress" in line)
+    assert re.search(rf"rank 1 has made no progress for \d+ s, in phase {phase} of step 6 \(pid \d+ on ", said), said
     (folder,) = (Path(result.folder) / "stacks").iterdir()
     assert "time.sleep" in (text := (folder / "rank-00001.txt").read_text()) or "helpers.py" in text
     assert (folder / "rank-00000.txt").exists()
-    whole = train({**job_config(tmp_path, "whole", "scaling.workers=0", "accelerator.name=single", "callbacks=[jsonl]")}).folder
+    whole = train(
+        {**job_config(tmp_path, "whole", "scaling.workers=0", "accelerator.name=single", "callbacks=[jsonl]")}
+    ).folder
     assert ledger(result.folder) == ledger(whole)
-
-
 
 
 @pytest.mark.promise
 @pytest.mark.timeout(280)
 def test_rewind_on_ray(tmp_path: Path, ray_cluster: None) -> None:
-    """A poisoned batch in step 7: the next worker group starts from step 4 and steps over it; a failure is not counted."""
+    """A poisoned batch in step 7: the next worker group starts from step 4 and skips it; no failure is counted."""
     from myllm_ray.common.types import Position
     from myllm_ray.config import validate
     from myllm_ray.data.prepare import prepare
     from myllm_ray.data.stream import LocalStream
-    from myllm_ray.worker import absolute
+    from myllm_ray.preparation import absolute
 
-    bad: set[int] = set()  # step 7, and those of later epochs in which one of its rows comes again
+    bad: set[int] = set()  # step 7, and the steps of later epochs that contain one of its rows again
 
     def poisoned(name: str, *overrides: str) -> dict[str, Any]:
         config = job_config(tmp_path, name, "stability.on_spike=rewind", "callbacks=[jsonl]", *overrides)
-        stream = LocalStream(prepare(absolute(validate({**config, "accelerator": {"name": "single"}, "scaling": {"workers": 0}}))).train)
-        hashes = [{hash(tuple(m["input_ids"].flatten().tolist())) for m in batch.micros}
-                  for batch in stream.batches(Position(), config["run"]["max_steps"])]
+        stream = LocalStream(
+            prepare(absolute(validate({**config, "accelerator": {"name": "single"}, "scaling": {"workers": 0}}))).train
+        )
+        hashes = [
+            {hash(tuple(m["input_ids"].flatten().tolist())) for m in batch.micros}
+            for batch in stream.batches(Position(), config["run"]["max_steps"])
+        ]
         bad.update(step for step, found in enumerate(hashes, 1) if found & hashes[6])
         return {**config, "trainer": "helpers:Poisoned", "options": {"marks": list(hashes[6]), "factor": "nan"}}
 
@@ -188,6 +243,6 @@ def test_rewind_on_ray(tmp_path: Path, ray_cluster: None) -> None:
     local = train(poisoned("local", "accelerator.name=single", "scaling.workers=0", "scaling.max_failures=0"))
     assert ledger(on_ray.folder) == ledger(local.folder)
     assert [row["step"] for row in ledger(on_ray.folder) if "left_out" in row] == sorted(bad)
-    assert [a["end"].split(":")[0] for a in attempts_of(Path(on_ray.folder))] == [*["rewound"] * len(bad), "done"]
+    assert [a["end"].split(":")[0] for a in attempts_of(Path(on_ray.folder))] == [*["rewind"] * len(bad), "done"]
     losses = [[r.get("loss", 0.0) for r in comparable(f)] for f in (on_ray.folder, local.folder)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

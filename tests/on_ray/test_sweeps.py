@@ -1,5 +1,7 @@
-"""Sweeps in Ray Tune: each trial is the run that `train` would have made; nothing is prepared twice; members of a population go on
-from one another's checkpoints."""
+"""Sweeps in Ray Tune: each trial equals the run of `train`, and the data is prepared once.
+
+Members of a population continue from one another's checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from conftest import MakeConfig, comparable, ledger, read_jsonl
 
 from myllm_ray import train
 from myllm_ray.config import UserError, load_config
-from myllm_ray.engine.checkpoint import CheckpointManager, read_tensors
+from myllm_ray.engine.checkpointing.manager import CheckpointManager, read_tensors
 from myllm_ray.orchestration.sweeps.results import SweepResult
 from myllm_ray.orchestration.sweeps.sweep import sweep
 
@@ -30,25 +32,44 @@ def run_of(tmp_path: Path, name: str) -> dict[str, Any]:
     return {"name": name, "storage": str(tmp_path / "sweeps")}
 
 
-def test_a_trial_is_the_run_that_train_makes_and_a_failing_one_ends_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Four trials in two warm actors, two of them with a schedule that does not exist."""
+def test_a_trial_equals_a_train_run_and_a_failed_trial_does_not_end_the_sweep(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Four trials run in two reused actors; two of the trials have a schedule that does not exist."""
     space = {"optimizer.lr": {"grid": [1e-3, 1e-2]}, "scheduler.name": {"grid": ["cosine", "nonsense"]}}
     cache = tmp_path / "cache"
-    result = sweep(base_of(make_config, f"data.cache={cache}"), space, search="grid", max_concurrent=2, run=run_of(tmp_path, "s"))
+    result = sweep(
+        base_of(make_config, f"data.cache={cache}"), space, search="grid", max_concurrent=2, run=run_of(tmp_path, "s")
+    )
 
     assert [row["status"] for row in result.trials] == ["done", "failed", "done", "failed"]
-    assert all("there is no 'nonsense'" in row["error"] for row in result.trials if row["status"] == "failed")
+    assert all("unknown name 'nonsense'" in row["error"] for row in result.trials if row["status"] == "failed")
     assert result.best is not None
-    assert result.left is None
+    assert result.exit_reason is None
     table = result.table
-    assert list(table.columns) == ["trial", "optimizer.lr", "scheduler.name", "loss", "status", "step", "seconds", "error"]
+    assert list(table.columns) == [
+        "trial",
+        "optimizer.lr",
+        "scheduler.name",
+        "loss",
+        "status",
+        "step",
+        "seconds",
+        "error",
+    ]
     assert table.loc[table["loss"].idxmin(), "trial"] == result.best["trial"]
     assert read_jsonl(Path(result.folder) / "results.jsonl") != []
     assert len(list(cache.glob("tokens-*"))) == 1
 
-    for row in result.trials:  # one of them in an actor that had another one before
+    for row in result.trials:  # one of them ran in an actor that had run another trial before
         if row["status"] == "done":
-            again = train(make_config(f"run.max_steps={STEPS}", f"optimizer.lr={row['values']['optimizer.lr']}", f"run.name=again-{row['trial']}"))
+            again = train(
+                make_config(
+                    f"run.max_steps={STEPS}",
+                    f"optimizer.lr={row['values']['optimizer.lr']}",
+                    f"run.name=again-{row['trial']}",
+                )
+            )
             assert comparable(row["folder"]) == comparable(again.folder)
             assert ledger(row["folder"]) == ledger(again.folder)
     assert result.best_yaml is not None
@@ -56,46 +77,88 @@ def test_a_trial_is_the_run_that_train_makes_and_a_failing_one_ends_nothing(make
     best = train(load_config(result.best_yaml))
     assert comparable(best.folder) == comparable(result.best["folder"])
     assert comparable(best.folder)[-1]["loss"] == result.best["score"]
-    ours, theirs = read_tensors(Path(result.best_checkpoint)), read_tensors(CheckpointManager(folder=Path(best.folder) / "checkpoints").latest())
+    ours, theirs = (
+        read_tensors(Path(result.best_checkpoint)),
+        read_tensors(CheckpointManager(folder=Path(best.folder) / "checkpoints").latest()),
+    )
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     kept = [row["trial"] for row in result.trials if list(Path(row["folder"]).glob("checkpoints/step-*"))]
     assert kept == [result.best["trial"]]
     assert "nonsense" in (Path(result.folder) / "report.html").read_text()
 
-    with pytest.raises(UserError, match="--resume goes on with it"):
-        sweep(base_of(make_config, f"data.cache={cache}"), space, search="grid", max_concurrent=2, run=run_of(tmp_path, "s"))
-    same = sweep(base_of(make_config, f"data.cache={cache}"), space, search="grid", max_concurrent=2, run=run_of(tmp_path, "s"), resume=True)
-    assert same.trials == result.trials  # nothing was left to do
+    with pytest.raises(UserError, match="--resume continues it"):
+        sweep(
+            base_of(make_config, f"data.cache={cache}"),
+            space,
+            search="grid",
+            max_concurrent=2,
+            run=run_of(tmp_path, "s"),
+        )
+    same = sweep(
+        base_of(make_config, f"data.cache={cache}"),
+        space,
+        search="grid",
+        max_concurrent=2,
+        run=run_of(tmp_path, "s"),
+        resume=True,
+    )
+    assert same.trials == result.trials  # all trials had already ended
 
 
 def test_all_trials_failing_is_an_error(make_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"all 2 trials failed; the first: .*there is no 'nonsense'"):
-        sweep(base_of(make_config), {"scheduler.name": {"choice": ["nonsense"]}}, trials=2, max_concurrent=2, run=run_of(tmp_path, "none"))
+    with pytest.raises(UserError, match=r"all 2 trials failed; the first: .*unknown name 'nonsense'"):
+        sweep(
+            base_of(make_config),
+            {"scheduler.name": {"choice": ["nonsense"]}},
+            trials=2,
+            max_concurrent=2,
+            run=run_of(tmp_path, "none"),
+        )
 
 
-def population(make_config: MakeConfig, tmp_path: Path, name: str, *overrides: str, steps: int = STEPS, every: int = 2, members: int = 4,
-               at_a_time: int = 2) -> SweepResult:
+def population(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    name: str,
+    *overrides: str,
+    steps: int = STEPS,
+    every: int = 2,
+    members: int = 4,
+    at_a_time: int = 2,
+) -> SweepResult:
     config = base_of(make_config, f"run.max_steps={steps}", "batch.global_size=4", "batch.micro_size=2", *overrides)
-    return sweep(config, LR, scheduler={"pbt": {"every_steps": every}}, trials=members, max_concurrent=at_a_time, keep="all",
-                 run=run_of(tmp_path, name))
+    return sweep(
+        config,
+        LR,
+        scheduler={"pbt": {"every_steps": every}},
+        trials=members,
+        max_concurrent=at_a_time,
+        keep="all",
+        run=run_of(tmp_path, name),
+    )
 
 
 def check_population(result: SweepResult, every: int) -> int:
-    """Every exchange: from the donor's checkpoint, bit by bit, and its losses. Returns how many there were."""
+    """Checks that every exchange starts bitwise from the donor's checkpoint; returns the number of exchanges."""
     exchanges = 0
     rows = {row["trial"]: comparable(row["folder"]) for row in result.trials}
     for trial in result.trials:
-        for entry in read_jsonl(Path(trial["folder"]) / "lineage.jsonl") if (Path(trial["folder"]) / "lineage.jsonl").exists() else []:
+        for entry in (
+            read_jsonl(Path(trial["folder"]) / "lineage.jsonl")
+            if (Path(trial["folder"]) / "lineage.jsonl").exists()
+            else []
+        ):
             exchanges += 1
             step = entry["step"]
             assert step % every == 0
             assert entry["from"] != trial["trial"]
             taken = Path(trial["folder"]) / "checkpoints" / f"step-{step:08d}"
             given = Path(result.folder) / "trials" / entry["from"] / "checkpoints" / f"step-{step:08d}"
-            if taken.exists() and given.exists():  # both keep their newest
+            if taken.exists() and given.exists():  # both keep only their newest checkpoints
                 ours, theirs = read_tensors(taken), read_tensors(given)
                 assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-            # Its own metrics stand up to the exchange; then comes the donor's next step, on the same batch, with another rate.
+            # Up to the exchange the metrics are the member's own. The next step starts from the donor's weights,
+            # on the same batch, with another learning rate.
             own = {row["step"]: row for row in rows[trial["trial"]]}
             donor = {row["step"]: row for row in rows[entry["from"]]}
             if step + 1 in own and not any(e["step"] == step for e in lineage_of(result, entry["from"])):
@@ -109,24 +172,35 @@ def lineage_of(result: SweepResult, trial: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.promise
-def test_a_population_goes_on_from_its_best_members_and_is_the_same_every_time(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_population_continues_from_its_best_members_and_is_reproducible(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     first = population(make_config, tmp_path, "first")
     assert check_population(first, 2) >= 1
     assert all([r["step"] for r in comparable(row["folder"])] == list(range(1, STEPS + 1)) for row in first.trials)
     second = population(make_config, tmp_path, "second", at_a_time=1)
     strip = ("seconds", "folder")
-    assert [{k: v for k, v in r.items() if k not in strip} for r in second.trials] == [{k: v for k, v in r.items() if k not in strip} for r in first.trials]
+    assert [{k: v for k, v in r.items() if k not in strip} for r in second.trials] == [
+        {k: v for k, v in r.items() if k not in strip} for r in first.trials
+    ]
     for one, other in zip(first.trials, second.trials, strict=True):
         assert comparable(one["folder"]) == comparable(other["folder"])
 
 
 def test_trials_start_from_a_checkpoint_and_stop_early(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Decay schedules compared on one stable phase, as in WSD; the worse ones are stopped."""
+    """Compares decay schedules that start from one stable phase, as in WSD; the worse ones are stopped."""
     phase = train(make_config("run.name=stable", "run.max_steps=4", "scheduler.name=constant"))
-    forked = sweep(base_of(make_config, "run.max_steps=10", "scheduler.name=polynomial"),
-                   {"scheduler.power": {"choice": [0.5, 1.0, 2.0]}, "optimizer.lr": {"choice": [1e-6, 3e-3]}}, trials=6, metric="learning_rate",
-                   mode="max", scheduler={"asha": {"grace_steps": 6, "reduction_factor": 2}}, max_concurrent=2, fork_from=phase.folder,
-                   run=run_of(tmp_path, "forked"))
+    forked = sweep(
+        base_of(make_config, "run.max_steps=10", "scheduler.name=polynomial"),
+        {"scheduler.power": {"choice": [0.5, 1.0, 2.0]}, "optimizer.lr": {"choice": [1e-6, 3e-3]}},
+        trials=6,
+        metric="learning_rate",
+        mode="max",
+        scheduler={"asha": {"grace_steps": 6, "reduction_factor": 2}},
+        max_concurrent=2,
+        fork_from=phase.folder,
+        run=run_of(tmp_path, "forked"),
+    )
     assert {row["status"] for row in forked.trials} == {"done", "stopped"}
     for row in forked.trials:
         assert [r["step"] for r in comparable(row["folder"])] == list(range(5, row["step"] + 1)), row
@@ -138,9 +212,17 @@ def test_trials_start_from_a_checkpoint_and_stop_early(make_config: MakeConfig, 
 
 
 @pytest.mark.slow
-def test_optuna_learns_from_the_trials_before_and_goes_on(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_optuna_learns_from_earlier_trials_and_resumes(make_config: MakeConfig, tmp_path: Path) -> None:
     def search(trials: int, name: str, resume: bool = False) -> SweepResult:
-        return sweep(base_of(make_config, "run.max_steps=2"), LR, search="optuna", trials=trials, max_concurrent=1, run=run_of(tmp_path, name), resume=resume)
+        return sweep(
+            base_of(make_config, "run.max_steps=2"),
+            LR,
+            search="optuna",
+            trials=trials,
+            max_concurrent=1,
+            run=run_of(tmp_path, name),
+            resume=resume,
+        )
 
     whole = search(4, "whole")
     assert [row["status"] for row in whole.trials] == ["done"] * 4
@@ -155,12 +237,21 @@ def test_optuna_learns_from_the_trials_before_and_goes_on(make_config: MakeConfi
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_population_of_worker_groups(make_config: MakeConfig, tmp_path: Path) -> None:
-    """4 members, 60 steps, ddp with 2 workers; and the same in one process each: the same exchanges, up to rounding the same losses."""
+    """4 members, 60 steps, once with ddp on 2 workers and once in one process per member.
+
+    Both have the same exchanges and, up to rounding, the same losses.
+    """
     common = ("run.max_steps=60", "logging.every_steps=1")
     alone = population(make_config, tmp_path, "alone", *common, steps=60, every=12)
     assert check_population(alone, 12) >= 2
-    groups = population(make_config, tmp_path, "groups", *common, "scaling.workers=2", "accelerator.name=ddp", steps=60, every=12)
+    groups = population(
+        make_config, tmp_path, "groups", *common, "scaling.workers=2", "accelerator.name=ddp", steps=60, every=12
+    )
     assert check_population(groups, 12) >= 2
-    assert [lineage_of(groups, row["trial"]) for row in groups.trials] == [lineage_of(alone, row["trial"]) for row in alone.trials]
+    assert [lineage_of(groups, row["trial"]) for row in groups.trials] == [
+        lineage_of(alone, row["trial"]) for row in alone.trials
+    ]
     for one, other in zip(groups.trials, alone.trials, strict=True):
-        assert [r["loss"] for r in comparable(one["folder"])] == pytest.approx([r["loss"] for r in comparable(other["folder"])], rel=1e-3)
+        assert [r["loss"] for r in comparable(one["folder"])] == pytest.approx(
+            [r["loss"] for r in comparable(other["folder"])], rel=1e-3
+        )

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background: the same bytes, one at a time, and an error that is not lost."""
+"""Checkpoints written in the background: the same content, one write at a time, and no lost errors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from spawned import BACKENDS, run_all
 
 from myllm_ray.common.types import RunState
 from myllm_ray.config import CheckpointError
-from myllm_ray.engine import checkpoint as module
 from myllm_ray.engine.callbacks import Callback
-from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest, read_tensors
+from myllm_ray.engine.checkpointing import manager as module
+from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, read_manifest, read_tensors
 from myllm_ray.worker import run_local
 
 EVERY = ("checkpoint.every_steps=2", "checkpoint.keep_last=null", "data.validation=null")
 
 
 class Told(Callback):
-    """Notes the checkpoints of a run."""
+    """Records the names of the checkpoints that a run reports."""
 
     seen: ClassVar[list[str]] = []
 
@@ -32,10 +32,13 @@ class Told(Callback):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_same_checkpoints_as_at_once(make_config: MakeConfig, world: int) -> None:
+def test_background_checkpoints_equal_synchronous_ones(make_config: MakeConfig, world: int) -> None:
     names = ("single",) if world == 1 else ("ddp", "fsdp", "deepspeed-2")
-    runs = [make_config(f"run.name={n}-{mode}", *BACKENDS[n], *EVERY, f"checkpoint.async={mode}")
-            for n in names for mode in ("true", "false")]
+    runs = [
+        make_config(f"run.name={n}-{mode}", *BACKENDS[n], *EVERY, f"checkpoint.async={mode}")
+        for n in names
+        for mode in ("true", "false")
+    ]
     folders = run_all(world, runs)
     for background, at_once in zip(folders[::2], folders[1::2], strict=True):
         assert comparable(background) == comparable(at_once)
@@ -49,7 +52,7 @@ def test_the_same_checkpoints_as_at_once(make_config: MakeConfig, world: int) ->
 
 
 def test_what_is_written_is_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training changes the tensors while they are being written; a second save waits for the first."""
+    """Training may change the tensors while they are being written; a second save waits for the first."""
     go, writing = threading.Event(), []
     write = module.write
 
@@ -76,7 +79,7 @@ def test_what_is_written_is_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [read_tensors(p)["model.w"][0, 0].item() for p in manager.all()] == [1.0, 2.0]
 
 
-def test_callbacks_are_told_when_it_is_whole(make_config: MakeConfig) -> None:
+def test_callbacks_run_when_the_checkpoint_is_complete(make_config: MakeConfig) -> None:
     Told.seen = []
     config = make_config(*EVERY, "checkpoint.async=true", callbacks=["jsonl", f"{__name__}:Told"])
     run_local(config)
@@ -84,7 +87,7 @@ def test_callbacks_are_told_when_it_is_whole(make_config: MakeConfig) -> None:
 
 
 class InTheWay(Callback):
-    """Puts a file where the checkpoint of a step wants to be written."""
+    """Creates a file at the path where the checkpoint of a step is to be written."""
 
     def __init__(self, step: int, folder: str):
         self.step, self.folder = step, Path(folder)
@@ -96,10 +99,15 @@ class InTheWay(Callback):
 
 
 @pytest.mark.parametrize(("step", "last"), [(4, 5), (6, 6)])
-def test_an_error_is_raised_at_the_next_step_and_at_the_end(make_config: MakeConfig, tmp_path: Path, step: int, last: int) -> None:
+def test_an_error_is_raised_at_the_next_step_and_at_the_end(
+    make_config: MakeConfig, tmp_path: Path, step: int, last: int
+) -> None:
     checkpoints = tmp_path / "runs" / "run" / "checkpoints"
-    config = make_config(*EVERY, "checkpoint.async=true", callbacks=[
-        "jsonl", {f"{__name__}:InTheWay": {"step": step, "folder": str(checkpoints)}}])
+    config = make_config(
+        *EVERY,
+        "checkpoint.async=true",
+        callbacks=["jsonl", {f"{__name__}:InTheWay": {"step": step, "folder": str(checkpoints)}}],
+    )
     with pytest.raises(CheckpointError, match=rf"step-0000000{step}: can't be written: .*exists") as caught:
         run_local(config)
     assert "\n" not in str(caught.value)

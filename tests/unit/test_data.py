@@ -19,11 +19,10 @@ from hypothesis import strategies as st
 
 from myllm_ray.common.types import IGNORE, Position
 from myllm_ray.config.errors import ConfigError, DataError
-from myllm_ray.config.schema import SourceSection, TokenizerSection
+from myllm_ray.config.sections import SourceSection, TokenizerSection
 from myllm_ray.data import formats, sources
 from myllm_ray.data.collate import build_micro, to_tensors
 from myllm_ray.data.inspect import describe, rows_of_step
-from myllm_ray.data.packing import Segment, best_fit, continuous, fit
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.data.tokenize import TokenizeOptions, decode, encode, tokenize_one, tokenize_rows
@@ -69,7 +68,7 @@ def test_remote_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_jsonl_in_byte_ranges_has_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "RANGE_BYTES", 37)  # cuts in the middle of lines, and exactly at line ends
+    monkeypatch.setattr(sources, "RANGE_BYTES", 37)  # cuts in the middle of lines and exactly at line ends
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps({"text": "x" * (i % 40), "n": i}) + "\n" for i in range(50)))
     section = SourceSection(path=str(path))
@@ -93,13 +92,18 @@ def test_bad_jsonl_line_is_named(tmp_path: Path) -> None:
     assert renamed.num_rows == 1
 
 
-def test_text_is_split_as_asked(tmp_path: Path) -> None:
+def test_text_is_split_as_configured(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_text("a\nb\n\nc\n\n\nd\n")
-    texts = {how: [r["text"] for r in read_all(SourceSection(path=str(path), split_text=how))]  # type: ignore[arg-type]
-             for how in ("file", "paragraph", "line")}
-    assert texts == {"file": ["a\nb\n\nc\n\n\nd\n"], "paragraph": ["a\nb\n\n", "c\n\n", "d\n"],
-                     "line": ["a\n", "b\n", "c\n", "d\n"]}
+    texts = {
+        how: [r["text"] for r in read_all(SourceSection(path=str(path), split_text=how))]  # type: ignore[arg-type]
+        for how in ("file", "paragraph", "line")
+    }
+    assert texts == {
+        "file": ["a\nb\n\nc\n\n\nd\n"],
+        "paragraph": ["a\nb\n\n", "c\n\n", "d\n"],
+        "line": ["a\n", "b\n", "c\n", "d\n"],
+    }
 
 
 def test_long_text_file_is_cut_at_blank_lines(tmp_path: Path) -> None:
@@ -125,7 +129,7 @@ def test_stdlib_as_text_and_as_functions() -> None:
     ast.parse(wrap["prompt"] + wrap["completion"])  # type: ignore[index]
 
 
-def test_instruction_mask_stands_on_the_response_and_its_end() -> None:
+def test_instruction_mask_covers_the_response_and_its_end() -> None:
     tokenizer = byte_tokenizer()
     row = {"instruction": "Add", "input": "1 1", "output": "2"}
     ids, trained = decode(tokenize_one(formats.instruction(row), tokenizer))
@@ -135,11 +139,15 @@ def test_instruction_mask_stands_on_the_response_and_its_end() -> None:
     assert everything.all()
 
 
-def test_chat_mask_stands_on_every_assistant_turn() -> None:
+def test_chat_mask_covers_every_assistant_turn() -> None:
     tokenizer = byte_tokenizer()
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "hi"},
-                {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"},
-                {"role": "assistant", "content": "ciao"}]
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "bye"},
+        {"role": "assistant", "content": "ciao"},
+    ]
     ids, trained = decode(tokenize_one(formats.chat({"messages": messages}), tokenizer))
     assert tokenizer.decode(ids[trained]) == "hello<|im_end|>ciao<|im_end|>"
     assert "user\nbye" in tokenizer.decode(ids[~trained])
@@ -160,8 +168,15 @@ def test_default_template_ends_turns_with_a_token_the_tokenizer_has(tmp_path: Pa
     assert ids[trained][-1] == opened.eos_token_id
 
 
-@pytest.mark.parametrize("row", [{"messages": []}, {"messages": [{"content": "x"}]}, {"messages": "x"},
-                                 {"messages": [{"role": "user", "content": "x"}]}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": []},
+        {"messages": [{"content": "x"}]},
+        {"messages": "x"},
+        {"messages": [{"role": "user", "content": "x"}]},
+    ],
+)
 def test_bad_chats_are_refused(row: dict[str, Any]) -> None:
     with pytest.raises(formats.BadRow):
         formats.chat(row)
@@ -198,49 +213,21 @@ def test_mask_encoding_round_trips(tokens: list[tuple[int, bool]]) -> None:
     assert (mask == trained).all()
 
 
-LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
-
-
-@given(LENGTHS, st.integers(4, 32), st.integers(1, 8))
-def test_best_fit_never_cuts_a_document(lengths: list[int], size: int, open_rows: int) -> None:
-    rows = list(best_fit(fit(enumerate(lengths), size, "truncate"), size, open_rows))
-    placed = sorted(s for row in rows for s in row)
-    assert placed == [Segment(i, 0, min(n, size)) for i, n in enumerate(lengths)]
-    assert all(0 < sum(s.length for s in row) <= size for row in rows)
-
-
-@given(LENGTHS, st.integers(4, 32))
-def test_continuous_keeps_every_token_in_order(lengths: list[int], size: int) -> None:
-    rows = list(continuous(enumerate(lengths), size))
-    tokens = [(s.document, s.start + i) for row in rows for s in row for i in range(s.length)]
-    assert tokens == [(d, i) for d, n in enumerate(lengths) for i in range(n)]
-    assert all(sum(s.length for s in row) == size for row in rows[:-1])
-
-
-@given(LENGTHS, st.integers(4, 32))
-def test_split_keeps_every_token(lengths: list[int], size: int) -> None:
-    pieces = list(fit(enumerate(lengths), size, "split"))
-    assert sum(p.length for p in pieces) == sum(lengths)
-    assert max(p.length for p in pieces) <= size
-
-
-def test_overflow_error_names_the_document() -> None:
-    with pytest.raises(DataError, match=r"document 1 has 9 tokens.*sequence_length=8"):
-        list(fit([(0, 8), (1, 9)], 8, "error"))
-
-
 def micro_rows(prepared: PreparedData, steps: int, micro: int = 2, world: int = 1) -> list[list[int]]:
-    """Fingerprints by step and rank."""
+    """Returns the fingerprints of the micro-batches by step and rank."""
     spec = prepared.train
     spec.micro_size = micro
     streams = [LocalStream(spec, rank, world).batches(Position(), steps) for rank in range(world)]
     return [[b.fingerprint for b in batches] for batches in zip(*streams, strict=True)]
 
 
-def test_steps_are_the_same_whatever_the_cut(make_config: MakeConfig) -> None:
+def test_steps_do_not_depend_on_micro_batches_and_world_size(make_config: MakeConfig) -> None:
     prepared = prepare(make_config())
-    seen = {(micro, world): [sum(f) % 2**64 for f in micro_rows(prepared, 9, micro, world)]
-            for micro, world in itertools.product((1, 2, 4), (1, 2)) if 8 % (micro * world) == 0}
+    seen = {
+        (micro, world): [sum(f) % 2**64 for f in micro_rows(prepared, 9, micro, world)]
+        for micro, world in itertools.product((1, 2, 4), (1, 2))
+        if 8 % (micro * world) == 0
+    }
     assert len({tuple(v) for v in seen.values()}) == 1
     first = next(iter(seen.values()))
     assert len(set(first[:3])) == 3, "every step of an epoch holds other rows"
@@ -249,7 +236,7 @@ def test_steps_are_the_same_whatever_the_cut(make_config: MakeConfig) -> None:
 
 @pytest.mark.parametrize("shuffle", ["full", "window", "none"])
 @pytest.mark.parametrize("packing", [True, False])
-def test_an_epoch_holds_every_document_once(make_config: MakeConfig, shuffle: str, packing: bool) -> None:
+def test_an_epoch_contains_every_document_once(make_config: MakeConfig, shuffle: str, packing: bool) -> None:
     prepared = prepare(make_config(f"data.shuffle={shuffle}", "data.shuffle_window=16", f"data.packing={packing}"))
     plan = prepared.train.plan
     orders = []
@@ -262,7 +249,7 @@ def test_an_epoch_holds_every_document_once(make_config: MakeConfig, shuffle: st
     assert (orders[0] == orders[1]) == (shuffle == "none")
 
 
-def test_a_format_of_ones_own(make_config: MakeConfig) -> None:
+def test_a_custom_format(make_config: MakeConfig) -> None:
     spec = prepare(make_config("data.train.format=helpers:question_and_answer")).train
     ids, trained = decode(spec.plan.store.read(0))
     row = instruction_rows()[0]
@@ -275,8 +262,10 @@ def test_weights_repeat_and_thin_out_sources(make_config: MakeConfig, tmp_path: 
     for name, count in (("a", 20), ("b", 20)):
         (tmp_path / f"{name}.json").write_text(json.dumps(instruction_rows(count, seed=ord(name))))
     config = make_config()
-    config.data.train = [SourceSection(path=str(tmp_path / "a.json"), format="instruction", weight=2),
-                         SourceSection(path=str(tmp_path / "b.json"), format="instruction", weight=0.5)]
+    config.data.train = [
+        SourceSection(path=str(tmp_path / "a.json"), format="instruction", weight=2),
+        SourceSection(path=str(tmp_path / "b.json"), format="instruction", weight=0.5),
+    ]
     config.data.validation = None
     plan = prepare(config).train.plan
     halves = []
@@ -328,7 +317,7 @@ def test_second_preparation_reads_nothing(make_config: MakeConfig, monkeypatch: 
     assert prepare(make_config(), map_units=refuse).identity == first.identity
 
 
-def test_changed_file_is_prepared_anew(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_changed_file_is_prepared_again(make_config: MakeConfig, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(instruction_rows(30)))
     config = make_config(f"data.train.path={path}")
@@ -339,7 +328,7 @@ def test_changed_file_is_prepared_anew(make_config: MakeConfig, tmp_path: Path) 
 
 def test_empty_data_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "e.json").write_text("[]")
-    with pytest.raises(DataError, match="'e' is empty: no documents"):
+    with pytest.raises(DataError, match="'e' is empty: it contains no documents"):
         prepare(make_config(f"data.train.path={tmp_path / 'e.json'}"))
     (tmp_path / "e.jsonl").write_text("")
     with pytest.raises(DataError, match="empty"):
@@ -359,7 +348,7 @@ def test_report_warns_where_the_end_is_never_trained(make_config: MakeConfig) ->
     never.eos_token = "a"
     warnings = describe(prepared, never).warnings
     assert not any("never trained" in w for w in warnings), "some document trains on an a"
-    never.pad_token = never.eos_token = "\u0100"  # byte 0, which no document holds
+    never.pad_token = never.eos_token = "\u0100"  # byte 0, which no document contains
     never.additional_special_tokens = []
     texts = describe(prepared, never).warnings
     assert any("padding equals" in w for w in texts)

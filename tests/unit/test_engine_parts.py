@@ -1,4 +1,4 @@
-"""Optimizer, scheduler, callbacks, checkpoints, files: each on its own."""
+"""Optimizer, scheduler, callbacks, checkpoints and files, each tested separately."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from myllm_ray.common.files import JSONLines, read_jsonl
 from myllm_ray.common.types import RunState, StepOutput
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.engine.callbacks import Callback, CallbackList, EarlyStoppingCallback
-from myllm_ray.engine.checkpoint import CheckpointManager, find_damage
-from myllm_ray.engine.metrics import MetricSum
+from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage
 from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.reporting.metrics import MetricSum
 from myllm_ray.engine.scheduler import SchedulerManager, multiplier
 
 
@@ -27,9 +27,17 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False))
 
 
-@pytest.mark.parametrize(("name", "cls"), [("adamw", torch.optim.AdamW), ("ADAM", torch.optim.Adam), ("sgd", torch.optim.SGD),
-                                           ("adafactor", torch.optim.Adafactor), ("RMSprop", torch.optim.RMSprop),
-                                           ("torch.optim:NAdam", torch.optim.NAdam)])
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [
+        ("adamw", torch.optim.AdamW),
+        ("ADAM", torch.optim.Adam),
+        ("sgd", torch.optim.SGD),
+        ("adafactor", torch.optim.Adafactor),
+        ("RMSprop", torch.optim.RMSprop),
+        ("torch.optim:NAdam", torch.optim.NAdam),
+    ],
+)
 def test_optimizers_by_name(name: str, cls: type) -> None:
     optimizer = OptimizerManager(small(), {"optimizer": {"name": name, "lr": 0.5}}).optimizer
     assert type(optimizer) is cls
@@ -44,16 +52,28 @@ def test_weight_decay_is_for_matrices() -> None:
 
 
 def test_parameter_groups_by_pattern() -> None:
-    config = {"optimizer": {"lr": 1.0, "weight_decay": 0.1, "groups": [{"pattern": r"^2\.", "lr": 0.1, "weight_decay": 0.0}]}}
+    config = {
+        "optimizer": {"lr": 1.0, "weight_decay": 0.1, "groups": [{"pattern": r"^2\.", "lr": 0.1, "weight_decay": 0.0}]}
+    }
     groups = OptimizerManager(small(), config).optimizer.param_groups
-    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 0.0, 1), (1.0, 0.1, 1), (1.0, 0.0, 3)]
+    assert [(g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
+        (0.1, 0.0, 1),
+        (1.0, 0.1, 1),
+        (1.0, 0.0, 3),
+    ]
 
 
-@pytest.mark.parametrize(("section", "said"), [
-    ({"name": "adamm"}, "did you mean adam"), ({"groups": [{"pattern": "nothing"}]}, "matches no parameter"),
-    ({"name": "sgd", "betas": [0.9, 0.99]}, "SGD has no such option"), ({"name": "rmsprop", "fused": True}, "no fused form"),
-    ({"options": {"nonsense": 1}}, "AdamW refuses its options"), ({"betas": [2.0, 0.9]}, "AdamW refuses its options"),
-])
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"name": "adamm"}, "did you mean adam"),
+        ({"groups": [{"pattern": "nothing"}]}, "matches no parameter"),
+        ({"name": "sgd", "betas": [0.9, 0.99]}, "SGD has no such option"),
+        ({"name": "rmsprop", "fused": True}, "no fused kernel"),
+        ({"options": {"nonsense": 1}}, "AdamW does not accept its options"),
+        ({"betas": [2.0, 0.9]}, "AdamW does not accept its options"),
+    ],
+)
 def test_optimizer_mistakes(section: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         OptimizerManager(small(), {"optimizer": section}).build(small())
@@ -61,41 +81,47 @@ def test_optimizer_mistakes(section: dict[str, Any], said: str) -> None:
 
 def rates(section: dict[str, Any], steps: int = 10) -> list[float]:
     manager = SchedulerManager(config={"scheduler": section}, total_steps=steps)
-    return [multiplier(step, steps, manager.options) for step in range(steps)]
+    return [multiplier(step, steps, manager.section) for step in range(steps)]
 
 
-def test_schedules_by_hand() -> None:
+def test_schedules_equal_values_computed_by_hand() -> None:
     assert rates({"name": "constant", "warmup_steps": 4})[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates({"name": "constant", "warmup_ratio": 0.2})[:3] == [0.5, 1.0, 1.0]
     assert rates({"name": "linear"}) == pytest.approx([1 - s / 10 for s in range(10)])
     assert rates({"name": "cosine", "min_lr_ratio": 0.1}) == pytest.approx(
-        [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * s / 10)) for s in range(10)])
+        [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * s / 10)) for s in range(10)]
+    )
     assert rates({"name": "polynomial", "power": 2.0}) == pytest.approx([(1 - s / 10) ** 2 for s in range(10)])
     assert rates({"name": "wsd", "warmup_steps": 2, "decay_ratio": 0.4}) == pytest.approx(
-        [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+        [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    )
     assert rates({"name": "inverse_sqrt", "warmup_steps": 4}) == pytest.approx(
-        [0.25, 0.5, 0.75, 1.0, *(math.sqrt(4 / (s + 1)) for s in range(4, 10))])
+        [0.25, 0.5, 0.75, 1.0, *(math.sqrt(4 / (s + 1)) for s in range(4, 10))]
+    )
     restarts = rates({"name": "cosine_with_restarts", "cycles": 2})
     assert restarts[0] == restarts[5] == 1.0
     assert restarts[:5] == pytest.approx(restarts[5:])
 
 
-@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd", "inverse_sqrt"])
+@pytest.mark.parametrize(
+    "name", ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "wsd", "inverse_sqrt"]
+)
 def test_every_schedule_stays_within_bounds(name: str) -> None:
     for warmup in (0, 3):
         values = rates({"name": name, "warmup_steps": warmup, "min_lr_ratio": 0.05}, 50)
         assert all(0 < v <= 1 for v in values)
         manager = SchedulerManager(config={"scheduler": {"name": name, "warmup_steps": warmup}}, total_steps=50)
-        assert multiplier(500, 50, manager.options) <= 1, "beyond the end it holds, it does not come back"
+        assert multiplier(500, 50, manager.section) <= 1, "beyond the end it holds, it does not come back"
 
 
-def test_a_schedule_of_ones_own() -> None:
+def test_a_custom_schedule() -> None:
     assert rates({"name": "helpers:half"}, 4) == [1.0, 1.0, 0.5, 0.5]
 
 
 def test_scheduler_sets_each_group_from_its_own_base() -> None:
-    optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0},
-                                 {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}])
+    optimizer = torch.optim.SGD(
+        [{"params": [nn.Parameter(torch.ones(1))], "lr": 1.0}, {"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}]
+    )
     manager = SchedulerManager(optimizer, {"scheduler": {"name": "linear"}}, total_steps=4)
     manager.step()
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.75, 0.075])
@@ -105,8 +131,8 @@ def test_scheduler_sets_each_group_from_its_own_base() -> None:
         SchedulerManager(config={"scheduler": {"name": "cosin"}})
 
 
-def test_values_that_are_not_finite_decide_nothing(tmp_path: Path) -> None:
-    """Neither which checkpoint is the best nor when to stop."""
+def test_non_finite_values_are_ignored(tmp_path: Path) -> None:
+    """Non-finite values affect neither the best checkpoint nor early stopping."""
     callback, state = EarlyStoppingCallback(patience=2), RunState()
     for value in (math.nan, math.inf, -math.inf, math.nan):
         callback.on_evaluate(state, {"validation_loss": value})
@@ -186,7 +212,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "manifest", "no manifest"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(tmp_path: Path, harm: str) -> None:
     manager = CheckpointManager(folder=tmp_path)
     manager.save(1, tensors(), {})
     newest = manager.save(2, tensors(), {})
@@ -207,7 +233,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, harm: str) -> None:
         manager.load(newest, tensors())
 
 
-def test_another_model_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     manager = CheckpointManager(folder=tmp_path)
     folder = manager.save(1, tensors(), {})
     with pytest.raises(CheckpointError, match=r"tensor model.a was \[3, 2\], now it is \[2, 2\]"):

@@ -1,4 +1,4 @@
-"""What Ray reads when it is imported is set before any module of the package imports it."""
+"""The environment variables that Ray reads at import are set before any module of the package imports Ray."""
 
 from __future__ import annotations
 
@@ -49,12 +49,18 @@ def modules() -> list[str]:
 
 
 def test_the_environment_is_set_before_ray_is_imported(tmp_path: Path) -> None:
-    """In every module that can be imported first, with a token file and the address of a cluster."""
+    """Checks every module that can be imported first, with a token file and the address of a cluster."""
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("x" * 40)
     of_ray = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    result = subprocess.run([sys.executable, "-c", _IMPORTS, *modules()], cwd=ROOT, capture_output=True, text=True, check=False,
-                            env={**of_ray, "HOME": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:6379", "PYTHONPATH": str(ROOT)})
+    result = subprocess.run(
+        [sys.executable, "-c", _IMPORTS, *modules()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**of_ray, "HOME": str(tmp_path), "RAY_ADDRESS": "127.0.0.1:6379", "PYTHONPATH": str(ROOT)},
+    )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 10
 
@@ -64,10 +70,19 @@ def test_the_mode_is_for_clusters_that_are_joined(tmp_path: Path, address: str |
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("x" * 40)
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    code = "import myllm_ray.orchestration, os, sys; assert 'ray' not in sys.modules; print(os.environ.get('RAY_AUTH_MODE'))"
+    code = (
+        "import myllm_ray.orchestration, os, sys; assert 'ray' not in sys.modules; "
+        "print(os.environ.get('RAY_AUTH_MODE'))"
+    )
     for home, expected in ((tmp_path, "token" if joins else "None"), (tmp_path / "none", "None")):
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env={
-            **rest, "HOME": str(home), "PYTHONPATH": str(ROOT), **({"RAY_ADDRESS": address} if address else {})}).stdout
+        said = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env={**rest, "HOME": str(home), "PYTHONPATH": str(ROOT), **({"RAY_ADDRESS": address} if address else {})},
+        ).stdout
         assert said.strip() == expected
 
 
@@ -77,7 +92,9 @@ def test_messages_say_where_the_token_was_looked_for(tmp_path: Path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     refused = ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
     path = tmp_path / ".ray" / "auth_token"
-    assert f"none found in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and {path}; set RAY_AUTH_TOKEN" in session._refused("a:1", refused)
+    assert f"none found in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH and {path}; set RAY_AUTH_TOKEN" in session._refused(
+        "a:1", refused
+    )
     path.parent.mkdir()
     path.write_text("s3cret")
     said = session._refused("a:1", refused)
@@ -90,12 +107,21 @@ def test_messages_say_where_the_token_was_looked_for(tmp_path: Path, monkeypatch
     assert environment.describe_token() == "RAY_AUTH_MODE=disabled, so none is sent; set RAY_AUTH_MODE=token"
 
 
-@pytest.mark.parametrize(("home", "mode", "made"), [
-    ("/proc/nowhere", None, True), ("/proc/nowhere", "token", True), ("/proc/nowhere", "disabled", False), ("writable", None, False),
-    ("with a token", None, False)])
-def test_a_token_where_none_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str, mode: str | None, made: bool) -> None:
-    """A read-only home: Ray could not start, because it could not save its token."""
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # put back after the test
+@pytest.mark.parametrize(
+    ("home", "mode", "made"),
+    [
+        ("/proc/nowhere", None, True),
+        ("/proc/nowhere", "token", True),
+        ("/proc/nowhere", "disabled", False),
+        ("writable", None, False),
+        ("with a token", None, False),
+    ],
+)
+def test_a_token_is_set_if_it_cannot_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str, mode: str | None, made: bool
+) -> None:
+    """Regression: with a read-only home, Ray could not start because it could not save its token."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")  # monkeypatch restores it after the test
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
     folder = tmp_path if not home.startswith("/") else Path(home)
     monkeypatch.setenv("HOME", str(folder))
@@ -109,10 +135,17 @@ def test_a_token_where_none_can_be_saved(tmp_path: Path, monkeypatch: pytest.Mon
     assert bool(os.environ["RAY_AUTH_TOKEN"]) == made
 
 
-@pytest.mark.parametrize(("path", "expected"), [
-    ("/usr/bin/python3.11", {}), ("/a b/bin/python", {"py_executable": "'/a b/bin/python'"}),
-    ("/it's/python", {"py_executable": "'/it'\"'\"'s/python'"})])
-def test_a_path_with_spaces_is_quoted_for_ray(monkeypatch: pytest.MonkeyPatch, path: str, expected: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/usr/bin/python3.11", {}),
+        ("/a b/bin/python", {"py_executable": "'/a b/bin/python'"}),
+        ("/it's/python", {"py_executable": "'/it'\"'\"'s/python'"}),
+    ],
+)
+def test_a_path_with_spaces_is_quoted_for_ray(
+    monkeypatch: pytest.MonkeyPatch, path: str, expected: dict[str, str]
+) -> None:
     monkeypatch.setattr(sys, "executable", path)
     assert session.interpreter() == expected
 

@@ -1,4 +1,4 @@
-"""Inputs of any shape: one clear line, or success; never a traceback, a hang or a half-written run."""
+"""Arbitrary inputs: success or a one-line error, never a traceback, a hang or a half-written run."""
 
 from __future__ import annotations
 
@@ -13,23 +13,39 @@ from hypothesis import strategies as st
 
 from myllm_ray import train
 from myllm_ray.config import DataError, UserError, load_config, validate
-from myllm_ray.config.schema import SourceSection
+from myllm_ray.config.sections import SourceSection
 from myllm_ray.data.sources import list_units, read_unit
-from myllm_ray.engine.checkpoint import CheckpointManager, find_damage, read_manifest
-from myllm_ray.engine.checkpoint_writer import manifest_checksum
+from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, read_manifest
+from myllm_ray.engine.checkpointing.writer import manifest_checksum
 from myllm_ray.engine.run_folder import check_same_run
 
-FUZZ = settings(max_examples=150, deadline=None, derandomize=True,
-                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
 GOOD: dict[str, Any] = {
-    "trainer": "sft", "model": {"config": dict(LLAMA)}, "tokenizer": {"kind": "bytes"},
+    "trainer": "sft",
+    "model": {"config": dict(LLAMA)},
+    "tokenizer": {"kind": "bytes"},
     "data": {"train": {"path": "rows.json", "format": "instruction"}, "sequence_length": 64},
-    "batch": {"global_size": 4, "micro_size": 2}, "run": {"max_steps": 2}, "scaling": {"workers": 2, "max_failures": 1},
-    "accelerator": {"name": "ddp", "offload": {"optimizer": "none"}}, "stability": {"on_spike": "skip"}}
-PATHS = [("trainer",), *((section,) for section in GOOD), *((section, key) for section, inner in GOOD.items()
-                                                            if isinstance(inner, dict) for key in inner)]
+    "batch": {"global_size": 4, "micro_size": 2},
+    "run": {"max_steps": 2},
+    "scaling": {"workers": 2, "max_failures": 1},
+    "accelerator": {"name": "ddp", "offload": {"optimizer": "none"}},
+    "stability": {"on_spike": "skip"},
+}
+PATHS = [
+    ("trainer",),
+    *((section,) for section in GOOD),
+    *((section, key) for section, inner in GOOD.items() if isinstance(inner, dict) for key in inner),
+]
 
 
 def one_line(error: UserError) -> None:
@@ -52,8 +68,11 @@ def test_configs(path: tuple[str, ...], value: Any) -> None:
 
 
 @FUZZ
-@given(content=st.binary(max_size=200) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "surrogatepass")) |
-       JSON.map(lambda v: json.dumps(v).encode()))
+@given(
+    content=st.binary(max_size=200)
+    | st.text(max_size=200).map(lambda t: t.encode("utf-8", "surrogatepass"))
+    | JSON.map(lambda v: json.dumps(v).encode())
+)
 def test_config_files(tmp_path: Path, content: bytes) -> None:
     for name in ("c.yaml", "c.json"):
         (tmp_path / name).write_bytes(content)
@@ -78,12 +97,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     manager = CheckpointManager(folder=tmp_path_factory.mktemp("run") / "checkpoints")
-    return manager.save(3, {"model.w": torch.ones(3)}, {"position": {"epoch": 0, "row": 4}, "config": {}, "identity": {}})
+    return manager.save(
+        3, {"model.w": torch.ones(3)}, {"position": {"epoch": 0, "row": 4}, "config": {}, "identity": {}}
+    )
 
 
 @FUZZ
-@given(key=st.sampled_from(["format", "step", "position", "files", "tensors", "config", "identity", "metrics", None]), value=JSON,
-       signed=st.booleans())
+@given(
+    key=st.sampled_from(["format", "step", "position", "files", "tensors", "config", "identity", "metrics", None]),
+    value=JSON,
+    signed=st.booleans(),
+)
 def test_manifests(checkpoint: Path, make_config: MakeConfig, key: str | None, value: Any, signed: bool) -> None:
     path = checkpoint / "manifest.json"
     before = path.read_text()
@@ -105,13 +129,20 @@ def test_manifests(checkpoint: Path, make_config: MakeConfig, key: str | None, v
         path.write_text(before)
 
 
-ROWS = JSON | st.fixed_dictionaries({"instruction": JSON, "output": JSON}) | st.fixed_dictionaries(
-    {"messages": st.lists(JSON | st.fixed_dictionaries({"role": JSON, "content": JSON}), max_size=3)})
+ROWS = (
+    JSON
+    | st.fixed_dictionaries({"instruction": JSON, "output": JSON})
+    | st.fixed_dictionaries(
+        {"messages": st.lists(JSON | st.fixed_dictionaries({"role": JSON, "content": JSON}), max_size=3)}
+    )
+)
 
 
 @FUZZ
-@given(lines=st.lists(ROWS.map(lambda r: json.dumps(r).encode()) | st.binary(max_size=40), max_size=4),
-       suffix=st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".txt"]))
+@given(
+    lines=st.lists(ROWS.map(lambda r: json.dumps(r).encode()) | st.binary(max_size=40), max_size=4),
+    suffix=st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".txt"]),
+)
 def test_data_files(tmp_path: Path, lines: list[bytes], suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(b"\n".join(lines))
@@ -124,13 +155,22 @@ def test_data_files(tmp_path: Path, lines: list[bytes], suffix: str) -> None:
 
 
 @settings(FUZZ, max_examples=25)
-@given(rows=st.lists(ROWS, min_size=1, max_size=4), form=st.sampled_from(["instruction", "chat", "text", "prompt_completion"]))
+@given(
+    rows=st.lists(ROWS, min_size=1, max_size=4),
+    form=st.sampled_from(["instruction", "chat", "text", "prompt_completion"]),
+)
 def test_rows_to_a_run(tmp_path: Path, make_config: MakeConfig, rows: list[Any], form: str) -> None:
-    """From a file of odd rows to a trained step, or one line and no run's folder."""
+    """A file of arbitrary rows gives a trained step, or a one-line error and no run folder."""
     data = tmp_path / "odd.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = make_config(f"data.train.path={data}", f"data.train.format={form}", "data.validation=null", "run.max_steps=1",
-                         "run.overwrite=true", f"data.cache={tmp_path / 'cache'}")
+    config = make_config(
+        f"data.train.path={data}",
+        f"data.train.format={form}",
+        "data.validation=null",
+        "run.max_steps=1",
+        "run.overwrite=true",
+        f"data.cache={tmp_path / 'cache'}",
+    )
     folder = Path(config.run.storage) / config.run.name
     existed = folder.exists()
     try:

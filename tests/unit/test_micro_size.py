@@ -1,4 +1,4 @@
-"""`batch.micro_size: auto`: sizes are tried until the memory runs out, and running out is survived."""
+"""`batch.micro_size: auto`: sizes are tried until memory runs out, which does not end the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from myllm_ray.orchestration.micro_size import out_of_memory, with_micro_size
 
 
 def tried(fits: int) -> tuple[list[int], Any]:
-    """A way to try that knows what fits."""
+    """Returns the list of tried sizes and a stub of the memory test in which sizes up to `fits` succeed."""
     seen: list[int] = []
 
     def call(function: Any, raw: Any, size: int, limit: Any) -> str:
@@ -43,9 +43,15 @@ def test_nothing_fits(make_config: MakeConfig) -> None:
 
 
 @pytest.mark.slow
-def test_memory_that_runs_out_is_survived(make_config: MakeConfig) -> None:
-    """A limit between what two sizes need, in a process of its own."""
-    model = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 4}
+def test_running_out_of_memory_is_handled(make_config: MakeConfig) -> None:
+    """Tries two sizes in a separate process, with a memory limit between their requirements."""
+    model = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
     raw = make_config("data.sequence_length=160", "data.packing=false", model={"config": model}).model_dump(mode="json")
     raw["batch"] |= {"global_size": 64}
     limit = int(2.5 * 2**30)
@@ -59,17 +65,41 @@ def test_memory_that_runs_out_is_survived(make_config: MakeConfig) -> None:
         out_of_memory(raw, 1, None)
 
 
-@pytest.mark.parametrize(("size", "overrides"), [
-    (4, ()), (1, ("trainer=dpo", "dpo={loss: kto, reference: precomputed}", "data.train={source: brackets, format: unpaired, limit: 40}"))],
-    ids=["the longest rows have no target", "kto, precomputed"])
-def test_a_size_is_tried_on_the_longest_row_with_a_target(make_config: MakeConfig, tmp_path: Path, size: int, overrides: tuple[str, ...]) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps([{"instruction": "x" * (200 * (i % 2)), "output": "answer"} for i in range(32)]))
-    raw = make_config(f"data.train.path={tmp_path}/rows.json", "data.validation=null", "data.packing=false", "data.sequence_length=96", *overrides).model_dump(mode="json")
+@pytest.mark.parametrize(
+    ("size", "overrides"),
+    [
+        (4, ()),
+        (
+            1,
+            (
+                "trainer=dpo",
+                "dpo={loss: kto, reference: precomputed}",
+                "data.train={source: brackets, format: unpaired, limit: 40}",
+            ),
+        ),
+    ],
+    ids=["the longest rows have no target", "kto, precomputed"],
+)
+def test_a_size_is_tried_on_the_longest_row_with_a_target(
+    make_config: MakeConfig, tmp_path: Path, size: int, overrides: tuple[str, ...]
+) -> None:
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"instruction": "x" * (200 * (i % 2)), "output": "answer"} for i in range(32)])
+    )
+    raw = make_config(
+        f"data.train.path={tmp_path}/rows.json",
+        "data.validation=null",
+        "data.packing=false",
+        "data.sequence_length=96",
+        *overrides,
+    ).model_dump(mode="json")
     micro_size._try(raw, size, str(tmp_path / "try"))
     assert len(read_jsonl(tmp_path / "try" / "run" / "ledger.jsonl")) == 2
 
 
-def test_a_run_records_what_was_found_and_goes_on_with_it(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_records_the_found_size_and_resumes_with_it(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = make_config("batch.micro_size=auto", "run.max_steps=3", "checkpoint.resume=auto")
     monkeypatch.setattr(micro_size, "out_of_memory", lambda raw, size, limit: "no memory" if size > 4 else "")
     first = train(config)
@@ -81,7 +111,7 @@ def test_a_run_records_what_was_found_and_goes_on_with_it(make_config: MakeConfi
     assert train(make_config("batch.micro_size=auto", "run.max_steps=5", "checkpoint.resume=auto")).step == 5
 
 
-def test_wrong_uses_are_told(make_config: MakeConfig) -> None:
+def test_wrong_uses_are_reported(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"batch\.micro_size"):
         make_config("batch.micro_size=automatic")
     with pytest.raises(ConfigError, match="can't be found for grpo"):

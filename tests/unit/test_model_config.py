@@ -1,4 +1,4 @@
-"""Wrong values of `model.config` are one line that names it, wherever transformers trips over them."""
+"""Wrong values of `model.config` give a one-line error that names the key, wherever transformers fails on them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 from conftest import LLAMA, MakeConfig
 
 from myllm_ray.config import ConfigError
-from myllm_ray.config.schema import ModelSection
+from myllm_ray.config.sections import ModelSection
 from myllm_ray.data.prepare import prepare
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.models.load import build_skeleton
-from myllm_ray.worker import check_model
+from myllm_ray.preparation import check_model
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -23,17 +23,46 @@ SMALL: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {**LLAMA, "model_type": "qwen3_5_text"},
 }
 WRONG: list[tuple[str, str, Any]] = [
-    ("llama", "num_attention_heads", 3), ("llama", "num_attention_heads", 0), ("llama", "num_attention_heads", -1), ("llama", "num_attention_heads", "4"),
-    ("llama", "num_key_value_heads", 3), ("llama", "num_key_value_heads", 0), ("llama", "head_dim", 3), ("llama", "hidden_size", 1.5),
-    ("llama", "num_hidden_layers", "two"), ("llama", "vocab_size", "x"), ("llama", "vocab_size", None), ("llama", "hidden_act", "nope"),
-    ("llama", "hidden_act", 3), ("llama", "rope_parameters", {"rope_type": "nope", "rope_theta": 1e4}), ("llama", "rope_parameters", {"rope_type": "yarn"}),
-    ("llama", "rope_parameters", "x"), ("llama", "rope_theta", 0), ("llama", "rope_scaling", 5), ("llama", "attention_dropout", -1),
-    ("llama", "attention_dropout", 3), ("llama", "attention_dropout", None), ("llama", "dtype", "float99"), ("llama", "id2label", 4),
-    ("llama", "mlp_bias", "yes"), ("llama", "model_type", 5),
-    ("gpt2", "n_head", 3), ("gpt2", "n_head", -1), ("gpt2", "n_positions", 0), ("gpt2", "n_inner", 0), ("gpt2", "activation_function", "x"),
-    ("qwen3", "num_attention_heads", 3), ("qwen3", "head_dim", 3), ("qwen3", "layer_types", ["nope", "full_attention"]), ("qwen3", "layer_types", ["full_attention"]),
-    ("gemma3_text", "num_key_value_heads", 3), ("gemma3_text", "sliding_window", None), ("gemma3_text", "query_pre_attn_scalar", -1),
-    ("mixtral", "num_experts_per_tok", 9), ("mixtral", "num_local_experts", 0), ("mixtral", "num_local_experts", "many"),
+    ("llama", "num_attention_heads", 3),
+    ("llama", "num_attention_heads", 0),
+    ("llama", "num_attention_heads", -1),
+    ("llama", "num_attention_heads", "4"),
+    ("llama", "num_key_value_heads", 3),
+    ("llama", "num_key_value_heads", 0),
+    ("llama", "head_dim", 3),
+    ("llama", "hidden_size", 1.5),
+    ("llama", "num_hidden_layers", "two"),
+    ("llama", "vocab_size", "x"),
+    ("llama", "vocab_size", None),
+    ("llama", "hidden_act", "nope"),
+    ("llama", "hidden_act", 3),
+    ("llama", "rope_parameters", {"rope_type": "nope", "rope_theta": 1e4}),
+    ("llama", "rope_parameters", {"rope_type": "yarn"}),
+    ("llama", "rope_parameters", "x"),
+    ("llama", "rope_theta", 0),
+    ("llama", "rope_scaling", 5),
+    ("llama", "attention_dropout", -1),
+    ("llama", "attention_dropout", 3),
+    ("llama", "attention_dropout", None),
+    ("llama", "dtype", "float99"),
+    ("llama", "id2label", 4),
+    ("llama", "mlp_bias", "yes"),
+    ("llama", "model_type", 5),
+    ("gpt2", "n_head", 3),
+    ("gpt2", "n_head", -1),
+    ("gpt2", "n_positions", 0),
+    ("gpt2", "n_inner", 0),
+    ("gpt2", "activation_function", "x"),
+    ("qwen3", "num_attention_heads", 3),
+    ("qwen3", "head_dim", 3),
+    ("qwen3", "layer_types", ["nope", "full_attention"]),
+    ("qwen3", "layer_types", ["full_attention"]),
+    ("gemma3_text", "num_key_value_heads", 3),
+    ("gemma3_text", "sliding_window", None),
+    ("gemma3_text", "query_pre_attn_scalar", -1),
+    ("mixtral", "num_experts_per_tok", 9),
+    ("mixtral", "num_local_experts", 0),
+    ("mixtral", "num_local_experts", "many"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""What the user's code prints in a worker is sent on; what libraries print is not, nor a flood."""
+"""Output of the user's code in a worker is forwarded up to a limit; output of libraries is not."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ def test_only_the_users_lines_are_sent() -> None:
         for place in ("/x/site-packages/torch/nn.py", "/x/site-packages/deepspeed/utils/logging.py"):
             exec(compile("print('noise')", place, "exec"))
         handler = logging.StreamHandler(sys.stdout)
-        exec(compile("logger.handle(record)", "/x/site-packages/ray/train.py", "exec"),
-             {"logger": handler, "record": logging.makeLogRecord({"msg": "noise"})})
+        exec(
+            compile("logger.handle(record)", "/x/site-packages/ray/train.py", "exec"),
+            {"logger": handler, "record": logging.makeLogRecord({"msg": "noise"})},
+        )
         assert sys.stdout.encoding == under.encoding
     assert lines == ["step 1: loss 0.5", "{'a': 1}", "two", "lines"]
     assert under.getvalue().count("noise") == 3, "the worker's own log has everything"
 
 
 def test_rays_own_print_is_the_users() -> None:
-    """Ray Train replaces `print` in its workers, and Ray Data's progress bars do, too."""
+    """Ray Train and the progress bars of Ray Data replace `print` in their workers."""
     from ray.experimental.tqdm_ray import safe_print
     from ray.train.v2._internal.logging.patch_print import redirected_print
 
@@ -44,7 +46,7 @@ def test_rays_own_print_is_the_users() -> None:
     assert lines == ["step 1", "step 2"]
 
 
-def test_a_flood_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_rate_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(output, "_MOST_LINES", 5)
     with redirect_stdout(io.StringIO()), forwarded_output(lines.append):
@@ -55,7 +57,7 @@ def test_a_flood_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(lines) == 6
 
 
-def test_nothing_changes_without_somebody_to_send_to() -> None:
+def test_nothing_changes_without_a_receiver() -> None:
     before = sys.stdout
     with forwarded_output(None):
         assert sys.stdout is before

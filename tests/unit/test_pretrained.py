@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: a folder, a run, or the hub, which is asked once and not waited for."""
+"""Models and tokenizers by name: a folder, a run, or the hub, which is queried once and with a short timeout."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from conftest import MakeConfig
 
 from myllm_ray.common import pretrained
 from myllm_ray.config import ConfigError
-from myllm_ray.config.schema import ModelSection, TokenizerSection
+from myllm_ray.config.sections import ModelSection, TokenizerSection
 from myllm_ray.data.tokenizer import byte_tokenizer, load_tokenizer, open_tokenizer
 from myllm_ray.models.load import build_skeleton
 from myllm_ray.worker import run_local
 
 
 class Hub:
-    """A server that answers every question about a model with one status, after a while."""
+    """A server that answers every request about a model with `status` after `seconds`."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -63,17 +63,19 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     hub.server.server_close()
 
 
-def test_a_name_that_is_nowhere_is_looked_up_once(hub: Hub, make_config: MakeConfig) -> None:
-    """The whole way of a run, its tokenizer left out, too."""
-    with pytest.raises(ConfigError, match=r"no folder 'someone/nothing' here .*: the hub has no such repository, or it is private"):
+def test_an_unknown_name_is_looked_up_once(hub: Hub, make_config: MakeConfig) -> None:
+    """Runs the whole start of a run, without a tokenizer section."""
+    with pytest.raises(
+        ConfigError, match=r"no folder 'someone/nothing' in .*: the hub has no such repository, or it is private"
+    ):
         run_local(make_config(model={"name": "someone/nothing"}, tokenizer=None))
     assert hub.asked == ["/api/models/someone/nothing"]
 
 
 @pytest.mark.parametrize("status", [401, 500, 503])
-def test_a_hub_that_refuses_is_not_asked_again(hub: Hub, status: int) -> None:
+def test_a_hub_that_refuses_is_queried_once(hub: Hub, status: int) -> None:
     hub.status = status
-    with pytest.raises(ConfigError, match=rf"^model\.name: no folder 'a/b' here .*{status}.*$"):
+    with pytest.raises(ConfigError, match=rf"^model\.name: no folder 'a/b' in .*{status}.*$"):
         build_skeleton(ModelSection(name="a/b"), byte_tokenizer(), 64)
     assert len(hub.asked) == 1
 
@@ -81,13 +83,13 @@ def test_a_hub_that_refuses_is_not_asked_again(hub: Hub, status: int) -> None:
 def test_a_hub_that_does_not_answer_is_not_waited_for(hub: Hub) -> None:
     hub.seconds = 5
     started = time.monotonic()
-    with pytest.raises(ConfigError, match=r"^tokenizer\.name: no folder 'a/b' here .*timed out$"):
+    with pytest.raises(ConfigError, match=r"^tokenizer\.name: no folder 'a/b' in .*timed out$"):
         load_tokenizer(TokenizerSection(name="a/b"))
     assert time.monotonic() - started < 3
     assert len(hub.asked) == 1
 
 
-def test_without_a_connection_the_hub_is_not_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_connection_the_hub_is_not_queried(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"^model\.name: .*offline mode is enabled"):
         build_skeleton(ModelSection(name="a/b"), byte_tokenizer(), 64)
@@ -101,8 +103,8 @@ def test_a_path_is_never_looked_up(hub: Hub, name: str) -> None:
     assert not hub.asked
 
 
-def test_a_tokenizer_says_all_of_what_is_wrong(tmp_path: Path) -> None:
-    """transformers' message is a list over several lines."""
+def test_a_tokenizer_error_contains_the_whole_message(tmp_path: Path) -> None:
+    """The message of transformers is a list over several lines."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError) as error:
         open_tokenizer(str(tmp_path))

@@ -1,4 +1,4 @@
-"""What a resume says: old and new values, a learning rate that jumps, and what to do instead of a resume."""
+"""Messages of a resume: old and new values, a jump of the learning rate, and alternatives to a resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AUTO = "checkpoint.resume=auto"
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """What the package logs."""
+    """Yields the messages that the package logs."""
     lines: list[str] = []
 
     class Keep(logging.Handler):
@@ -30,21 +30,27 @@ def said() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
-def test_a_resume_says_what_has_changed(make_config: MakeConfig, said: list[str]) -> None:
+def test_a_resume_reports_changed_settings(make_config: MakeConfig, said: list[str]) -> None:
     train(make_config("run.max_steps=3"))
     assert train(make_config("run.max_steps=3", AUTO)).step == 3
     assert not [line for line in said if "resum" in line]
     train(make_config("run.max_steps=4", "optimizer.lr=1e-3", AUTO))
     (line, jump) = [line for line in said if "resum" in line or "jumps" in line]
-    assert line == ("resuming after step 3 with changed settings: optimizer.lr was 0.003, now it is 0.001; "
-                    "run.max_steps was 3, now it is 4")
-    # three steps of cosine with two of warm-up: the third runs at its top; the fourth of four is half way down
+    assert line == (
+        "resuming after step 3 with changed settings: optimizer.lr was 0.003, now it is 0.001; "
+        "run.max_steps was 3, now it is 4"
+    )
+    # Cosine with two warm-up steps: step 3 of 3 has the full rate, step 4 of 4 is half way down.
     assert jump == "the learning rate jumps from 0.003 in step 3 to 0.00055 in step 4"
     said.clear()
     train(make_config("run.max_steps=5", "optimizer.lr=1e-3", "scheduler.name=constant", AUTO))
     assert [line for line in said if "resuming" in line] == [
-        "resuming after step 4 with changed settings: scheduler.name was 'cosine', now it is 'constant'; run.max_steps was 4, now it is 5"]
-    assert [line for line in said if "jumps" in line] == ["the learning rate jumps from 0.00055 in step 4 to 0.001 in step 5"]
+        "resuming after step 4 with changed settings: scheduler.name was 'cosine', now it is 'constant'; "
+        "run.max_steps was 4, now it is 5"
+    ]
+    assert [line for line in said if "jumps" in line] == [
+        "the learning rate jumps from 0.00055 in step 4 to 0.001 in step 5"
+    ]
 
 
 def test_a_finished_cosine_that_is_extended(make_config: MakeConfig, said: list[str]) -> None:
@@ -56,9 +62,17 @@ def test_a_finished_cosine_that_is_extended(make_config: MakeConfig, said: list[
 
 def test_old_and_new_values_and_what_to_do(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = Path(train(make_config("run.max_steps=1")).folder)
-    with pytest.raises(CheckpointError, match=r"batch.global_size has changed \(it was 8, now it is 4\).*undo the change, or start a new run"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"batch.global_size has changed \(it was 8, now it is 4\).*undo the change, or start a new run",
+    ):
         train(make_config("batch.global_size=4", AUTO))
-    for change, what in (("data.train.limit=20", r"the data itself .* has changed \(data.train.limit was None, now it is 20\)"),
-                         ("batch.global_size=4", "it was 8, now it is 4")):
-        with pytest.raises(CheckpointError, match=what + rf".*start a new stage: leave checkpoint.resume out and give model.name={folder}$"):
+    for change, what in (
+        ("data.train.limit=20", r"the data itself .* has changed \(data.train.limit was None, now it is 20\)"),
+        ("batch.global_size=4", "it was 8, now it is 4"),
+    ):
+        with pytest.raises(
+            CheckpointError,
+            match=what + rf".*start a new stage: leave checkpoint.resume out and give model.name={folder}$",
+        ):
             train(make_config(change, f"checkpoint.resume={folder}", "run.name=other"))

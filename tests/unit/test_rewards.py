@@ -1,4 +1,4 @@
-"""Reward functions that raise, hang, or return nonsense: one clear line, or the fallback, counted."""
+"""Reward functions that raise, hang or return invalid values: a one-line error, or the counted fallback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from myllm_ray.config.errors import ConfigError, TrainingError
-from myllm_ray.config.trainers import GRPOKnobs, PPOKnobs, RewardFunction
+from myllm_ray.trainers.grpo import GRPOTrainer
+from myllm_ray.trainers.ppo import PPOTrainer
 from myllm_ray.trainers.rewards import FunctionReward
 
 
@@ -58,7 +59,7 @@ def with_ids(completions: list[str], completion_ids: list[list[int]], *, answer:
 
 
 class Judge:
-    """An object that can be called."""
+    """A callable object."""
 
     def __call__(self, completions: list[str], prompts: list[Any]) -> list[float]:
         return [float(prompts[0] == "p")] * len(completions)
@@ -72,7 +73,7 @@ def nothing(**_: Any) -> None:
 
 
 def reward(function: str, **settings: Any) -> FunctionReward:
-    return FunctionReward(RewardFunction(function=f"{__name__}:{function}", **settings))
+    return FunctionReward(FunctionReward.Config(function=f"{__name__}:{function}", **settings))
 
 
 def test_functions_of_every_kind() -> None:
@@ -83,10 +84,18 @@ def test_functions_of_every_kind() -> None:
     assert reward("lengths", name="size", weight=2).name == "size"
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("raises", "raised RuntimeError: no judge today"), ("hangs", r"no answer within 0\.2 s"),
-    ("one_too_few", "one number for each of the 2 completions, returned 1"), ("not_a_number", "nan for completion 1"),
-    ("a_word", "'1' for completion 1"), ("nothing", "returned NoneType"), ("later", "missing 1 required")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("raises", "raised RuntimeError: no judge today"),
+        ("hangs", r"returned nothing within 0\.2 s"),
+        ("one_too_few", "one number for each of the 2 completions, returned 1"),
+        ("not_a_number", "nan for completion 1"),
+        ("a_word", "'1' for completion 1"),
+        ("nothing", "returned NoneType"),
+        ("later", "missing 1 required"),
+    ],
+)
 def test_failures(name: str, message: str) -> None:
     with pytest.raises(TrainingError, match=message) as caught:
         reward(name, timeout=0.2)(["p", "q"], ["a", "b"], {})
@@ -97,28 +106,44 @@ def test_failures(name: str, message: str) -> None:
 
 
 def test_a_function_gets_the_arguments_that_it_takes() -> None:
-    """TRL's convention: a function names what it wants; what it does not name is not passed, so a new column breaks none."""
-    columns = {"answer": ["x", "y"], "prompt_texts": ["p", "q"], "prompt_ids": [[1], [2]], "completion_ids": [[5, 6], [7]]}
+    """Only columns that a function names as parameters are passed, so new columns break no function (as in TRL)."""
+    columns = {
+        "answer": ["x", "y"],
+        "prompt_texts": ["p", "q"],
+        "prompt_ids": [[1], [2]],
+        "completion_ids": [[5, 6], [7]],
+    }
     assert reward("only_completions")(["p", "q"], ["a", "bcd"], columns) == [1.0, 3.0]
     assert reward("with_ids")(["p", "q"], ["a", "bcd"], columns) == [2.0, 1.0]
     assert reward("judge")(["p", "q"], ["a", "bcd"], columns) == [1.0, 1.0]
     assert reward("lengths")(["p", "q"], ["a", "bcd"], columns) == [1.0, 3.0]
-    with pytest.raises(ConfigError, match=r"reward test_rewards:tensors: the function takes no factor \(options\); it takes completions, prompts"):
+    with pytest.raises(
+        ConfigError,
+        match=r"reward test_rewards:tensors: the function takes no factor \(options\); it takes completions, prompts",
+    ):
         reward("tensors", options={"factor": 2})
 
 
-@pytest.mark.parametrize(("path", "message"), [
-    ("rewards.py:starts", "'rewards.py:starts' is not an import path: drop .py; write module:name, here rewards:starts"),
-    ("./my/rewards.py:starts", "drop .py; write module:name, here my.rewards:starts"),
-    ("my_pkg.my_mod.fn", "write module:name, here my_pkg.my_mod:fn"), ("my_mod", "here my_mod:name")])
-def test_a_path_that_is_no_import_path(path: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (
+            "rewards.py:starts",
+            "'rewards.py:starts' is not an import path: drop .py; write module:name, here rewards:starts",
+        ),
+        ("./my/rewards.py:starts", "drop .py; write module:name, here my.rewards:starts"),
+        ("my_pkg.my_mod.fn", "write module:name, here my_pkg.my_mod:fn"),
+        ("my_mod", "here my_mod:name"),
+    ],
+)
+def test_a_path_that_is_not_an_import_path(path: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        FunctionReward(RewardFunction(function=path))
+        FunctionReward(FunctionReward.Config(function=path))
 
 
 def test_rewards_that_would_hide_each_other_in_the_log() -> None:
     with pytest.raises(ValueError, match="'fn' is the name of another reward in the log"):
-        GRPOKnobs.model_validate({"reward": ["a:fn", "b:fn"]})
+        GRPOTrainer.Config.model_validate({"reward": ["a:fn", "b:fn"]})
     with pytest.raises(ValueError, match="'reward_model' is the name of another reward"):
-        PPOKnobs.model_validate({"reward": ["a:reward_model"]})
-    GRPOKnobs.model_validate({"reward": ["a:fn", {"function": "b:fn", "name": "other"}]})
+        PPOTrainer.Config.model_validate({"reward": ["a:reward_model"]})
+    GRPOTrainer.Config.model_validate({"reward": ["a:fn", {"function": "b:fn", "name": "other"}]})

@@ -1,4 +1,4 @@
-"""Processes of a test: each with a hash seed of its own, with the test's environment, and an error that arrives."""
+"""Processes of a test: separate hash seeds, the environment of the test, and errors that are raised in the test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ def note(rank: int, folder: str) -> None:
     if not folder:
         raise ValueError("planted")
     fp16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    known = {"hash": hash("a"), "marker": os.environ.get("A_MARKER"), "fp16": fp16, "path": sys.path, "ray": "ray" in sys.modules}
+    known = {
+        "hash": hash("a"),
+        "marker": os.environ.get("A_MARKER"),
+        "fp16": fp16,
+        "path": sys.path,
+        "ray": "ray" in sys.modules,
+    }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(known), encoding="utf-8")
 
 
@@ -34,6 +40,6 @@ def test_what_processes_start_with(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert not known["ray"]
 
 
-def test_an_error_in_a_process_arrives() -> None:
+def test_an_error_in_a_process_is_raised_in_the_test() -> None:
     with pytest.raises(Exception, match="planted"):
         start_processes(note, ("",), 2)

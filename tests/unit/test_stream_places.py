@@ -1,4 +1,7 @@
-"""The stream of micro-batches cut into tasks: the same micro-batches in the same order, at a cost that is that of the part alone."""
+"""The stream of micro-batches split into tasks.
+
+The micro-batches and their order are the same, and the cost of a task depends only on its part.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from myllm_ray.data.stream import StreamSpec
 
 @pytest.fixture
 def spec(make_config: MakeConfig) -> StreamSpec:
-    """14 documents a epoch, of which the last batch is filled up."""
-    return prepare(make_config("data.train.limit=14", "data.validation=null", "batch.global_size=4", "batch.micro_size=2")).train
+    """Returns a stream of 14 documents per epoch; the last batch of an epoch is filled up."""
+    return prepare(
+        make_config("data.train.limit=14", "data.validation=null", "batch.global_size=4", "batch.micro_size=2")
+    ).train
 
 
 @pytest.mark.parametrize("start", [Position(), Position(2, 4), Position(1, 10**6)])
@@ -33,7 +38,9 @@ def test_parts_are_the_whole(spec: StreamSpec, start: Position) -> None:
 
 def test_a_part_plans_no_epoch_beyond_it(spec: StreamSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[int] = []
-    monkeypatch.setattr(spec.plan, "_open", lambda epoch: planned.append(epoch) or planning.RowPlan._open_epoch(spec.plan, epoch))
+    monkeypatch.setattr(
+        spec.plan, "_open", lambda epoch: planned.append(epoch) or planning.RowPlan._open_epoch(spec.plan, epoch)
+    )
     spec.plan._row_counts.clear()
     list(spec.places(Position(7, 0), 0, 16))
     assert planned
@@ -41,7 +48,7 @@ def test_a_part_plans_no_epoch_beyond_it(spec: StreamSpec, monkeypatch: pytest.M
 
 
 def test_the_start_of_a_long_run_plans_nothing(spec: StreamSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100,000 steps of 14 rows are 25,000 epochs or more."""
+    """100,000 steps of 4 rows, with 14 rows per epoch, are 25,000 epochs or more."""
     from ray.data import DataContext
 
     from myllm_ray.orchestration import ray_data

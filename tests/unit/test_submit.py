@@ -10,7 +10,7 @@ from myllm_ray.orchestration import submit as module
 
 
 class Client:
-    """Refuses a job as Ray's does, so many times."""
+    """A job client that refuses a job `refusals` times, as the client of Ray does."""
 
     def __init__(self, message: str, refusals: int):
         self.message, self.refusals = message, refusals
@@ -26,7 +26,10 @@ BUSY = "Request failed with status code 500: No available agent to submit job, p
 
 
 def test_a_head_whose_agents_are_starting_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before: `error: Ray at http://127.0.0.1:8265: Request failed with status code 500: No available agent ...`."""
+    """Regression: the command failed while the agents of the head were starting.
+
+    The error was `Ray at http://127.0.0.1:8265: Request failed with status code 500: No available agent ...`.
+    """
     waited: list[float] = []
     monkeypatch.setattr(module.time, "sleep", waited.append)
     assert module._submitted(Client(BUSY, 2), "true", {}) == "job-1"

@@ -1,4 +1,4 @@
-"""A user's exception in one line: type, message, file, line and function of their own code."""
+"""A user's exception in one line: type, message, file, line and function of the user's code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from conftest import MakeConfig
 
 from myllm_ray.common.tracebacks import describe
 from myllm_ray.config import TrainingError, UserError
-from myllm_ray.config.trainers import RewardFunction
 from myllm_ray.orchestration.failures import RemoteError, clearly, explain, portable
 from myllm_ray.trainers.rewards import FunctionReward
 from myllm_ray.worker import run_local
@@ -39,14 +38,16 @@ def in_torch() -> None:
 HERE = Path(__file__).name
 
 
-@pytest.mark.parametrize(("call", "said"), [(mine, "ValueError: mine and more"), (in_torch, "RuntimeError: .*tensor size.*")])
+@pytest.mark.parametrize(
+    ("call", "said"), [(mine, "ValueError: mine and more"), (in_torch, "RuntimeError: .*tensor size.*")]
+)
 def test_the_users_line_is_named(call: Callable[[], Any], said: str) -> None:
-    """Also where a library raises."""
+    """The user's line is also named if a library raises."""
     line = call.__code__.co_firstlineno + 1
     assert re.fullmatch(rf"{said} \(.*{HERE}:{line} in {call.__name__}\)", describe(caught(call)))
 
 
-def test_it_arrives_through_pickling_and_ray_trains_wrapping(tmp_path: Path) -> None:
+def test_the_error_is_kept_through_pickling_and_wrapping_by_ray_train(tmp_path: Path) -> None:
     class Wrapped(Exception):
         worker_failures: dict[int, Exception]
 
@@ -72,8 +73,10 @@ def test_a_reward_function_names_its_line() -> None:
     def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         raise KeyError("answer")
 
-    judge = FunctionReward(RewardFunction(function="x:y"), reward)
-    with pytest.raises(TrainingError, match=rf"raised KeyError: 'answer' \(.*{HERE}:{reward.__code__.co_firstlineno + 1} in reward\)"):
+    judge = FunctionReward(FunctionReward.Config(function="x:y"), reward)
+    with pytest.raises(
+        TrainingError, match=rf"raised KeyError: 'answer' \(.*{HERE}:{reward.__code__.co_firstlineno + 1} in reward\)"
+    ):
         judge(["a"], ["b"], {})
 
 
@@ -81,9 +84,12 @@ def broken_format(row: dict[str, Any]) -> Any:
     return row["nothing"]
 
 
-def test_in_process_a_users_bug_is_pythons_own_traceback(make_config: MakeConfig) -> None:
+def test_in_process_a_users_error_keeps_the_python_traceback(make_config: MakeConfig) -> None:
     config = make_config(f"data.train.format={__name__}:broken_format")
     with pytest.raises(KeyError) as found:
         run_local(config)
     assert found.traceback[-1].name == "broken_format"
-    assert re.search(rf"KeyError: 'nothing' \(.*{HERE}:\d+ in broken_format\), in the row at .*rows.json: row 0$", describe(found.value))
+    assert re.search(
+        rf"KeyError: 'nothing' \(.*{HERE}:\d+ in broken_format\), in the row at .*rows.json: row 0$",
+        describe(found.value),
+    )

@@ -1,4 +1,4 @@
-"""Which trials are stopped, paused or changed, and when they are looked at: Ray Tune's schedulers, in optimizer steps."""
+"""Builds Ray Tune's schedulers, which stop, pause or change trials, with all intervals in optimizer steps."""
 
 from __future__ import annotations
 
@@ -31,47 +31,77 @@ _GRACE, _EXCHANGES = 10, 5
 
 
 def grace_steps(sweep: SweepConfig, steps: int) -> int:
-    """Steps of a trial before it can be stopped."""
+    """Returns the number of steps that a trial runs before it can be stopped.
+
+    Args:
+        sweep: the sweep's config.
+        steps: steps of a whole trial.
+    """
     return sweep.scheduler.grace_steps or max(1, math.ceil(steps / _GRACE))
 
 
 def report_interval(sweep: SweepConfig, base: TrainerConfig, steps: int) -> int:
-    """Steps between two reports: what the scheduler asks for, but not more often than the metric is logged.
+    """Returns the number of steps between two reports: a multiple of the interval at which the metric is logged.
+
+    Args:
+        sweep: the sweep's config.
+        base: the config of a trial.
+        steps: steps of a whole trial.
 
     Raises:
-        ConfigError: a scheduler that stops trials, and a metric that is only known at their end.
+        ConfigError: the metric needs held-out data that the config does not have, or the scheduler stops trials and the
+            metric is known only at their end.
     """
     name = sweep.scheduler.name
-    wanted = {"fifo": math.ceil(steps / _REPORTS), "asha": grace_steps(sweep, steps), "median": math.ceil(steps / _REPORTS),
-              "hyperband": math.ceil(steps / _HYPERBAND_REPORTS), "pbt": sweep.scheduler.every_steps or math.ceil(steps / _EXCHANGES)}[name]
+    wanted = {
+        "fifo": math.ceil(steps / _REPORTS),
+        "asha": grace_steps(sweep, steps),
+        "median": math.ceil(steps / _REPORTS),
+        "hyperband": math.ceil(steps / _HYPERBAND_REPORTS),
+        "pbt": sweep.scheduler.every_steps or math.ceil(steps / _EXCHANGES),
+    }[name]
     wanted = sweep.report_every or wanted
     if sweep.metric.startswith("validation_"):
         if base.data.validation is None:
-            raise ConfigError(f"metric: {sweep.metric} needs held-out data: give base.data.validation, such as {{split: 0.05}}")
+            raise ConfigError(
+                f"metric: {sweep.metric} needs held-out data: give base.data.validation, such as {{split: 0.05}}"
+            )
         known = base.evaluation.every_steps
         if known is None and name != "fifo":
-            raise ConfigError(f"metric: {sweep.metric} is only known at a trial's end, too late for {name}: give base.evaluation.every_steps, "
-                              f"such as {wanted}")
+            raise ConfigError(
+                f"metric: {sweep.metric} is known only at a trial's end, too late for {name}: "
+                f"set base.evaluation.every_steps, such as {wanted}"
+            )
     else:
         known = base.logging.every_steps
     return math.ceil(wanted / known) * known if known else max(wanted, steps)
 
 
-def build_scheduler(sweep: SweepConfig, steps: int, every: int, earlier: Iterable[dict[str, Any]] = ()) -> TrialScheduler:
-    """Tune's scheduler.
+def build_scheduler(
+    sweep: SweepConfig, steps: int, every: int, earlier: Iterable[dict[str, Any]] = ()
+) -> TrialScheduler:
+    """Builds Tune's scheduler.
 
     Args:
-        steps: of a trial that is not stopped.
+        sweep: the sweep's config.
+        steps: steps of a trial that is not stopped.
         every: steps between two reports.
-        earlier: rows of trials that ended before an interruption: asha and median go on measuring by them.
+        earlier: rows of trials that ended before an interruption. ASHA and median compare new trials with them.
     """
     options = sweep.scheduler
     scheduler: TrialScheduler
     if options.name == "asha":
-        scheduler = ASHAScheduler(time_attr="step", max_t=max(steps, grace_steps(sweep, steps)), grace_period=grace_steps(sweep, steps),
-                                  reduction_factor=options.reduction_factor)
+        scheduler = ASHAScheduler(
+            time_attr="step",
+            max_t=max(steps, grace_steps(sweep, steps)),
+            grace_period=grace_steps(sweep, steps),
+            reduction_factor=options.reduction_factor,
+        )
     elif options.name == "hyperband":
-        scheduler = HyperBandScheduler(time_attr="report", max_t=max(1, math.ceil(steps / every)), reduction_factor=options.reduction_factor)
+        # Counts reports instead of steps: HyperBand can pause a trial only at a report.
+        scheduler = HyperBandScheduler(
+            time_attr="report", max_t=max(1, math.ceil(steps / every)), reduction_factor=options.reduction_factor
+        )
     elif options.name == "median":
         scheduler = _Median(time_attr="step", grace_period=grace_steps(sweep, steps))
     elif options.name == "pbt":
@@ -86,56 +116,83 @@ def build_scheduler(sweep: SweepConfig, steps: int, every: int, earlier: Iterabl
 
 
 class _Median(MedianStoppingRule):
-    """Goes on while there is too little to compare with. Tune's own pauses trials then, which would cost each of them a checkpoint."""
+    """Median stopping rule that lets a trial continue while there are too few others to compare with.
+
+    Tune's own rule pauses such a trial, and each pause needs a checkpoint.
+    """
 
     def _on_insufficient_samples(self, tune_controller: Any, trial: TuneTrial, time: float) -> str:
         return TrialScheduler.CONTINUE
 
 
 class _Earlier:
-    """Stands for a trial that ended before an interruption."""
+    """Placeholder for a trial that ended before an interruption."""
 
     def __init__(self, name: str):
         self.trial_id = f"earlier-{name}"
 
 
 def _replay(scheduler: TrialScheduler, row: dict[str, Any]) -> None:
+    # Passes the recorded reports to the scheduler, as if the trial had run in this session.
     trial: Any = _Earlier(row["trial"])
-    nobody: Any = None
-    scheduler.on_trial_add(nobody, trial)
+    no_controller: Any = None
+    scheduler.on_trial_add(no_controller, trial)
     for step, score in row["reports"]:
-        scheduler.on_trial_result(nobody, trial, {"step": step, SCORE: score})
-    scheduler.on_trial_complete(nobody, trial, {"step": row["step"], SCORE: row["score"]} if row["score"] is not None else {})
+        scheduler.on_trial_result(no_controller, trial, {"step": step, SCORE: score})
+    scheduler.on_trial_complete(
+        no_controller, trial, {"step": row["step"], SCORE: row["score"]} if row["score"] is not None else {}
+    )
 
 
 class SeededPBT(PopulationBasedTraining):
-    """Population-based training whose exchanges are the same every time: all members wait for each other at an exchange, and whom
-    a member takes over from, and how it changes the values, depends on the seed, the step and its number.
+    """Population-based training with reproducible exchanges (Jaderberg et al., 2017, §4).
 
-    Continuous values are multiplied by 0.8 or 1.2, within the key's bounds; choices move to a neighbour in the list; `resample` of the
-    time a value is drawn anew (Jaderberg et al., 2017, §4). Tune's own class draws from the process's random numbers, and waits
-    for ever when a member fails while the others wait for it.
+    All members wait for each other at an exchange. A member's donor and its changes of the values depend only on the
+    seed, the step and the member's number. Continuous values are multiplied by 0.8 or 1.2, within the key's bounds.
+    Choices move to a neighbour in the list. With probability `resample` a value is drawn from its distribution instead.
+
+    Tune's own class uses the process's random state, and it waits without limit if a member fails while the others wait
+    for it.
+
+    Args:
+        sweep: the sweep's config.
+        every: steps between two exchanges.
     """
 
     def __init__(self, sweep: SweepConfig, every: int):
-        super().__init__(time_attr="step", metric=SCORE, mode=sweep.mode, perturbation_interval=every, synch=True, log_config=False,
-                         quantile_fraction=sweep.scheduler.quantile, hyperparam_mutations={}, custom_explore_fn=lambda config: config)
+        super().__init__(
+            time_attr="step",
+            metric=SCORE,
+            mode=sweep.mode,
+            perturbation_interval=every,
+            synch=True,
+            log_config=False,
+            quantile_fraction=sweep.scheduler.quantile,
+            hyperparam_mutations={},
+            custom_explore_fn=lambda config: config,
+        )
         self._sweep = sweep
 
-    def _checkpoint_or_exploit(self, trial: TuneTrial, tune_controller: Any, upper_quantile: list[TuneTrial],
-                               lower_quantile: list[TuneTrial]) -> None:
-        state = random.getstate()  # Tune chooses the donor with it
-        random.seed(derive_seed("pbt donor", self._sweep.seed, _number(trial), self._trial_state[trial].last_train_time))
+    def _checkpoint_or_exploit(
+        self, trial: TuneTrial, tune_controller: Any, upper_quantile: list[TuneTrial], lower_quantile: list[TuneTrial]
+    ) -> None:
+        state = random.getstate()  # Tune chooses the donor with the global generator
+        random.seed(
+            derive_seed("pbt donor", self._sweep.seed, _number(trial), self._trial_state[trial].last_train_time)
+        )
         try:
             super()._checkpoint_or_exploit(trial, tune_controller, upper_quantile, lower_quantile)
         finally:
             random.setstate(state)
 
     def _get_new_config(self, trial: TuneTrial, trial_to_clone: TuneTrial) -> tuple[dict[str, Any], dict[str, Any]]:
+        # Tune's own mutations are replaced (`hyperparam_mutations` is empty), because they use the global generator.
         step, number = int(self._trial_state[trial].last_train_time), _number(trial)
         config = copy.deepcopy(trial.config)
         values = trial_to_clone.config["trial"]["values"]
-        config["trial"]["values"] = {key: explore(self._sweep, key, value, number, step) for key, value in values.items()}
+        config["trial"]["values"] = {
+            key: explore(self._sweep, key, value, number, step) for key, value in values.items()
+        }
         return config, {}
 
     def on_trial_complete(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
@@ -145,21 +202,34 @@ class SeededPBT(PopulationBasedTraining):
         self._without(tune_controller, trial)
 
     def _without(self, controller: Any, trial: TuneTrial) -> None:
-        """A member has ended; if the others have only been waiting for it, this is the exchange."""
-        self._trial_state[trial].last_score = None
+        """Handles the end of a member. If all other members wait for it, runs the exchange without it."""
+        self._trial_state[trial].last_score = None  # excludes it from the quantiles
         others = [t for t in controller.get_live_trials() if t is not trial]
         due = self._next_perturbation_sync
-        if not others or any(t.status != TuneTrial.PAUSED or self._trial_state[t].last_train_time < due for t in others):
+        if not others or any(
+            t.status != TuneTrial.PAUSED or self._trial_state[t].last_train_time < due for t in others
+        ):
             return
         lower, upper = self._quantiles()
+        # The best members first: their checkpoints must exist before the worst members take them over.
         for member in [*upper, *(t for t in others if t not in upper and t not in lower), *lower]:
             self._trial_state[member].last_perturbation_time = int(due)
             self._checkpoint_or_exploit(member, controller, upper, lower)
-        self._next_perturbation_sync = max(due + self._perturbation_interval, *(self._trial_state[t].last_train_time for t in others))
+        self._next_perturbation_sync = max(
+            due + self._perturbation_interval, *(self._trial_state[t].last_train_time for t in others)
+        )
 
 
 def explore(sweep: SweepConfig, key: str, value: Any, number: int, at: int) -> Any:
-    """A value near one that did well, for trial `number` at an exchange at step `at`."""
+    """Returns a value near `value` for an exchange.
+
+    Args:
+        sweep: the sweep's config.
+        key: the dotted key.
+        value: the donor's value.
+        number: number of the trial that takes over.
+        at: step of the exchange.
+    """
     dimension, rng = sweep.space[key], generator("pbt explore", sweep.seed, key, number, at)
     if rng.random() < sweep.scheduler.resample:
         return draw(sweep, key, number, at)

@@ -1,4 +1,4 @@
-"""Searchers that learn from earlier trials. (What needs no learning is planned in `space.py`.)"""
+"""Searchers that choose values from the results of earlier trials. The other searches are planned in `space.py`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from myllm_ray.orchestration.sweeps.trial import SCORE
 
 
 class OptunaTrials(Searcher):
-    """Optuna's TPE sampler (Bergstra et al., 2011), with numbered trials. Deterministic with max_concurrent: 1.
+    """Optuna's TPE sampler (Bergstra et al., 2011) with numbered trials. Deterministic with `max_concurrent: 1`.
 
     Args:
-        numbers: of the trials to come; those between that exist already are in `earlier`.
-        earlier: rows of trials that have ended: the sampler starts from what they found.
+        sweep: the sweep's config.
+        numbers: numbers of the trials that have not ended yet.
+        earlier: rows of trials that have ended. The sampler starts from their results.
     """
 
     def __init__(self, sweep: SweepConfig, numbers: Sequence[int], earlier: Sequence[dict[str, Any]]):
@@ -30,10 +31,17 @@ class OptunaTrials(Searcher):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         known = [row for row in earlier if row["score"] is not None]
         space: Any = {key: domain_of(d) for key, d in sweep.space.items()}
-        self._inner = OptunaSearch(space, metric=SCORE, mode=sweep.mode,
-                                   sampler=optuna.samplers.TPESampler(seed=sweep.seed, n_startup_trials=min(10, max(1, trials_of(sweep) // 3))),
-                                   points_to_evaluate=[row["values"] for row in known] or None,
-                                   evaluated_rewards=[row["score"] for row in known] or None)
+        self._inner = OptunaSearch(
+            space,
+            metric=SCORE,
+            mode=sweep.mode,
+            sampler=optuna.samplers.TPESampler(
+                seed=sweep.seed, n_startup_trials=min(10, max(1, trials_of(sweep) // 3))
+            ),
+            points_to_evaluate=[row["values"] for row in known] or None,
+            # Optuna takes these as observed results and does not run the points again.
+            evaluated_rewards=[row["score"] for row in known] or None,
+        )
         self._numbers = list(numbers)
 
     def suggest(self, trial_id: str) -> Any:
@@ -42,6 +50,7 @@ class OptunaTrials(Searcher):
         values = self._inner.suggest(trial_id)
         if not isinstance(values, dict):
             return values
+        # Four significant digits, as in `space.py`: short numbers in files and tables.
         plain = {key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in values.items()}
         return {"trial": {"number": self._numbers.pop(0), "values": plain}}
 
@@ -53,12 +62,19 @@ class OptunaTrials(Searcher):
         self._inner.on_trial_complete(trial_id, None if failed else result, failed)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: an interrupted sweep starts from the trials that have ended (`earlier`), not from Tune's snapshots."""
+        """Does nothing: an interrupted sweep resumes from the trials that have ended, not from Tune's snapshots."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """See `save`."""
+        """Does nothing (see `save`)."""
 
 
 def limited(searcher: Searcher, at_a_time: int) -> Searcher:
-    """Asked for a new trial only when one can run, so that it knows what the earlier ones found."""
+    """Limits the number of open suggestions of a searcher.
+
+    The searcher creates a trial only when the trial can run, so that it has the results of all earlier ones.
+
+    Args:
+        searcher: the searcher.
+        at_a_time: number of trials that run at the same time.
+    """
     return ConcurrencyLimiter(searcher, max_concurrent=at_a_time)

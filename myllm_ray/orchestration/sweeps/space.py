@@ -1,4 +1,7 @@
-"""The values of a sweep's trials, drawn from Ray Tune's own distributions. Trial i's depend on the seed, the key and i alone."""
+"""Draws the values of a sweep's trials from Ray Tune's distributions.
+
+The values of trial i depend only on the seed, the key and i.
+"""
 
 from __future__ import annotations
 
@@ -18,39 +21,51 @@ _TRIALS = 10
 
 
 def domain_of(dimension: Dimension) -> sample.Domain:
-    """Tune's distribution of a key."""
+    """Returns Tune's distribution for a key."""
     if dimension.kind in ("choice", "grid"):
         return cast(sample.Domain, tune.choice(dimension.values))
     return cast(sample.Domain, getattr(tune, dimension.kind)(*dimension.values))
 
 
 def draw(sweep: SweepConfig, key: str, *where: int) -> Any:
-    """A value of `key`: always the same for the same seed and place (the number of the trial; for pbt also the step)."""
+    """Draws a value of `key`, always the same one for the same seed and `where`.
+
+    Args:
+        sweep: the sweep's config.
+        key: the dotted key.
+        *where: the number of the trial; for PBT also the step.
+    """
     rng = np.random.RandomState(derive_seed("sweep", sweep.seed, key, *where) % 2**32)
     return _plain(domain_of(sweep.space[key]).sample(random_state=rng))
 
 
 def plan(sweep: SweepConfig) -> list[dict[str, Any]] | None:
-    """The values of all trials, in order; None where they are only known as the sweep goes on."""
+    """Returns the values of all trials in order, or None if a searcher chooses them during the sweep."""
     if sweep.search == "optuna":
         return None
     if sweep.search == "grid":
-        return [dict(zip(sweep.space, row, strict=True)) for row in itertools.product(*(d.values for d in sweep.space.values()))]
+        return [
+            dict(zip(sweep.space, row, strict=True))
+            for row in itertools.product(*(d.values for d in sweep.space.values()))
+        ]
     return [{key: draw(sweep, key, number) for key in sweep.space} for number in range(trials_of(sweep))]
 
 
 def trials_of(sweep: SweepConfig) -> int:
-    """How many trials the sweep has."""
+    """Returns the number of trials of the sweep."""
     if sweep.search == "grid":
         return int(np.prod([len(d.values) for d in sweep.space.values()]))
     return sweep.trials or _TRIALS
 
 
 def dimensions_from(space: Mapping[str, Any]) -> dict[str, Any]:
-    """A space from Python as a sweep's file would have it: Tune's distributions, or mappings such as {"choice": [1, 2]}.
+    """Converts a space from Python to the form of a sweep's file.
+
+    Args:
+        space: {dotted key: one of Tune's distributions, or a mapping such as {"choice": [1, 2]}}.
 
     Raises:
-        ConfigError: a distribution that no file can hold.
+        ConfigError: a distribution that a file cannot contain.
     """
     return {key: _dimension(key, given) for key, given in space.items()}
 
@@ -62,6 +77,7 @@ def _dimension(key: str, given: Any) -> Any:
         return {"choice": given}
     if isinstance(given, sample.Categorical):
         return {"choice": list(given.categories)}
+    # Tune's distributions carry their kind only in the class of their sampler; a step is a wrapper around it.
     sampler = given.get_sampler() if isinstance(given, sample.Domain) else None
     inner, step = (sampler.sampler, sampler.q) if isinstance(sampler, sample.Quantized) else (sampler, None)
     name = type(inner).__name__
@@ -70,12 +86,16 @@ def _dimension(key: str, given: Any) -> Any:
     if isinstance(given, sample.Float) and step is None and "LogUniform" in name:
         return {"loguniform": [given.lower, given.upper]}
     if isinstance(given, sample.Float) and "Uniform" in name and "Log" not in name:
-        return {"uniform": [given.lower, given.upper]} if step is None else {"quniform": [given.lower, given.upper, step]}
-    raise ConfigError(f"space.{key}: can't use {given!r}: give one of {', '.join(Dimension.model_fields)} "
-                      "(tune.uniform, loguniform, quniform, randint, choice, grid_search)")
+        return (
+            {"uniform": [given.lower, given.upper]} if step is None else {"quniform": [given.lower, given.upper, step]}
+        )
+    raise ConfigError(
+        f"space.{key}: can't use {given!r}: give one of {', '.join(Dimension.model_fields)} "
+        "(tune.uniform, loguniform, quniform, randint, choice, grid_search)"
+    )
 
 
 def _plain(value: Any) -> Any:
-    """Python's own numbers instead of NumPy's, which no YAML file can hold; floats with the digits that matter."""
+    """Converts NumPy numbers, which YAML cannot contain, to Python numbers. Floats get four significant digits."""
     value = value.item() if isinstance(value, np.generic) else value
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,12 +1,13 @@
-"""One trial of a sweep, as Ray Tune sees it: a run that stops at every report until Tune lets it go on.
+"""One trial of a sweep as a Ray Tune `Trainable`: a run that waits at every report until Tune lets it continue.
 
-    setup, reset      a new run is wanted in this actor; the actor and its imports stay (Tune: reuse_actors)
-    step              let the run go on to its next report; the first call starts it
-    save, restore     of a pause (hyperband) or an exchange (pbt): where the run's own newest checkpoint is
-    cleanup           the run ends, and with it all that it holds
+    setup, reset      prepare this actor for a new run; the actor and its imports are kept (Tune: `reuse_actors`)
+    step              continue the run to its next report; the first call starts it
+    save, restore     write and read the path of the run's newest checkpoint, for a pause (HyperBand) or an exchange
+                      (PBT)
+    cleanup           end the run and free its resources
 
-With `scaling.workers` 0 or 1 the run is trained here, by the same function that `train` calls without Ray; else by a
-supervisor with its TorchTrainer, as `train` does on Ray.
+With `scaling.workers` 0 or 1 the run is trained in this actor, by the function that `train` calls without Ray.
+Otherwise it is trained by a supervisor with its TorchTrainer, as `train` does on Ray.
 """
 
 from __future__ import annotations
@@ -33,44 +34,60 @@ from myllm_ray.common.tracebacks import describe
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sweep import SweepConfig, run_config
-from myllm_ray.engine.pulse import remove, request
+from myllm_ray.config.trainers import rollout_of
+from myllm_ray.engine.liveness.heartbeat import remove, request
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of
 from myllm_ray.orchestration.failures import explain
-from myllm_ray.orchestration.sweeps.desk import ABANDON, GO_ON, PLACEMENT_GROUP, Desk, RemoteDesk, TrialReporter
+from myllm_ray.orchestration.sweeps.trial_channel import (
+    ABORT,
+    CONTINUE,
+    PLACEMENT_GROUP,
+    RemoteTrialChannel,
+    TrialChannel,
+    TrialReporter,
+)
 
 log = logging.getLogger(__name__)
 SCORE = "score"
-"""The sweep's metric, under the one name that Tune gets to see."""
+"""Name under which the sweep's metric is reported to Tune."""
 _END_SECONDS = 20.0
 _POINTER = "checkpoint.json"
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials know."""
+    """Settings that all trials of a sweep share."""
 
     sweep: SweepConfig
     folder: str
-    """Of the trials' runs."""
+    """Folder of the trials' runs."""
     every: int
     """Steps between two reports."""
     checkpointed: bool
-    """Every report comes with a checkpoint, for trials are paused or copied there."""
+    """Whether every report has a checkpoint, because trials are paused or copied there."""
 
 
 def in_process(config: TrainerConfig) -> bool:
-    """Whether a trial of this config needs no workers beside it."""
-    rollout = getattr(config, "rollout", None)
+    """Returns whether a trial of this config trains in its own process, without further workers."""
+    rollout = rollout_of(config)
     return config.scaling.most <= 1 and (rollout is None or rollout.placement != "actors")
 
 
 def name_of(number: int) -> str:
-    """The name of a trial, and of its run."""
+    """Returns the name of a trial and of its run."""
     return f"{number:04d}"
 
 
 def config_of(shared: Shared, number: int, values: dict[str, Any]) -> TrainerConfig:
-    """The run of a trial. What only shows something on a terminal is left out: the sweep shows its trials itself."""
+    """Returns the config of a trial.
+
+    Callbacks that only show something on a terminal are left out, because the sweep shows its trials itself.
+
+    Args:
+        shared: the settings of the sweep's trials.
+        number: number of the trial.
+        values: the trial's values, by dotted key.
+    """
     from myllm_ray.config.resolve import resolve
 
     config = run_config(shared.sweep, values, name_of(number), shared.folder)
@@ -82,12 +99,16 @@ def config_of(shared: Shared, number: int, values: dict[str, Any]) -> TrainerCon
         config.scaling.workers = 0
     if shared.checkpointed:
         config.checkpoint.every_steps, config.checkpoint.async_, config.checkpoint.at_end = shared.every, False, True
-        config.checkpoint.keep_last = max(2, config.checkpoint.keep_last or 2)  # others take over from the last but one, too
+        # Another member may take over from the last checkpoint but one of this trial.
+        config.checkpoint.keep_last = max(2, config.checkpoint.keep_last or 2)
     return config
 
 
 class Trial(tune.Trainable):
-    """See above. The config that Tune gives: {"trial": {"number": ..., "values": {dotted key: value}}}."""
+    """A trial (see the module's docstring).
+
+    Tune passes the config {"trial": {"number": ..., "values": {dotted key: value}}}.
+    """
 
     _run: _Run | None = None
 
@@ -98,7 +119,7 @@ class Trial(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """True if this actor is free for another trial."""
+        """Ends the present run. Returns whether this actor can run another trial."""
         self.config = new_config
         self._number, self._values = int(new_config["trial"]["number"]), dict(new_config["trial"]["values"])
         self._donor: dict[str, Any] | None = None
@@ -117,12 +138,16 @@ class Trial(tune.Trainable):
         if report is None:
             ended, self._run = self._run, None
             result = self._outcome(ended.problem, ended.started, ended.summary)
-            del ended
+            del ended  # the last reference to the run's model, so that its memory can be freed
             _free()
             return result
         step, metrics = report
-        return {"step": step, "report": math.ceil(step / self._shared.every), SCORE: metrics[self._shared.sweep.metric],
-                "seconds": time.time() - self._run.started}
+        return {
+            "step": step,
+            "report": math.ceil(step / self._shared.every),
+            SCORE: metrics[self._shared.sweep.metric],
+            "seconds": time.time() - self._run.started,
+        }
 
     def _start(self) -> _Run:
         config = config_of(self._shared, self._number, self._values)
@@ -131,13 +156,16 @@ class Trial(tune.Trainable):
             self._take_over(config)
         if checkpoints_of(config).latest() is not None:
             config.checkpoint.resume = "auto"
-        else:  # an attempt that was cut off before it saved anything
+        else:  # an earlier attempt that ended before its first checkpoint
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         return (_InProcess if in_process(config) else _WorkerGroup)(config, self._shared)
 
     def _take_over(self, config: TrainerConfig) -> None:
-        """Go on from another trial's checkpoint as if it were one's own: metrics up to there stay those of this trial."""
+        """Copies the donor's checkpoint into this trial's folder, so that the run resumes from it.
+
+        The metrics up to that step remain those of this trial. The exchange is recorded in `lineage.jsonl`.
+        """
         assert self._donor is not None
         folder, checkpoint = folder_of(config), Path(self._donor["checkpoint"])
         own = folder / "checkpoints" / checkpoint.name
@@ -150,18 +178,32 @@ class Trial(tune.Trainable):
         self._donor = None
 
     def _outcome(self, problem: str | None, started: float, summary: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The last result of a trial."""
+        """Returns the last result of a trial for Tune.
+
+        Args:
+            problem: the error in one line, or None.
+            started: time at which the run started.
+            summary: the summary of the run, or None.
+        """
         metric, folder = self._shared.sweep.metric, Path(self._shared.folder) / name_of(self._number)
         final: dict[str, Any] = {}
         for row in read_jsonl(folder / "metrics.jsonl"):
             final |= row
-        result: dict[str, Any] = {"done": True, "seconds": time.time() - started, "step": int(final.get("step", 0)),
-                                  "status": "done", "error": problem}
-        if problem is None and summary is not None and summary["left"] is not None:
-            return {**result, "status": "left", "error": summary["left"]}
+        result: dict[str, Any] = {
+            "done": True,
+            "seconds": time.time() - started,
+            "step": int(final.get("step", 0)),
+            "status": "done",
+            "error": problem,
+        }
+        if problem is None and summary is not None and summary["exit"] is not None:
+            return {**result, "status": "preempted", "error": summary["exit"].reason}
         score = final.get(metric)
         if problem is None and score is None:
-            result["error"] = f"the run logs no metric {metric!r}; it logs {', '.join(k for k in final if k not in ('step', 'epoch', 'time'))}"
+            result["error"] = (
+                f"the run logs no metric {metric!r}; it logs "
+                f"{', '.join(k for k in final if k not in ('step', 'epoch', 'time'))}"
+            )
         elif problem is None and not math.isfinite(float(score)):  # type: ignore[arg-type]
             result["error"] = f"{metric} is {score}"
         if result["error"] is not None:
@@ -169,11 +211,16 @@ class Trial(tune.Trainable):
         return {**result, SCORE: float(score), "report": math.ceil(result["step"] / self._shared.every)}  # type: ignore[arg-type]
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Tune pauses this trial, or lets another one take over from it: its own checkpoint was saved before it reported."""
+        """Ends the run and writes the path of its newest checkpoint, for a pause or for a trial that takes over."""
+        # The run has saved its checkpoint before it reported, so nothing is lost.
         self._end()
         config = config_of(self._shared, self._number, self._values)
         newest = checkpoints_of(config).latest()
-        pointer = {"number": self._number, "checkpoint": str(newest), "step": int(newest.name.split("-")[1])} if newest else {}
+        pointer = (
+            {"number": self._number, "checkpoint": str(newest), "step": int(newest.name.split("-")[1])}
+            if newest
+            else {}
+        )
         write_json(Path(checkpoint_dir) / _POINTER, pointer)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
@@ -184,7 +231,7 @@ class Trial(tune.Trainable):
         self._end()
 
     def _end(self) -> bool:
-        """End the run that is going on here, if there is one; whether it did end."""
+        """Ends the present run, if any. Returns whether it has ended in time."""
         run, self._run = self._run, None
         ended = run is None or run.end(_END_SECONDS)
         del run
@@ -193,7 +240,7 @@ class Trial(tune.Trainable):
 
 
 def _free() -> None:
-    """Give back what a run has left behind, also on a device."""
+    """Frees the memory of an ended run, also on a GPU, because the process is kept for the next trial."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -201,32 +248,51 @@ def _free() -> None:
 
 
 class _Run:
-    """A run in a thread, with its desk."""
+    """A run in a thread, with its channel.
 
-    def __init__(self, config: TrainerConfig, shared: Shared, desk: Any, train: Callable[[TrainerConfig, TrialReporter], dict[str, Any]]):
+    Args:
+        config: the trial's config.
+        shared: the settings of the sweep's trials.
+        channel: a `TrialChannel` or `RemoteTrialChannel`.
+        train: trains the config with the reporter as a callback and returns the summary of the run.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        shared: Shared,
+        channel: Any,
+        train: Callable[[TrainerConfig, TrialReporter], dict[str, Any]],
+    ):
         self.started = time.time()
         self.summary: dict[str, Any] | None = None
         self.problem: str | None = None
-        self._folder, self._desk = folder_of(config), desk
+        self._folder, self._channel = folder_of(config), channel
         self._waits = False
-        reporter = TrialReporter(desk, shared.sweep.metric, shared.every)
+        reporter = TrialReporter(channel, shared.sweep.metric, shared.every)
         self._thread = threading.Thread(target=self._work, args=(train, config, reporter), name="trial", daemon=True)
         self._thread.start()
 
-    def _work(self, train: Callable[[TrainerConfig, TrialReporter], dict[str, Any]], config: TrainerConfig, reporter: TrialReporter) -> None:
+    def _work(
+        self,
+        train: Callable[[TrainerConfig, TrialReporter], dict[str, Any]],
+        config: TrainerConfig,
+        reporter: TrialReporter,
+    ) -> None:
         try:
             self.summary = train(config, reporter)
         except UserError as error:
             self.problem = str(error)
-        except BaseException as error:  # torch raises some of its own that are no Exception
+        except BaseException as error:  # some of torch's errors do not inherit from Exception
             self.problem = describe(error)
             log.debug("trial %s failed", config.run.name, exc_info=True)
 
     def next(self) -> tuple[int, dict[str, float]] | None:
-        """The next report; None when the run has ended."""
+        """Waits for the next report. Returns None if the run has ended."""
+        # `alive` is read before the poll: a report that the thread sent just before its end is still returned.
         while True:
             alive = self._thread.is_alive()
-            report: tuple[int, dict[str, float]] | None = self._desk.poll(0.2 if alive else 0.0)
+            report: tuple[int, dict[str, float]] | None = self._channel.poll(0.2 if alive else 0.0)
             if report is not None:
                 self._waits = True
                 return report
@@ -237,18 +303,19 @@ class _Run:
 
     def go_on(self) -> None:
         self._waits = False
-        self._desk.answer(GO_ON)
+        self._channel.answer(CONTINUE)
 
     def end(self, seconds: float) -> bool:
-        """Whether it has ended in time. One that waits for a verdict saves nothing, one in the middle of a step a checkpoint."""
+        """Ends the run. Returns whether it has ended within `seconds`."""
+        # A run that waits for a decision ends without a checkpoint. A run within a step is requested to save and end.
         if not self._waits and self._thread.is_alive():
             request(self._folder, "stop", "the sweep has ended this trial")
-        self._desk.answer(ABANDON)
+        self._channel.answer(ABORT)
         self._thread.join(seconds)
         if self._thread.is_alive():
             return False
-        if self.problem is not None:  # nobody asks for its outcome any more: what did not get saved must not be silent
-            log.warning("%s, when it was ended: %s", self._folder, self.problem)
+        if self.problem is not None:  # no later call reads the outcome, so an error in saving must be logged here
+            log.warning("%s failed while it was being ended: %s", self._folder, self.problem)
         self.close()
         return True
 
@@ -257,30 +324,31 @@ class _Run:
 
 
 class _InProcess(_Run):
-    """Trained in this process."""
+    """A run that is trained in this process."""
 
     def __init__(self, config: TrainerConfig, shared: Shared):
-        super().__init__(config, shared, Desk(str(folder_of(config))), self._train)
+        super().__init__(config, shared, TrialChannel(str(folder_of(config))), self._train)
 
     @staticmethod
     def _train(config: TrainerConfig, reporter: TrialReporter) -> dict[str, Any]:
-        from myllm_ray.orchestration.pools import services
-        from myllm_ray.worker import build_callbacks, run_local
+        from myllm_ray.orchestration.actor_pools import services
+        from myllm_ray.preparation import build_callbacks
+        from myllm_ray.worker import run_local
 
         return run_local(config, [*build_callbacks(config), reporter], services)
 
 
 class _WorkerGroup(_Run):
-    """Trained by a TorchTrainer."""
+    """A run that is trained by a TorchTrainer."""
 
     def __init__(self, config: TrainerConfig, shared: Shared):
-        super().__init__(config, shared, RemoteDesk(str(folder_of(config))), self._train)
+        super().__init__(config, shared, RemoteTrialChannel(str(folder_of(config))), self._train)
 
     @staticmethod
     def _train(config: TrainerConfig, reporter: TrialReporter) -> dict[str, Any]:
-        from myllm_ray.engine.startup import Startup, StoppedAtStart
+        from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
         from myllm_ray.orchestration.supervisor import Supervisor
-        from myllm_ray.worker import absolute, prepare_run
+        from myllm_ray.preparation import absolute, prepare_run
 
         config = absolute(config)
         with Startup(config) as startup:
@@ -295,6 +363,6 @@ class _WorkerGroup(_Run):
         super().close()
         (self._folder / PLACEMENT_GROUP).unlink(missing_ok=True)
         try:
-            self._desk.close()
+            self._channel.close()
         except ray.exceptions.RayError as error:
             log.debug("%s", error)

@@ -1,0 +1,394 @@
+"""The sections that every config has, one pydantic model per section.
+
+They define the structure of the YAML file. This module does not import torch or ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
+
+
+class Section(BaseModel):
+    """Base of all sections. Unknown keys are an error, so that a misspelt key does not train with a default value."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, protected_namespaces=(), serialize_by_alias=True
+    )
+
+
+def _exactly_one(section: Section, names: tuple[str, ...]) -> None:
+    """Raises ValueError unless exactly one of the keys has a value."""
+    given = [n for n in names if getattr(section, n) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(names)} (got {', '.join(given) or 'none'})")
+
+
+class LoraSection(Section):
+    """LoRA adapters: trains low-rank updates of frozen matrices (requires the extra `lora`)."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear, or the last parts of the names of the layers, such as [q_proj, v_proj]"
+    )
+
+
+class ModelSection(Section):
+    """The source of the model: a name, a config (random weights) or a custom factory."""
+
+    name: str | None = Field(
+        None,
+        description="hub id, local folder with weights, or folder of a run or of one of its checkpoints, whose "
+        "weights are the starting point",
+    )
+    config: dict[str, Any] | None = Field(
+        None, description="a transformers config with `model_type`; the weights are random"
+    )
+    factory: str | None = Field(
+        None, description="import path of a function that builds the model: my_pkg.my_mod:build"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    lora: LoraSection | None = None
+    router_loss_weight: float | None = Field(
+        None,
+        ge=0,
+        description="mixture of experts: weight of the loss that balances the load of the "
+        "experts; default: router_aux_loss_coef of the model; 0: no such loss",
+    )
+    trust_remote_code: bool = Field(False, description="run Python code from the model's folder or hub repository")
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelSection:
+        _exactly_one(self, ("name", "config", "factory"))
+        if self.lora is not None and self.factory is not None:
+            raise ValueError(
+                "model.lora requires model.name or model.config; with model.factory, add the adapters in the factory"
+            )
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("model.config needs a model_type, such as llama, qwen3, gemma3_text or gpt2")
+        return self
+
+
+class TokenizerSection(Section):
+    """The source of the tokenizer: a folder, a hub id, training on the data, or bytes."""
+
+    path: str | None = Field(None, description="a folder in Hugging Face format")
+    name: str | None = Field(None, description="a Hugging Face hub id")
+    train: Literal["bpe"] | None = Field(None, description="train a byte-level BPE tokenizer on the training data")
+    kind: Literal["bytes"] | None = Field(None, description="bytes: one token per UTF-8 byte")
+    vocab_size: PositiveInt = Field(4096, description="for `train`: size of the vocabulary, including special tokens")
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizerSection:
+        _exactly_one(self, ("path", "name", "train", "kind"))
+        return self
+
+
+class SourceSection(Section):
+    """A source of documents."""
+
+    path: str | list[str] | None = Field(None, description="file, folder, glob or URL (s3://, gs://, hf://), or a list")
+    source: Literal["python-stdlib", "arithmetic", "brackets", "snippets"] | None = Field(
+        None, description="a built-in source instead of a path"
+    )
+    format: str = Field(
+        "text",
+        description="text, instruction, chat, prompt_completion, preference, unpaired, prompt, or my_pkg.my_mod:fn",
+    )
+    name: str | None = Field(None, description="name under which the loss of this source is logged")
+    weight: float = Field(
+        1.0, gt=0, description="number of passes over this source per epoch; 0.5: a different random half per epoch"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of a custom format, by its Config")
+    fields: dict[str, str] = Field(
+        default_factory=dict, description="renamed columns: {field of the format: column of the data}"
+    )
+    split_text: Literal["file", "paragraph", "line"] = Field(
+        "file", description="unit of a text file that is one document; long files are split at blank lines"
+    )
+    limit: PositiveInt | None = Field(None, description="use at most this many documents, from the start")
+
+    @model_validator(mode="after")
+    def _one(self) -> SourceSection:
+        _exactly_one(self, ("path", "source"))
+        return self
+
+
+class ValidationSection(SourceSection):
+    """Held-out documents: a share of the training data, or a separate source."""
+
+    split: float | None = Field(None, gt=0, lt=1, description="share of the training documents held out")
+
+    @model_validator(mode="after")
+    def _one(self) -> ValidationSection:
+        _exactly_one(self, ("split", "path", "source"))
+        return self
+
+
+class DataSection(Section):
+    """The training and validation data, their order, and the layout of documents in rows."""
+
+    train: SourceSection | list[SourceSection]
+    validation: ValidationSection | None = None
+    sequence_length: int = Field(1024, ge=2, description="number of tokens per row")
+    packing: bool | Literal["required"] = Field(
+        True,
+        description="put several documents into one row, with attention restricted to each document. If the model does "
+        "not support this, true uses one document per row, and required is an error",
+    )
+    shuffle: Literal["full", "window", "none"] = Field("full", description="order of documents, by seed and epoch")
+    shuffle_window: PositiveInt = Field(65536, description="for `window`: documents shuffled together")
+    overflow: Literal["truncate", "split", "error"] | None = Field(
+        None, description="treatment of documents longer than a row; default: split for pretraining, truncate otherwise"
+    )
+    on_bad_row: Literal["error", "skip"] = "error"
+    cache: str | None = Field(None, description="folder of prepared data; default: <run.storage>/.data")
+
+    @property
+    def sources(self) -> list[SourceSection]:
+        """The sources of the training data, as a list."""
+        return self.train if isinstance(self.train, list) else [self.train]
+
+    @model_validator(mode="after")
+    def _some(self) -> DataSection:
+        if not self.sources:
+            raise ValueError("data.train is an empty list: name at least one source")
+        return self
+
+
+class BatchSection(Section):
+    """Number of rows per optimizer step over all workers, and per forward pass of one worker."""
+
+    global_size: PositiveInt = 8
+    micro_size: Annotated[
+        PositiveInt, WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"const": "auto"}]})
+    ] = Field(1, description="auto: the largest size that fits in memory, determined before the run and recorded")
+    find_micro_size: bool = Field(
+        False, description="set by `micro_size: auto`: micro_size is determined before the first step"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return (
+            {**value, "micro_size": 1, "find_micro_size": True}
+            if isinstance(value, dict) and value.get("micro_size") == "auto"
+            else value
+        )
+
+
+class ParameterGroup(Section):
+    """Settings for the parameters whose name matches a pattern (regular expression, `re.search`)."""
+
+    pattern: str
+    lr: PositiveFloat | None = None
+    weight_decay: float | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class OptimizerSection(Section):
+    """An optimizer of torch.optim by name, ignoring case, or by import path."""
+
+    name: str = "adamw"
+    lr: PositiveFloat = 3e-4
+    weight_decay: float = Field(
+        0.0, ge=0, description="applied to parameters with at least 2 dimensions, not to norms and biases"
+    )
+    betas: tuple[float, float] | None = None
+    eps: PositiveFloat | None = None
+    momentum: float | None = None
+    fused: bool | None = Field(None, description="use the fused kernel; default: if it is available")
+    groups: list[ParameterGroup] = Field(default_factory=list)
+    options: dict[str, Any] = Field(default_factory=dict, description="additional keyword arguments of the optimizer")
+
+
+class SchedulerSection(Section):
+    """The schedule of the learning rate, a function of the optimizer step only."""
+
+    name: str = Field(
+        "constant",
+        description="constant, linear, cosine, cosine_with_restarts, wsd, polynomial, "
+        "inverse_sqrt, or an import path of fn(progress: float) -> multiplier",
+    )
+    warmup_steps: int | None = Field(None, ge=0)
+    warmup_ratio: float | None = Field(None, ge=0, le=1, description="length of the warm-up as a share of all steps")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="multiplier of the learning rate at the end of the decay")
+    decay_steps: PositiveInt | None = Field(None, description="step at which the decay ends; default: the last step")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: length of the decay as a share of all steps")
+    cycles: PositiveInt = Field(1, description="cosine_with_restarts: number of cycles")
+    power: PositiveFloat = Field(1.0, description="polynomial: exponent")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> SchedulerSection:
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        return self
+
+
+class OffloadSection(Section):
+    """Offload of tensors from the device's memory, for fsdp (only `parameters: cpu`) and deepspeed."""
+
+    optimizer: Literal["none", "cpu", "disk"] = Field("none", description="for deepspeed stages 1 to 3")
+    parameters: Literal["none", "cpu", "disk"] = Field(
+        "none", description="for deepspeed stage 3, and for fsdp, where cpu also offloads the optimizer state"
+    )
+    path: str | None = Field(None, description="for `disk`: a folder on a fast local disk")
+
+    @model_validator(mode="after")
+    def _where(self) -> OffloadSection:
+        if "disk" in (self.optimizer, self.parameters) and self.path is None:
+            raise ValueError("disk needs a folder: give accelerator.offload.path")
+        return self
+
+
+class AcceleratorSection(Section):
+    """The backend, its device, and the precision of the computation. Master weights are always fp32."""
+
+    name: str = Field("single", description="single, ddp, fsdp, accelerate, deepspeed, or an import path")
+    stage: Literal[0, 1, 2, 3] | None = Field(None, description="for deepspeed: ZeRO stage; default: 2")
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    offload: OffloadSection = Field(default_factory=OffloadSection)
+    activation_checkpointing: Literal["none", "full"] | PositiveInt = Field(
+        "none", description="recompute activations in the backward pass, for all blocks (full) or for every n-th block"
+    )
+    compile: Literal["none", "model", "blocks"] = Field(
+        "none", description="torch.compile for the whole model, or for each block"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="backend options: docs/accelerators.md")
+
+
+class ScalingSection(Section):
+    """The number of worker processes.
+
+    0: train in this process, without Ray. [least, most]: the number that the cluster has resources for at the time.
+    """
+
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt] = 0
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_failures: int = Field(0, ge=-1, description="how many times failed workers are restarted; -1: without limit")
+    resources_per_worker: dict[str, float] = Field(default_factory=dict, description="custom Ray resources")
+    timeout_seconds: PositiveFloat = Field(
+        7200,
+        description="timeout of torch's process group; it must exceed the time that rank 0 needs to prepare data "
+        "(torchrun), or to check or upload a checkpoint, while the other ranks wait",
+    )
+
+    @property
+    def least(self) -> int:
+        """The smallest number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        """The largest number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _range(self) -> ScalingSection:
+        if self.least > self.most:
+            raise ValueError(
+                f"workers is [least, most]: write [{self.most}, {self.least}] instead of [{self.least}, {self.most}]"
+            )
+        return self
+
+
+class RunSection(Section):
+    """The run's name, its folder `<storage>/<name>`, its length and its seed."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    storage: str = "runs"
+    max_steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    seed: int = Field(0, ge=0)
+    determinism: Literal["default", "strict"] = Field(
+        "default",
+        description="strict: use only deterministic algorithms of torch; default: runs on CUDA agree within rounding",
+    )
+    overwrite: bool = Field(False, description="replace an earlier run of the same name")
+
+    def total_steps(self, steps_per_batch: int, steps_in_epoch: Callable[[int], int]) -> int:
+        """Returns the number of optimizer steps of a run: `max_steps`, or those of `epochs` passes over the data.
+
+        Args:
+            steps_per_batch: optimizer steps per global batch (PPO: epochs × minibatches).
+            steps_in_epoch: returns the number of global batches in an epoch.
+        """
+        return self.max_steps or steps_per_batch * sum(steps_in_epoch(epoch) for epoch in range(self.epochs or 1))
+
+
+class CheckpointSection(Section):
+    """When to save checkpoints, which ones to keep, and which one to resume from."""
+
+    every_steps: PositiveInt | None = None
+    at_end: bool = True
+    keep_last: PositiveInt | None = Field(2, description="number of newest checkpoints to keep; null keeps all")
+    keep_best: str | None = Field(None, description="also keep the checkpoint with the lowest value of this metric")
+    keep_every: PositiveInt | None = Field(
+        None, description="also keep the checkpoints whose step is a multiple of this"
+    )
+    mirror: str | None = Field(
+        None, description="URL of a folder (s3://, gs://, ...) to which every checkpoint is also copied"
+    )
+    async_: bool = Field(False, alias="async", description="write in the background while training continues")
+    resume: str = Field(
+        "never",
+        description="auto: the newest checkpoint of this run, if any; never; or the folder of a checkpoint or run",
+    )
+
+
+class StabilitySection(Section):
+    """The handling of non-finite values, spikes, and workers that hang."""
+
+    on_spike: Literal["ignore", "skip", "rewind", "stop"] = Field(
+        "ignore",
+        description="action if a loss or gradient norm is far above the recent ones, or is not finite, before any "
+        "weight changes. ignore: a non-finite gradient stops the run, after the optimizer step",
+    )
+    zscore: PositiveFloat = Field(
+        6.0, description="threshold of a spike, in standard deviations above the mean of the recent steps"
+    )
+    history: int = Field(128, ge=2, description="number of recent steps in the mean and the standard deviation")
+    min_history: int = Field(16, ge=2, description="number of steps at the start in which spikes are not detected")
+    window: PositiveInt = Field(1, description="rewind: number of batches to skip; the bad batch is the last of them")
+    max_interventions: PositiveInt = Field(
+        10, description="maximum number of skips and rewinds; one more stops the run"
+    )
+    hang_seconds: PositiveFloat | None = Field(
+        1800,
+        description="a worker that stays longer in one phase of a step is considered to hang: the stacks of all "
+        "workers are saved, and the workers are restarted; null: no detection",
+    )
+
+
+class EvaluationSection(Section):
+    """When to evaluate on the validation data."""
+
+    every_steps: PositiveInt | None = None
+    at_start: bool = False
+    at_end: bool = True
+    max_batches: PositiveInt | None = Field(None, description="number of global batches per evaluation; default: all")
+
+
+class LoggingSection(Section):
+    """How often metrics and samples are written."""
+
+    every_steps: PositiveInt = 1
+    samples_every_steps: PositiveInt | None = Field(
+        10, description="ppo, grpo: interval at which some answers and their rewards are written to samples.jsonl"
+    )

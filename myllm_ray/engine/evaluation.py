@@ -1,0 +1,55 @@
+"""The loss and metrics on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.common.types import BatchStream, Position
+from myllm_ray.engine.reporting.metrics import MetricSum
+from myllm_ray.trainers.base import BaseTrainer
+
+
+@torch.no_grad()
+def evaluate(
+    trainer: BaseTrainer,
+    accelerator: Accelerator,
+    data: BatchStream,
+    max_batches: int | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Evaluates a trainer on held-out data. The model is in training mode afterwards.
+
+    Args:
+        trainer: the trainer, whose `evaluation_step` is called.
+        accelerator: the backend, for devices, precision and the sum over ranks.
+        data: the held-out data.
+        max_batches: number of global batches to evaluate; default: all.
+        on_batch: called before each batch.
+
+    Returns:
+        Metrics named `validation_<metric>`, averaged over all batches as if they were one batch. Empty if no token of
+        the data is a target.
+    """
+    trainer.model.eval()
+    # float64, because rounding errors of many batches add up in fp32.
+    total = MetricSum(torch.tensor(0.0, dtype=torch.float64))
+    for batch in data.batches(Position(), min(data.steps_in_epoch(0), max_batches or 2**62)):
+        on_batch()
+        for micro in trainer.evaluation_micros(batch):
+            micro = accelerator.move(micro)
+            # On the CPU, like the weight of `MetricSum`. This synchronizes host and device for every micro-batch.
+            total.weight += trainer.evaluation_weight(micro).double().cpu()
+            with accelerator.autocast():
+                total.add(trainer.evaluation_step(micro))
+    trainer.model.train()
+    # One collective for the weight and the checksum of the names, before `reduce` adds the metrics by position.
+    total.weight, checksums = accelerator.all_reduce([total.weight, total.checksum])
+    total.check_names(int(checksums))
+    values = total.reduce(accelerator)
+    if "loss" not in values:
+        return {}
+    metrics = {**values, **trainer.derived_metrics(values)}
+    return {f"validation_{name}": value for name, value in metrics.items() if name != "tokens" and name[0] != "_"}

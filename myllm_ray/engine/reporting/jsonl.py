@@ -1,0 +1,114 @@
+"""The records of a run: `metrics.jsonl`, `ledger.jsonl` and `samples.jsonl`.
+
+A step that is trained again after a resume replaces its earlier records.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from myllm_ray.common.files import JSONLines
+from myllm_ray.common.types import Position, RunState
+from myllm_ray.engine.callbacks import Callback
+
+
+class JSONLCallback(Callback):
+    """Writes `metrics.jsonl`, with one object per logged step."""
+
+    main_only = True
+
+    def __init__(self) -> None:
+        self._file: JSONLines | None = None
+
+    def on_train_start(self, state: RunState) -> None:
+        if state.folder:
+            # Step 0 is the evaluation before training; a run that starts at step 0 writes it again.
+            self._file = JSONLines(
+                Path(state.folder) / "metrics.jsonl",
+                keep=lambda row: row.get("step", 0) <= state.step and state.step > 0,
+            )
+
+    def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
+        if self._file:
+            self._file.write({"step": state.step, "epoch": state.epoch, **metrics})
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+
+
+class Ledger:
+    """Writes `ledger.jsonl`: for each step the epoch, its first row, and a hash of the token ids of all ranks.
+
+    Args:
+        folder: the run's folder; None: nothing is written.
+        step: the step that the run resumes from; records of later steps are removed.
+    """
+
+    def __init__(self, folder: str | None, step: int):
+        self._file = (
+            JSONLines(Path(folder) / "ledger.jsonl", keep=lambda row: row.get("step", 0) <= step) if folder else None
+        )
+
+    def write(self, step: int, position: Position, rows: int, fingerprint: int, left_out: str | None = None) -> None:
+        """Writes the record of a step.
+
+        Args:
+            step: the step, counted from 1.
+            position: the position in the data at which the global batch begins.
+            rows: number of rows of the global batch.
+            fingerprint: sum of the ranks' `Batch.fingerprint`.
+            left_out: why the step changed no weight, or None.
+        """
+        if self._file:
+            # The mask reduces the sum modulo 2**64, also if the all-reduce of int64 has wrapped to a negative value.
+            self._file.write(
+                {
+                    "step": step,
+                    "epoch": position.epoch,
+                    "row": position.row,
+                    "rows": rows,
+                    "tokens_hash": f"{fingerprint & (2**64 - 1):016x}",
+                    **({"left_out": left_out} if left_out else {}),
+                }
+            )
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
+class SampleTable:
+    """Writes `samples.jsonl`: answers of the model, one object per answer, with the last step of their batch.
+
+    Args:
+        folder: the run's folder; None: nothing is written.
+        step: the step that the run resumes from; records of later steps are removed.
+        every: steps between two batches that are written; None: nothing is written.
+    """
+
+    def __init__(self, folder: str | None, step: int, every: int | None):
+        self._path = Path(folder) / "samples.jsonl" if folder and every else None
+        self._file: JSONLines | None = None
+        self._step, self._every = step, every or 1
+
+    def write(self, since: int, step: int, samples: list[dict[str, Any]]) -> None:
+        """Writes the samples of a batch if it is the first of the run or reaches a multiple of `every`.
+
+        Args:
+            since: the last step before the batch; its steps are since + 1 to `step`.
+            step: the last step of the batch.
+            samples: JSON-like objects.
+        """
+        if self._path is None or not samples or (since and step // self._every == since // self._every):
+            return
+        if self._file is None:
+            self._file = JSONLines(self._path, keep=lambda row: row.get("step", 0) <= self._step)
+        for sample in samples:
+            self._file.write({"step": step, **sample})
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()

@@ -1,0 +1,121 @@
+"""Sends events from the workers to the driver, which shows them.
+
+`ray.train.report` is not used: it is a barrier that waits for the controller's next poll, up to two seconds per call.
+Here rank 0 sends without waiting, and the driver polls a few times per second. Data that must not be lost (metrics,
+ledger, checkpoints) is written to the run's folder by rank 0; these events are for display only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from myllm_ray.common.secrets import mask_text
+from myllm_ray.common.types import RunState
+from myllm_ray.engine.callbacks import Callback, CallbackList
+
+Event = tuple[str, RunState | None, tuple[Any, ...]]
+"""(name of a callback's event, its state, its other arguments); or (OUTPUT, None, (a printed line,))."""
+OUTPUT = "output"
+_POLL_SECONDS = 0.2
+
+
+class EventQueue:
+    """A Ray actor that holds events until the driver fetches them."""
+
+    # An actor runs one call at a time, so `put` and `drain` need no lock.
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+
+    def drain(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+class ForwardCallback(Callback):
+    """Worker-side callback that sends events to the driver's display.
+
+    Args:
+        queue: handle of the `EventQueue` actor.
+        prints: whether the driver shows what user code prints. False where Ray shows it itself (`log_to_driver`).
+    """
+
+    main_only = True
+
+    def __init__(self, queue: Any, prints: bool = True):
+        self._queue, self._prints = queue, prints
+
+    def output(self) -> Callable[[str], None] | None:
+        """Returns a function that sends a line printed by user code; None where Ray shows it itself."""
+        return (lambda line: self._queue.put.remote((OUTPUT, None, (line,)))) if self._prints else None
+
+    def _send(self, event: str, state: RunState, *payload: Any) -> None:
+        # The result is not awaited: a training step must not wait for the driver.
+        self._queue.put.remote((event, state, payload))
+
+    def on_train_start(self, state: RunState) -> None:
+        self._send("on_train_start", state)
+
+    def on_evaluate(self, state: RunState, metrics: dict[str, float]) -> None:
+        self._send("on_evaluate", state, metrics)
+
+    def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
+        self._send("on_log", state, metrics)
+
+    def on_checkpoint(self, state: RunState, folder: str) -> None:
+        self._send("on_checkpoint", state, folder)
+
+    def on_epoch_end(self, state: RunState) -> None:
+        self._send("on_epoch_end", state)
+
+    def on_train_end(self, state: RunState) -> None:
+        self._send("on_train_end", state)
+
+
+class DriverEvents:
+    """Passes the workers' events to the driver's callbacks, in a separate thread because `fit` blocks.
+
+    Args:
+        callbacks: the callbacks that run in the driver.
+    """
+
+    def __init__(self, callbacks: list[Callback]):
+        self._callbacks = CallbackList(callbacks)
+        self.queue: Any = ray.remote(num_cpus=0)(EventQueue).remote()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="myllm-ray-display", daemon=True)
+
+    def __enter__(self) -> DriverEvents:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()  # events that arrived after the thread's last poll
+        self._callbacks.close()
+        ray.kill(self.queue)
+
+    def _run(self) -> None:
+        while not self._stop.wait(_POLL_SECONDS):
+            if not self._show():
+                return
+
+    def _show(self) -> bool:
+        try:
+            events: list[Event] = ray.get(self.queue.drain.remote(), timeout=10)
+        except ray.exceptions.RayError:
+            return False  # Ray is shutting down; the run's folder contains all data
+        for event, state, payload in events:
+            if state is None:
+                print(mask_text(str(payload[0])), flush=True)
+            else:
+                self._callbacks.emit(event, state, *payload)
+        return True

@@ -1,0 +1,201 @@
+"""Steps before the workers start: checks of names, data preparation, a model on the meta device, the run's folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.common.determinism import check_determinism
+from myllm_ray.config.components import callback_config, callback_entries
+from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.resolve import resolve
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.data.examples import PROMPTS, TOKENS
+from myllm_ray.data.inspect import end_warnings
+from myllm_ray.data.prepare import MapUnits, PreparedData, prepare
+from myllm_ray.data.targets import check_targets, target_warnings
+from myllm_ray.data.tokenizer import (
+    open_tokenizer,
+    tokenizer_section,
+)
+from myllm_ray.dependencies import kind_of_model, model_section, trainer_class_of
+from myllm_ray.engine.callbacks import Callback
+from myllm_ray.engine.checkpointing.starting_weights import (
+    check_starting_weights,
+    named_models,
+    pinned,
+)
+from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.run_folder import claim
+from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.model_checks import check_dependencies, check_frozen, check_routers, isolation_of
+from myllm_ray.models.load import build_skeleton
+from myllm_ray.trainers.causal_lm import CausalLMTrainer
+
+log = logging.getLogger(__name__)
+
+
+def absolute(config: TrainerConfig) -> TrainerConfig:
+    """Returns the config with absolute local paths, so that it is valid in processes with another working directory.
+
+    A model that is the folder of a run is replaced by the newest complete checkpoint of the run. A missing tokenizer is
+    replaced by the tokenizer of the model.
+
+    Raises:
+        ConfigError: a run has no complete checkpoint.
+    """
+    config = config.model_copy(deep=True)
+    config.run.storage = _absolute(config.run.storage)
+    config.data.cache = _absolute(config.data.cache or str(Path(config.run.storage) / ".data"))
+    for source in [*config.data.sources, *([config.data.validation] if config.data.validation else [])]:
+        if source.path is not None:
+            source.path = (
+                [_absolute(p) for p in source.path] if isinstance(source.path, list) else _absolute(source.path)
+            )
+    for section, field, key in named_models(config):
+        if Path(getattr(section, field)).expanduser().is_dir():
+            setattr(section, field, _absolute(pinned(getattr(section, field), key)))
+    config.tokenizer = tokenizer_section(config).model_copy()
+    if config.tokenizer.path:
+        config.tokenizer.path = _absolute(config.tokenizer.path)
+    if config.checkpoint.resume not in ("auto", "never"):
+        config.checkpoint.resume = _absolute(config.checkpoint.resume)
+    return config
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def check_names(config: TrainerConfig) -> None:
+    """Resolves every name of the config, so that a wrong name is reported before anything is started or written."""
+    accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
+    if not config.scaling.gpus_per_worker:  # otherwise the workers check it: this machine may have no GPU
+        accelerator.check()
+    check_determinism(config.model_dump(mode="json"), samples="sampler" in trainer_class_of(config).dependencies)
+    build_callbacks(config)
+    SchedulerManager(config=config)
+
+
+def prepare_run(
+    config: TrainerConfig,
+    map_units: MapUnits = map,
+    phase: Callable[[str], None] = lambda name: None,
+    warn: bool = True,
+) -> PreparedData:
+    """Runs all steps before the workers start.
+
+    Resolves the names, prepares the data, builds the model on the meta device, and claims the run's folder.
+
+    Args:
+        config: the config of the run, with absolute paths.
+        map_units: maps the tokenization over the units of the data; see `prepare`.
+        phase: called with the name of each step when it begins.
+        warn: whether to log warnings about the data.
+
+    Returns:
+        The prepared data.
+
+    Raises:
+        UserError: the config can't be run. Only the cache of prepared data has been written.
+    """
+    check_names(config)
+    phase("preparing data")
+    prepared = prepare_data(config, map_units)
+    phase("building the model")
+    check_model(config, prepared)
+    if warn:
+        warn_of_data(prepared)
+    claim(config, prepared.identity)
+    return prepared
+
+
+def prepare_data(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:
+    """Prepares the data of a config and logs whether documents share a row.
+
+    Documents are packed only if the model keeps the documents of a row independent of each other.
+
+    Raises:
+        DataError, ConfigError: see `prepare` and `model_checks.isolation_of`.
+    """
+    isolation = isolation_of(config)
+    prepared = prepare(config, map_units, isolation)
+    if config.data.packing and not isolation.isolated and prepared.train.plan.store.kind in (TOKENS, PROMPTS):
+        log.warning(
+            "data.packing: %s, because %s; set data.packing: false to silence this warning", prepared.packing, isolation
+        )
+    else:
+        log.info("packing: %s; %s", prepared.packing, isolation)
+    return prepared
+
+
+def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
+    """Builds model and optimizer on the meta device, so that errors in them are reported before anything is written.
+
+    Raises:
+        ConfigError: the model, the optimizer, the data or a dependency does not match the config.
+    """
+    tokenizer = open_tokenizer(prepared.tokenizer_folder)
+    check_dependencies(config, prepared.train.plan.store.kind)
+    if prepared.validation is not None and prepared.validation.plan.store.kind != prepared.train.plan.store.kind:
+        raise ConfigError(
+            f"data.validation.format gives {prepared.validation.plan.store.kind}, data.train.format "
+            f"{prepared.train.plan.store.kind}: both must give the same"
+        )
+    check_frozen(config, tokenizer)
+    if issubclass(
+        resolve("trainers", config.trainer, "trainer"), CausalLMTrainer
+    ):  # other trainers may train on data without labels
+        check_targets(prepared.train, "data.train", config.run.max_steps or 2**40)
+        if prepared.validation is not None:
+            check_targets(prepared.validation, "data.validation", config.evaluation.max_batches or 2**40, each=False)
+    check_starting_weights(config)
+    _warn_of_dropout(config)
+    skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
+    if skeleton is not None:
+        check_routers(config, skeleton)
+        resolve("accelerators", config.accelerator.name, "accelerator.name")(config).check_model(skeleton)
+        OptimizerManager(skeleton, config).build(skeleton)
+
+
+def _warn_of_dropout(config: TrainerConfig) -> None:
+    """Logs the dropout that the config sets and the trainer disables."""
+    given, section = config.model, model_section(config)
+    left_out = [f"model.config.{k}={v}" for k, v in (given.config or {}).items() if (section.config or {}).get(k) != v]
+    if given.lora is not None and section.lora is not None and given.lora.dropout != section.lora.dropout:
+        left_out.append(f"model.lora.dropout={given.lora.dropout}")
+    if left_out:
+        log.warning(
+            "%s: not used, trainer %s trains without dropout: it compares two passes of the model",
+            ", ".join(left_out),
+            config.trainer,
+        )
+
+
+def warn_of_data(prepared: PreparedData) -> None:
+    """Logs the warnings about the data before a run starts."""
+    tokenizer = open_tokenizer(prepared.tokenizer_folder)
+    for line in [
+        *prepared.notes,
+        *target_warnings(prepared.train),
+        *end_warnings(prepared.train.plan.store, tokenizer),
+    ]:
+        log.warning("%s", line)
+
+
+def build_callbacks(config: TrainerConfig) -> list[Callback]:
+    """Returns the callbacks of the config, in the order of the config.
+
+    Raises:
+        ConfigError: a callback does not accept its options.
+    """
+    built: list[Callback] = []
+    for name, options in callback_entries(config):
+        cls, arguments = callback_config(name, options)
+        try:
+            built.append(cls(**arguments))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"callbacks: {name} does not accept its options: {error}") from None
+    return built
