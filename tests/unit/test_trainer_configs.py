@@ -17,6 +17,7 @@ from myllm_ray.config.json_schema import json_schema
 from myllm_ray.config.sections import Section
 from myllm_ray.config.trainers import TrainerSection, config_class
 from myllm_ray.engine.checkpointing.starting_weights import named_models
+from myllm_ray.engine.settings import EngineSettings
 from myllm_ray.model_checks import check_dependencies
 from myllm_ray.trainers.dpo import DPOTrainer
 from myllm_ray.trainers.grpo import GRPOTrainer
@@ -197,3 +198,16 @@ def test_an_accelerator_constructed_manually_needs_no_name(make_config: MakeConf
         SingleGPUAccelerator({"accelerator": {"offload": {"parameters": "cpu"}}})
     with pytest.raises(ConfigError, match=r"stage belongs to deepspeed, accelerator\.name is single"):
         make_config("accelerator.stage=3")
+
+
+def test_options_beside_a_built_in_trainer_are_refused() -> None:
+    """They were ignored."""
+    with pytest.raises(ConfigError, match=r"options: trainer dpo .*section dpo"):
+        validate({**RAW, "trainer": "dpo", "options": {"beta": 0.3}})
+
+
+def test_an_unknown_key_of_a_short_dict_is_refused() -> None:
+    """It was ignored, so the run had the default."""
+    with pytest.raises(ConfigError, match="unknown key num_epoch: did you mean num_epochs"):
+        EngineSettings.from_config({"num_epoch": 3})
+    assert EngineSettings.from_config({"num_epochs": 3}).gradient_clip == 1.0
