@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.validation import suggestion
 
 
 def keyword_options(
@@ -44,6 +44,4 @@ def check_names(options: Mapping[str, Any], known: Iterable[str], whose: str, ke
     known = list(known)
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown key {key}.{name} for {whose}: {hint}")
+            raise ConfigError(f"unknown key {key}.{name} for {whose}: {suggestion(name, known)}")

@@ -72,6 +72,10 @@ def format_of(source: SourceSection, key: str = "data.train") -> Callable[[Mappi
     """
     found: Any = resolve("formats", source.format, f"{key}.format")
     if isinstance(found, type):
+        if not hasattr(found, "Config"):
+            raise ConfigError(
+                f"{key}.format: {source.format} is a class without Config: declare one, or give a function"
+            )
         made: Callable[[Mapping[str, Any]], Any] = found(typed(found.Config, source.options, f"{key}.options"))  # type: ignore[attr-defined]
         return made
     if source.options:

@@ -187,10 +187,10 @@ class DPOTrainer(PreferenceTrainer):
         `DPOTrainer(model, loss="kto")` is therefore the same trainer as that of a config with `dpo.loss: kto`.
         """
         loss = named.get("loss") if config is None else config.loss
-        if cls is not DPOTrainer or loss != "kto":
-            return object.__new__(cls)
-        # A subclass of `cls`, so Python calls `__init__` on the new object.
-        return cast(Self, object.__new__(cls.for_config(cls.Config(loss="kto"))))
+        if cls is DPOTrainer and loss == "kto":
+            # A subclass of `cls`, so Python calls `__init__` on the new object.
+            return cast(Self, object.__new__(cls.for_config(cls.Config(loss="kto"))))
+        return object.__new__(cls)
 
     @classmethod
     def for_config(cls, config: TrainerSection) -> type[BaseTrainer]:

@@ -127,6 +127,12 @@ def test_what_is_no_accelerator_is_refused_in_one_line() -> None:
         validate({**RAW, "accelerator": {"name": "os:getcwd"}})
 
 
+def test_a_format_that_is_a_class_without_settings_is_refused_in_one_line() -> None:
+    raw = {**RAW, "data": {"train": {"path": "rows.jsonl", "format": "os:PathLike"}}}
+    with pytest.raises(ConfigError, match=r"data\.train\.format: os:PathLike is a class without Config"):
+        validate(raw)
+
+
 def test_errors_of_components_name_the_file() -> None:
     raw = {**RAW, "accelerator": {"name": "fsdp", "options": {"replica": 2}}}
     with pytest.raises(
