@@ -1,0 +1,1 @@
+"""What the folders of finished and active runs tell: lists, differences, and steps that are made again."""
