@@ -6,7 +6,6 @@ import hashlib
 import random
 
 import numpy as np
-import torch
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -28,6 +27,8 @@ def generator(*parts: int | str) -> np.random.Generator:
 
 def seed_all(*parts: int | str) -> None:
     """Seeds torch (all devices), numpy and `random` with the derived seed."""
+    import torch
+
     seed = derive_seed(*parts)
     torch.manual_seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)

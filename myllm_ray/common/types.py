@@ -1,21 +1,24 @@
-"""Small types that several packages of `myllm_ray` share."""
+"""Small types that several packages of `myllm_ray` share.
+
+The module does not import torch, because the tasks and actors that use it on Ray would each spend seconds on that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-Micro = dict[str, Tensor]
+Micro: TypeAlias = "dict[str, Tensor]"
 """A micro-batch: tensors by name, whose first dimension is the row.
 
 `input_ids`, `labels` and `position_ids` are (rows, tokens), int64.
 """
 
-MetricPairs = dict[str, tuple[Tensor | float, Tensor | float]]
+MetricPairs: TypeAlias = "dict[str, tuple[Tensor | float, Tensor | float]]"
 """Metrics as (sum, weight). Both are added over micro-batches and ranks and divided once, at the end."""
 
 REQUESTS = ("save", "evaluate", "stop", "preempt", "abort")
@@ -267,6 +270,8 @@ def shifted_targets(labels: Tensor) -> Tensor:
     Returns:
         (B, S) targets.
     """
+    import torch
+
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 

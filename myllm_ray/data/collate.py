@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from myllm_ray.common.types import IGNORE, Micro
 from myllm_ray.data.packing import Row
@@ -96,6 +95,8 @@ def to_arrow(micro: dict[str, Any], epoch: int, row: int) -> pa.Table:
 
 def to_tensors(micro: dict[str, Any]) -> Micro:
     """Converts flat arrays to tensors of shape (rows, width): integers to int64, floats to float32."""
+    import torch  # here: the tasks that build micro-batches call no function that needs it
+
     wide = {"i": np.int64, "f": np.float32}
     return {
         name: torch.from_numpy(value.astype(wide[value.dtype.kind])).view(int(micro["rows"]), -1)

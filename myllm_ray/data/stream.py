@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from myllm_ray.common import distributed
 from myllm_ray.common.types import Batch, Position
 from myllm_ray.data.collate import build_micro, to_tensors, wrap64
 from myllm_ray.data.collate_examples import build_pairs, build_prompts
@@ -98,6 +97,8 @@ class LocalStream:
     """A stream that is read in the training process."""
 
     def __init__(self, spec: StreamSpec, rank: int | None = None, world_size: int | None = None):
+        from myllm_ray.common import distributed  # imports torch, which tasks that only build micro-batches do not need
+
         self.spec = spec
         self.rank = distributed.rank() if rank is None else rank
         self.world_size = distributed.world_size() if world_size is None else world_size

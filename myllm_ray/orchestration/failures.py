@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from myllm_ray.common.distributed import lost_a_peer
 from myllm_ray.common.tracebacks import describe
 from myllm_ray.config.errors import TrainingError, UserError
 
@@ -65,6 +64,8 @@ def portable(error: Exception) -> Exception:
     """
     from ray.exceptions import RayError
 
+    from myllm_ray.common.distributed import lost_a_peer
+
     if isinstance(error, (UserError, RayError)) or lost_a_peer(error):
         return error
     return RemoteError(describe(error), "".join(traceback.format_exception(error)))
@@ -89,6 +90,8 @@ def explain(error: BaseException) -> Failure:
     from ray.exceptions import RayActorError
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.train.v2.api.exceptions import PreemptionError
+
+    from myllm_ray.common.distributed import lost_a_peer
 
     inside = list(_inside(error))
     if any(isinstance(e, PreemptionError) for e in inside):

@@ -3,10 +3,13 @@
 One Arrow row is one micro-batch, and one block contains one row. Ray's splitter distributes blocks evenly and in order,
 so worker r of W receives the micro-batches r, r + W, ..., the same ones that `LocalStream` reads there. Every
 micro-batch contains its position, and the stream raises an error if one is out of order.
+
+The module does not import torch: Ray's actors that hold a dataset import it, and each would spend seconds on that.
 """
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -16,7 +19,6 @@ import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset, ExecutionOptions
 
-from myllm_ray.common import distributed
 from myllm_ray.common.tracebacks import describe
 from myllm_ray.common.types import Batch, Position
 from myllm_ray.config.errors import DataError, TrainingError, UserError
@@ -27,6 +29,8 @@ from myllm_ray.data.store import TokenStore
 from myllm_ray.data.stream import StreamSpec, make_batch
 from myllm_ray.orchestration.failures import RemoteError
 
+_LOCAL_SECONDS = 10.0
+"""Time for which units are processed in the driver. The processes of Ray Data take about as long to start."""
 _UNITS_PER_TASK = 8
 _MICROS_PER_TASK = 16
 _MOST_TASKS = 4096
@@ -37,12 +41,43 @@ their epochs itself, so the cost of a start does not depend on the number of epo
 
 
 def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iterator[pa.RecordBatch]:
-    """Applies `work` to each unit in tasks across the cluster and yields the results in order.
+    """Applies `work` to each unit and yields the results in order.
+
+    The driver processes units for `_LOCAL_SECONDS`. The remaining units are processed in tasks across the cluster. The
+    result does not depend on where a unit is processed.
 
     Raises:
-        DataError: `work` has raised a `UserError` in a task.
-        RemoteError: `work` has raised another error in a task.
+        DataError: `work` has raised a `UserError`.
+        RemoteError: `work` has raised another error.
     """
+    until = time.monotonic() + _LOCAL_SECONDS
+    for done, unit in enumerate(units):
+        if time.monotonic() > until:
+            yield from _map_on_cluster(work, units[done:])
+            return
+        yield _result(*_attempt(work, unit))
+
+
+def _attempt(
+    work: Callable[[Unit], pa.RecordBatch], unit: Unit
+) -> tuple[pa.RecordBatch | None, str | None, str | None]:
+    """Returns the batch of a unit; or the problem as one line, and the traceback if it is not a `UserError`."""
+    try:
+        return work(unit), None, None
+    except UserError as error:
+        return None, str(error), None
+    except Exception as error:  # in a user-defined format
+        return None, describe(error), "".join(traceback.format_exception(error))
+
+
+def _result(batch: pa.RecordBatch | None, problem: str | None, trace: str | None) -> pa.RecordBatch:
+    """Returns the batch, or raises the error that `_attempt` describes."""
+    if problem is not None:
+        raise DataError(problem) if trace is None else RemoteError(problem, trace)
+    return batch
+
+
+def _map_on_cluster(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iterator[pa.RecordBatch]:
     _quiet()
     dataset = ray.data.from_arrow(
         [
@@ -54,16 +89,10 @@ def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iter
     def tokenize(table: pa.Table) -> Iterator[pa.Table]:
         for number in table.column("number").to_pylist():
             # Errors in the data are returned as values. Ray would log an exception of a task with its whole stack.
-            batch = problem = trace = None
-            try:
-                batch = _to_bytes(work(units[number]))
-            except UserError as error:
-                problem = str(error)
-            except Exception as error:  # in a user-defined format
-                problem, trace = describe(error), "".join(traceback.format_exception(error))
+            batch, problem, trace = _attempt(work, units[number])
             yield pa.table(
                 {
-                    "batch": pa.array([batch], pa.large_binary()),
+                    "batch": pa.array([None if batch is None else _to_bytes(batch)], pa.large_binary()),
                     "problem": pa.array([problem], pa.string()),
                     "traceback": pa.array([trace], pa.string()),
                 }
@@ -73,11 +102,10 @@ def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iter
         batch_format="pyarrow", batch_size=1, prefetch_batches=2
     )
     for table in results:
-        problem = table.column("problem")[0].as_py()
-        if problem is not None:
-            trace = table.column("traceback")[0].as_py()
-            raise DataError(problem) if trace is None else RemoteError(problem, trace)
-        yield pa.ipc.open_stream(table.column("batch")[0].as_buffer()).read_next_batch()
+        problem, trace = table.column("problem")[0].as_py(), table.column("traceback")[0].as_py()
+        data = table.column("batch")[0]
+        batch = pa.ipc.open_stream(data.as_buffer()).read_next_batch() if problem is None else None
+        yield _result(batch, problem, trace)
 
 
 def _to_bytes(batch: pa.RecordBatch) -> bytes:
@@ -164,6 +192,8 @@ class RayStream:
         """
         if steps <= 0:
             return
+        from myllm_ray.common import distributed
+
         rows = self._rows()
         size, world, rank = self.spec.micro_size, distributed.world_size(), distributed.rank()
         for position in self.spec.positions(start, steps):

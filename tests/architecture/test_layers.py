@@ -100,6 +100,15 @@ def test_the_base_config_and_the_command_line_need_neither_torch_nor_ray() -> No
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_what_rays_actors_import_does_not_need_torch() -> None:
+    """Each actor that holds a dataset or display events would spend seconds on the import."""
+    code = (
+        "import sys\nimport myllm_ray.orchestration.driver_events, myllm_ray.orchestration.ray_data\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_public_functions_have_docstrings() -> None:
     missing = []
     for path in FILES:
