@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from myllm_ray.accelerators.memory import check_compiled_dropout, save_memory
 from myllm_ray.accelerators.optimizer_state import create_moments
-from myllm_ray.accelerators.precision import DTYPES, LossScale, autocast_dtypes, check_precision, hold_in
+from myllm_ray.accelerators.precision import (
+    DTYPES,
+    LossScale,
+    autocast_dtypes,
+    check_precision,
+    emulation_note,
+    hold_in,
+)
 from myllm_ray.accelerators.sharding import largest_shard, local_bytes
 from myllm_ray.common import distributed
 from myllm_ray.common.materialize import materialize
@@ -160,6 +167,10 @@ class Accelerator(ABC):
             self._init_group()
         self.loss_scale = LossScale(self.device, enabled=self.precision == "fp16", ranks=distributed.world_size())
         self._is_set_up = True
+
+    def notes(self) -> list[str]:
+        """Returns warnings about the device that `setup` has chosen, one line each."""
+        return [note for note in [emulation_note(self.precision, self.device)] if note]
 
     def _choose_device(self) -> torch.device:
         available = torch.cuda.is_available()

@@ -109,6 +109,8 @@ class TrainerEngine:
                 self.trainer.dataset, self.settings.batch.global_size, self.settings.micro_size, self.settings.run.seed
             )
         self.state.is_main = distributed.is_main()
+        for note in self.accelerator.notes() if self.state.is_main else ():
+            log.warning("%s", note)
         steps_per_batch, run = self.trainer.steps_per_batch, self.settings.run
         self.state.total_steps = run.total_steps(steps_per_batch, self.stream.steps_in_epoch)
         if self.state.total_steps % steps_per_batch:

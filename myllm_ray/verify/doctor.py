@@ -125,15 +125,16 @@ def _disk_offload() -> Line:
 def _try(label: str, section: dict[str, Any]) -> Line:
     """Runs one training step of a tiny model and returns whether it works."""
     try:
-        _step(section)
+        notes = _step(section)
     except UserError as error:
         return Line(label, False, str(error))
     except Exception as error:  # an error of any library is a result of the check, shortened to one line
         return Line(label, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    return Line(label, True)
+    return Line(label, True, "; ".join(notes))
 
 
-def _step(section: dict[str, Any]) -> None:
+def _step(section: dict[str, Any]) -> list[str]:
+    """Runs one training step and returns the accelerator's notes on the device."""
     config = {"accelerator": section, "gradient_clip": None, "optimizer": {"name": "adamw", "lr": 1e-3}}
     accelerator: Accelerator = resolve("accelerators", section["name"], "accelerator.name")(config)
     accelerator.setup()
@@ -147,5 +148,6 @@ def _step(section: dict[str, Any]) -> None:
                 output = prepared(torch.ones(2, 8, device=accelerator.device))
             accelerator.backward(output.float().pow(2).mean())
         accelerator.optimizer_step(None)
+        return accelerator.notes()
     finally:
         accelerator.close()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import MakeConfig
 from spawned import leave, start_processes
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -28,6 +29,7 @@ from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.loop import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.trainers.base import BaseTrainer
+from myllm_ray.worker import run_local
 
 SECTIONS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("single", "ddp", "fsdp", "accelerate")},
@@ -303,6 +305,15 @@ def test_precisions_on_the_poorest_and_the_richest_cpu(any_cpu: str) -> None:
         return
     with pytest.raises(ConfigError, match=r"this CPU has no fp16 arithmetic .*; use bf16 or fp32"):
         SingleGPUAccelerator({"accelerator": {"precision": "fp16", "device": "cpu"}}).setup()
+
+
+def test_emulated_bf16_is_reported(any_cpu: str, make_config: MakeConfig, warned: list[str]) -> None:
+    """It is correct but a hundred times slower than fp32, so the user has to know."""
+    for precision in ("fp32", "bf16"):
+        run_local(make_config(f"accelerator.precision={precision}", f"run.name={precision}", "run.max_steps=1"))
+    found = [line for line in warned if "this CPU has no bf16 arithmetic" in line]
+    assert len(found) == (any_cpu == "poor")
+    assert all("precision=fp32 is the faster choice" in line for line in found)
 
 
 def test_a_missing_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
