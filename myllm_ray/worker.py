@@ -114,22 +114,31 @@ def run_worker(
         return _run(config, prepared, stream, callbacks, start, watched, services)
 
 
-def _run(
+def build_engine(
     config: TrainerConfig,
     prepared: PreparedData,
-    stream: BatchStream | None,
-    callbacks: Sequence[Callback] | None,
-    start: Path | None,
-    watched: dict[str, Any] | None,
-    services: Services | None,
-) -> dict[str, Any]:
+    *,
+    engine: type[TrainerEngine] = TrainerEngine,
+    stream: BatchStream | None = None,
+    callbacks: Sequence[Callback] | None = None,
+    services: Services | None = None,
+    folder: Path | None = None,
+    heartbeat: Callable[[], Heartbeat] = Heartbeat,
+) -> TrainerEngine:
+    """Constructs all parts of a run on this rank. Nothing is written, and no memory for weights is allocated.
+
+    Args:
+        config, prepared, stream, callbacks, services: see `run_worker`.
+        engine: the class of the engine.
+        folder: the run's folder; None writes nothing.
+        heartbeat: makes the heartbeat, after the process group has been joined.
+    """
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     # First: it selects the device and joins the process group, from which everything below takes rank and world size.
     accelerator.setup()
     if accelerator.device.type == "cpu":
         keep_large_blocks()
-    folder = folder_of(config)
-    heartbeat = _heartbeat(config, watched)
+    beat = heartbeat()
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     # On the meta device: the backend shards the model before memory for its weights is allocated.
     model = build_deferred(
@@ -140,23 +149,21 @@ def _run(
     trainer = build_trainer(
         config, model, tokenizer, stream.sources, Dependencies(config, tokenizer, prepared, services)
     )
-    optimizers = OptimizerManager(model, config)
-    schedulers = SchedulerManager(config=config)
     checkpoints = checkpoints_of(config)
     checkpoints.model = model
-    engine = TrainerEngine(
+    return engine(
         trainer,
         accelerator,
-        optimizers,
-        schedulers,
+        OptimizerManager(model, config),
+        SchedulerManager(config=config),
         checkpoints,
         callbacks=build_callbacks(config) if callbacks is None else callbacks,
         config=config,
         stream=stream,
         validation=validation,
-        folder=str(folder),
+        folder=None if folder is None else str(folder),
         constants=data_counts(prepared),
-        heartbeat=heartbeat,
+        heartbeat=beat,
         manifest={
             "identity": prepared.identity,
             "isolation": prepared.isolation and asdict(prepared.isolation),
@@ -164,9 +171,31 @@ def _run(
             "config": mask(config.model_dump(mode="json")),
         },
     )
+
+
+def _run(
+    config: TrainerConfig,
+    prepared: PreparedData,
+    stream: BatchStream | None,
+    callbacks: Sequence[Callback] | None,
+    start: Path | None,
+    watched: dict[str, Any] | None,
+    services: Services | None,
+) -> dict[str, Any]:
+    folder = folder_of(config)
+    engine = build_engine(
+        config,
+        prepared,
+        stream=stream,
+        callbacks=callbacks,
+        services=services,
+        folder=folder,
+        heartbeat=lambda: _heartbeat(config, watched),
+    )
+    trainer, accelerator, heartbeat = engine.trainer, engine.accelerator, engine.heartbeat
     if distributed.is_main():
-        save_architecture(model, config.model, folder / "model")
-        save_tokenizer(config, prepared, tokenizer, folder / "tokenizer")
+        save_architecture(trainer.model, config.model, folder / "model")
+        save_tokenizer(config, prepared, open_tokenizer(prepared.tokenizer_folder), folder / "tokenizer")
         start = start or resume_point(config)
     try:
         # Rank 0 chooses the checkpoint: another rank may not see the newest one on a shared file system yet.
@@ -178,7 +207,7 @@ def _run(
         state = engine.train()
     finally:
         heartbeat.close()
-    newest = checkpoints.all()
+    newest = checkpoints_of(config).all()
     return {
         "step": state.step,
         "metrics": engine.metrics,

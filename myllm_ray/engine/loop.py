@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from myllm_ray.common.types import (
     as_mapping,
 )
 from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
+from myllm_ray.engine.batch_weight import WeightCheck
 from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpointing.contents import manifest_of, restore
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
@@ -99,7 +100,6 @@ class TrainerEngine:
         self.skipped_steps = 0
         self._agreed: set[str] = set()
         """Requests that all ranks have received. If one rank acted alone, the others would wait in a collective."""
-        self._warned_of_empty_batch = False
 
     def setup(self, resume: Path | None = None) -> None:
         """Prepares everything for the first step. `resume`: folder of the checkpoint to resume from."""
@@ -118,6 +118,7 @@ class TrainerEngine:
                 f"run.max_steps={self.state.total_steps} is not a multiple of the {steps_per_batch} "
                 "optimizer steps per batch (epochs × minibatches)"
             )
+        self._weights = WeightCheck(self.trainer, self.stream)
         self.callbacks = CallbackList(self._callbacks, self.state.is_main)
         self.stability.load_interventions()
         self.schedulers.total_steps = self.state.total_steps
@@ -225,18 +226,15 @@ class TrainerEngine:
         self.heartbeat.enter("forward", self.state.step + 1)
         # Synchronizes host and device: the first backward pass needs the global weight.
         weight = self.accelerator.all_reduce([sum(self.trainer.batch_weight(m) for m in micros)])[0]
-        self._check_weight(float(weight))
+        self._weights.check(float(weight), self.state)
         sums = MetricSum(weight)
         step = self.state.step + 1
         for i, micro in enumerate(micros):
-            self._seed_micro(i)
             # Gradients are accumulated locally and exchanged in the backward pass of the last micro-batch only.
             with self.accelerator.microbatch(last=i == len(micros) - 1):
                 self.heartbeat.enter("forward", step)
                 micro = self.accelerator.move(micro)
-                rows = self.trainer.row_places(micro)
-                dropout = self.dropout.microbatch(self.state.step, rows, micro.get("input_ids"))
-                with self.accelerator.autocast(), dropout:
+                with self.forward_pass(micro, i):
                     output = self.trainer.train_step(micro)
                 self.heartbeat.enter("backward", step)
                 # Outside autocast. A batch of weight 0 has a loss of 0, which must not become NaN.
@@ -249,23 +247,19 @@ class TrainerEngine:
         judge = partial(self._judge, sums.loss(self.accelerator))
         return self.accelerator.optimizer_step(self.settings.gradient_clip, judge), sums
 
-    def _check_weight(self, weight: float) -> None:
-        """Raises TrainingError for a batch without target tokens, unless the trainer states why it can occur."""
-        if weight:
-            return
-        position, allowed = self.state.position, self.trainer.empty_batch_reason
-        describe = getattr(self.stream, "describe", lambda _: "the batch")
-        where = f"step {self.state.step + 1} (epoch {position.epoch}, rows from {position.row})"
-        if allowed is None:
-            raise TrainingError(
-                f"{where} has nothing to train on: no token of {describe(position)} is trained on; see it with "
-                f"`myllm-ray data CONFIG --step {self.state.step + 1}`. data.sequence_length cuts documents off, "
-                "data.*.format says what is trained on"
-            )
-        if self.state.is_main and not self._warned_of_empty_batch:
-            text = "%s has nothing to train on: %s. Its gradient is zero. Further such steps are not reported"
-            log.warning(text, where, allowed)
-        self._warned_of_empty_batch = True
+    @contextmanager
+    def forward_pass(self, micro: Micro, index: int) -> Iterator[None]:
+        """The context of a forward pass of a training step: random numbers, dropout and precision.
+
+        Args:
+            micro: the micro-batch, on the accelerator's device.
+            index: index of the micro-batch among those of this rank.
+        """
+        self._seed_micro(index)
+        rows = self.trainer.row_places(micro)
+        dropout = self.dropout.microbatch(self.state.step, rows, micro.get("input_ids"))
+        with self.accelerator.autocast(), dropout:
+            yield
 
     def _judge(self, loss: float, grad_norm: float) -> str | None:
         """Returns why the step must be skipped, or None. The accelerator calls this before it changes a weight."""

@@ -151,6 +151,13 @@ class BaseTrainer(ABC):
     def train_step(self, micro: Micro) -> StepOutput:
         """Returns the loss *sum* of a micro-batch, with its autograd graph, and metrics as (sum, weight)."""
 
+    def target_losses(self, micro: Micro) -> Tensor | None:
+        """Returns (T,) the loss of each target token of a micro-batch, in row-major order; None by default.
+
+        Their sum is the loss sum of `train_step`. `myllm-ray replay` uses them for the loss of each document.
+        """
+        return None
+
     def evaluation_micros(self, batch: Batch) -> Iterable[Micro]:
         """Returns the micro-batches of a held-out batch for `evaluation_step`. It is called without gradients."""
         return batch.micros

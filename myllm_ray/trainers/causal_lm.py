@@ -94,6 +94,10 @@ class CausalLMTrainer(BaseTrainer):
             metrics["lm_loss"] = (losses.nll_sum.detach(), weights.sum())
         return with_router_loss(self.model, StepOutput(losses.nll_sum, metrics), losses.router, weights)
 
+    def target_losses(self, micro: Micro) -> Tensor | None:
+        """Returns (T,) -log p of each target token of the micro-batch, in nats."""
+        return token_losses(self.model, micro).nll
+
     def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Returns the perplexity, exp(mean negative log-likelihood), in addition to the metrics of the base class."""
         nll = metrics.get("lm_loss", metrics.get("loss"))
