@@ -310,8 +310,9 @@ class TrainerEngine:
         if not math.isfinite(result.grad_norm) and not result.skipped:
             raise TrainingError(
                 f"step {self.state.step}: the gradient is not finite (norm {result.grad_norm}), in the batch at epoch "
-                f"{position.epoch}, row {position.row}; see it with `myllm-ray data CONFIG --step {self.state.step}`. "
-                "The last checkpoint is kept. Try a lower optimizer.lr, a longer warm-up, or accelerator.precision=fp32"
+                f"{position.epoch}, row {position.row}; see its rows with "
+                f"`myllm-ray replay RUN --step {self.state.step}`. The last checkpoint is kept. Try a lower "
+                "optimizer.lr, a longer warm-up, or accelerator.precision=fp32"
             )
         evaluated: dict[str, float] = {}
         if self.validation is not None and (
