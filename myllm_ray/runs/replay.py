@@ -106,12 +106,7 @@ def replay(
         steps = f"1 to {max(recorded)}" if recorded else "none"
         raise ConfigError(f"--step {step}: {run} has no such step; the steps in its ledger.jsonl: {steps}")
     start = _start(run, config, step)
-    # Off-policy answers come from weights that no checkpoint contains.
-    if getattr(getattr(config, "rollout", None), "placement", "colocated") == "actors":
-        raise ConfigError(
-            "replay: the answers of this run come from actors with older weights (rollout.placement=actors): "
-            "its steps can't be repeated"
-        )
+    _check_repeatable(config)
     with ExitStack() as stack:
         stack.enter_context(determinism(config.run.determinism))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -180,6 +175,15 @@ def _config_of(run: Path, device: str, precision: str | None) -> TrainerConfig:
     raw["checkpoint"] = {"resume": (raw.get("checkpoint") or {}).get("resume", "never"), "at_end": False}
     raw["callbacks"] = []
     return absolute(validate(raw, where=str(path)))
+
+
+def _check_repeatable(config: TrainerConfig) -> None:
+    # Off-policy answers come from weights that no checkpoint contains.
+    if getattr(getattr(config, "rollout", None), "placement", "colocated") == "actors":
+        raise ConfigError(
+            "replay: the answers of this run come from actors with older weights (rollout.placement=actors): "
+            "its steps can't be repeated"
+        )
 
 
 def _start(run: Path, config: TrainerConfig, step: int) -> Path | None:
