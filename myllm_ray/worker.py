@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from myllm_ray.trained_model import save_tokenizer
 from myllm_ray.trainers.base import BaseTrainer
 
 log = logging.getLogger(__name__)
+Engine = TypeVar("Engine", bound=TrainerEngine)
 
 
 def run_local(
@@ -117,19 +118,21 @@ def run_worker(
 def build_engine(
     config: TrainerConfig,
     prepared: PreparedData,
+    tokenizer: Any,
     *,
-    engine: type[TrainerEngine] = TrainerEngine,
+    engine: Callable[..., Engine],
     stream: BatchStream | None = None,
     callbacks: Sequence[Callback] | None = None,
     services: Services | None = None,
     folder: Path | None = None,
     heartbeat: Callable[[], Heartbeat] = Heartbeat,
-) -> TrainerEngine:
+) -> Engine:
     """Constructs all parts of a run on this rank. Nothing is written, and no memory for weights is allocated.
 
     Args:
         config, prepared, stream, callbacks, services: see `run_worker`.
-        engine: the class of the engine.
+        tokenizer: the tokenizer of the run.
+        engine: the class of the engine, or another function with its arguments.
         folder: the run's folder; None writes nothing.
         heartbeat: makes the heartbeat, after the process group has been joined.
     """
@@ -139,7 +142,6 @@ def build_engine(
     if accelerator.device.type == "cpu":
         keep_large_blocks()
     beat = heartbeat()
-    tokenizer = open_tokenizer(prepared.tokenizer_folder)
     # On the meta device: the backend shards the model before memory for its weights is allocated.
     model = build_deferred(
         model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config)
@@ -183,9 +185,12 @@ def _run(
     services: Services | None,
 ) -> dict[str, Any]:
     folder = folder_of(config)
+    tokenizer = open_tokenizer(prepared.tokenizer_folder)
     engine = build_engine(
         config,
         prepared,
+        tokenizer,
+        engine=TrainerEngine,
         stream=stream,
         callbacks=callbacks,
         services=services,
@@ -195,7 +200,7 @@ def _run(
     trainer, accelerator, heartbeat = engine.trainer, engine.accelerator, engine.heartbeat
     if distributed.is_main():
         save_architecture(trainer.model, config.model, folder / "model")
-        save_tokenizer(config, prepared, open_tokenizer(prepared.tokenizer_folder), folder / "tokenizer")
+        save_tokenizer(config, prepared, tokenizer, folder / "tokenizer")
         start = start or resume_point(config)
     try:
         # Rank 0 chooses the checkpoint: another rank may not see the newest one on a shared file system yet.
@@ -207,7 +212,7 @@ def _run(
         state = engine.train()
     finally:
         heartbeat.close()
-    newest = checkpoints_of(config).all()
+    newest = engine.checkpoints.all() if engine.checkpoints else []
     return {
         "step": state.step,
         "metrics": engine.metrics,

@@ -25,22 +25,24 @@ def why_not(precision: str, device: torch.device) -> str | None:
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             return f"{torch.cuda.get_device_name(device)} does not support bf16 (compute capability 8.0 or later does)"
         return None
-    has = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
-    if precision == "fp16" and (has is None or not has()):
+    if precision == "fp16" and not _cpu_has(precision):
         return "this CPU has no fp16 arithmetic (AVX512-FP16 or AMX-FP16)"
     return None
 
 
+def _cpu_has(precision: str) -> bool:
+    """Returns whether this CPU has the arithmetic of a precision."""
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    return supported is not None and bool(supported())
+
+
 def emulation_note(precision: str, device: torch.device) -> str | None:
-    """Returns a warning that the device emulates a precision, or None if it has the arithmetic or can't train in it.
+    """Returns a warning that the device emulates a precision, or None if it does not.
 
     On a CPU without bf16 arithmetic the result is the same, but a matrix product in bf16 takes about a hundred times as
     long as in fp32 (150 times on a CPU with AVX2 alone).
     """
-    if precision != "bf16" or device.type != "cpu":
-        return None
-    has = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    if has is not None and has():
+    if precision != "bf16" or device.type != "cpu" or _cpu_has(precision):
         return None
     return (
         "accelerator.precision=bf16: this CPU has no bf16 arithmetic (AVX512 or AMX) and emulates it, which is many "

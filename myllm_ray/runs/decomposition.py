@@ -122,7 +122,7 @@ class Decomposition:
 
 
 def decompose(engine: TrainerEngine, micros: list[Micro], drop: frozenset[int], gradients: bool) -> Decomposition:
-    """Computes the parts of a step before the engine makes it. Gradients and random numbers are left as they were.
+    """Computes the parts of a step before the engine makes it. Leaves no gradient on the parameters.
 
     Args:
         engine: an engine in one process, before its optimizer step.
@@ -148,6 +148,8 @@ def decompose(engine: TrainerEngine, micros: list[Micro], drop: frozenset[int], 
     parts = Decomposition(total / max(weight, 1e-9), weight, rows)
     whole = _take(engine)
     rest_weight = weight - sum(row.weight for row in rows if row.row in drop)
+    if drop and not rest_weight:
+        raise ConfigError("--drop: no row with a weight is left in the step")
     rest_loss = math.fsum(row.loss_sum for row in rows if row.row not in drop) / max(rest_weight, 1e-9)
     rest_norm = math.nan
     if gradients:

@@ -12,8 +12,8 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from myllm_ray.data.examples import PROMPTS
 from myllm_ray.data.inspect import rows_of_step
 from myllm_ray.data.prepare import PreparedData
 from myllm_ray.data.stream import LocalStream, StreamSpec
+from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, step_of
 from myllm_ray.engine.loop import TrainerEngine
@@ -73,8 +74,18 @@ class Replay:
     prepared: PreparedData = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the replay without the data, as JSON-compatible values."""
-        return {k: v for k, v in asdict(replace(self, prepared=None)).items() if k != "prepared"}  # type: ignore[arg-type]
+        """Returns the replay without the data, as JSON-compatible values: null for numbers that are not finite."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "prepared"}
+        return _finite({**values, "parts": asdict(self.parts)})  # type: ignore[no-any-return]
+
+
+def _finite(value: Any) -> Any:
+    """Replaces non-finite numbers by None, because JSON has none."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replay(
@@ -94,7 +105,7 @@ def replay(
         device: `auto`, `cpu` or `cuda`.
         precision: default: the run's.
         gradients: whether to compute the gradient of each row, which needs two more backward passes of the batch and
-            memory for one more copy of the gradients.
+            memory for another copy of the gradients, or for two with `drop`.
 
     Raises:
         ConfigError: the folder is not that of a run, the run has no such step or row, or its steps can't be repeated.
@@ -107,9 +118,7 @@ def replay(
         raise ConfigError(f"--step {step}: {run} has no such step; the steps in its ledger.jsonl: {steps}")
     start = _start(run, config, step)
     _check_repeatable(config)
-    with ExitStack() as stack:
-        stack.enter_context(determinism(config.run.determinism))
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    with determinism(config.run.determinism), tempfile.TemporaryDirectory() as scratch:
         prepared = prepare_data(config)
         spec = prepared.train
         position, _, fingerprint = rows_of_step(spec, step, config.steps_per_batch)
@@ -119,14 +128,13 @@ def replay(
         stream = _FineStream(spec, position)
         losses = _Losses(run)
         engine = build_engine(
-            config, prepared, engine=_ReplayEngine, stream=stream, callbacks=[losses], services=None, folder=None
+            config,
+            prepared,
+            open_tokenizer(prepared.tokenizer_folder),
+            engine=partial(_ReplayEngine, run=run, scratch=Path(scratch), target=step, drop=drop, gradients=gradients),
+            stream=stream,
+            callbacks=[losses],
         )
-        assert isinstance(engine, _ReplayEngine)
-        engine.target, engine.drop, engine.gradients = step, frozenset(drop), gradients
-        engine.validation = None
-        if (run / "interventions.jsonl").exists():
-            shutil.copy(run / "interventions.jsonl", scratch)
-        engine.stability = Stability(engine.settings.stability, str(scratch))
         engine.setup(resume=start)
         first = engine.state.step
         if step - first > 1:
@@ -140,20 +148,18 @@ def replay(
     if engine.parts is None:
         reason = recorded[step].get("left_out", "its batch was not computed")
         raise ConfigError(f"--step {step}: the run left it out: {reason}")
-    parts = engine.parts
-    logged = {int(row["step"]): row for row in read_jsonl(run / "metrics.jsonl") if "step" in row}.get(step, {})
     return Replay(
         step,
         position.epoch,
         position.row,
         first,
         recorded[step]["tokens_hash"],
-        parts.loss,
+        engine.parts.loss,
         engine.norm,
-        logged,
+        losses.logged.get(step, {}),
         recorded[step].get("left_out"),
         losses.different,
-        parts,
+        engine.parts,
         prepared,
     )
 
@@ -246,28 +252,49 @@ class _Losses(Callback):
 
     def __init__(self, run: Path):
         super().__init__()
-        self._logged = {int(row["step"]): row["loss"] for row in read_jsonl(run / "metrics.jsonl") if "loss" in row}
+        self.logged = {int(row["step"]): row for row in read_jsonl(run / "metrics.jsonl") if "step" in row}
         self.different: list[tuple[int, float, float]] = []
 
     def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
-        there, here = self._logged.get(state.step), metrics.get("loss")
+        there, here = self.logged.get(state.step, {}).get("loss"), metrics.get("loss")
         if there is not None and here is not None and not math.isclose(there, here, rel_tol=_SAME_LOSS):
             self.different.append((state.step, there, here))
 
 
 class _ReplayEngine(TrainerEngine):
-    """An engine that decomposes the loss and the gradient of one step before it makes the step."""
+    """An engine that decomposes the loss and the gradient of one step before it makes the step.
 
-    target: int
-    drop: frozenset[int]
-    gradients: bool
-    parts: Decomposition | None = None
-    norm: float = math.nan
+    Args:
+        run: the run's folder, which is only read.
+        scratch: an empty folder.
+        target: the step.
+        drop, gradients: see `replay`.
+        arguments, options: the arguments of `TrainerEngine`.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        run: Path,
+        scratch: Path,
+        target: int,
+        drop: Sequence[int],
+        gradients: bool,
+        **options: Any,
+    ):
+        super().__init__(*arguments, **{**options, "validation": None})
+        self._target, self._drop, self._gradients = target, frozenset(drop), gradients
+        self.parts: Decomposition | None = None
+        self.norm = math.nan
+        # The steps that the run left out are left out again. Interventions are recorded in the copy.
+        if (run / "interventions.jsonl").exists():
+            shutil.copy(run / "interventions.jsonl", scratch)
+        self.stability = Stability(self.settings.stability, str(scratch))
 
     def training_step(self, micros: list[Micro]) -> Any:
-        if self.state.step + 1 != self.target:
+        if self.state.step + 1 != self._target:
             return super().training_step(micros)
-        self.parts = decompose(self, micros, self.drop, self.gradients)
+        self.parts = decompose(self, micros, self._drop, self._gradients)
         result, sums = super().training_step(micros)
         self.norm = result.grad_norm
         return result, sums

@@ -162,18 +162,21 @@ def test_a_step_that_ended_the_run_can_be_replayed(make_config: MakeConfig) -> N
     found = replay(run, step)
     assert not math.isfinite(found.grad_norm)
     assert not math.isfinite(found.parts.ranked[0].grad_norm)
+    text = json.dumps(found.as_json(), allow_nan=False)
+    assert json.loads(text)["grad_norm"] is None
 
 
 def test_wrong_inputs_are_one_line(poisoned: Any, tmp_path: Path) -> None:
-    run = Path(
-        run_local(poisoned.model_copy(update={"run": poisoned.run.model_copy(update={"max_steps": 2})}))["folder"]
-    )
+    poisoned.run.max_steps = 2
+    run = Path(run_local(poisoned)["folder"])
     with pytest.raises(ConfigError, match=r"--step 3: .* has no such step; the steps in its ledger.jsonl: 1 to 2"):
         replay(run, 3)
     with pytest.raises(ConfigError, match=r"is not the folder of a run: it has no config.yaml"):
         replay(tmp_path, 1)
     with pytest.raises(ConfigError, match=r"--drop 99: step 2 has rows 4 to 7"):
         replay(run, 2, drop=[99])
+    with pytest.raises(ConfigError, match=r"--drop: no row with a weight is left in the step"):
+        replay(run, 2, drop=[4, 5, 6, 7], gradients=False)
     rows = json.loads(Path(poisoned.data.train.path).read_text())
     rows[0]["output"] = "changed"
     Path(poisoned.data.train.path).write_text(json.dumps([*rows, *rows]))

@@ -16,12 +16,13 @@ from spawned import BACKENDS, SHARED, run_all
 
 from myllm_ray import train
 from myllm_ray.common.types import Position
-from myllm_ray.config import TrainerConfig, TrainingError
+from myllm_ray.config import ConfigError, TrainerConfig, TrainingError
 from myllm_ray.data.prepare import prepare
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, read_tensors
 from myllm_ray.engine.stability import SpikeDetector
 from myllm_ray.preparation import absolute
+from myllm_ray.runs.replay import replay
 
 BAD = 7
 COMMON = ("run.max_steps=10", "evaluation.at_end=false", "checkpoint.every_steps=4", "stability.min_history=3")
@@ -87,6 +88,20 @@ def test_skip_and_rewind_leave_out_one_step_and_nothing_else(make_config: MakeCo
     again = train(poisoned(make_config, "again", "rewind", factor)).folder
     assert comparable(again) == comparable(rewinding)
     assert ledger(again) == ledger(rewinding)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_a_replay_leaves_out_the_same_step(make_config: MakeConfig, policy: str) -> None:
+    run = Path(train(poisoned(make_config, policy, policy, math.nan)).folder)
+    before = (run / "interventions.jsonl").read_bytes()
+    found = replay(run, BAD + 1)
+    assert found.start < BAD - 1, "the bad step is one of the repeated ones"
+    assert found.loss == pytest.approx(found.logged["loss"], rel=1e-6)
+    assert found.deviations == []
+    assert (run / "interventions.jsonl").read_bytes() == before
+    if policy == "rewind":  # its second attempt did not compute the step
+        with pytest.raises(ConfigError, match=f"--step {BAD}: the run left it out: "):
+            replay(run, BAD)
 
 
 @pytest.mark.parametrize("stop", [5, 8])
