@@ -19,6 +19,8 @@ _PUBLIC = {
     "SingleGPUAccelerator": "myllm_ray.accelerators.single",
     "Accelerator": "myllm_ray.accelerators.base",
     "Callback": "myllm_ray.engine.callbacks",
+    "Tracker": "myllm_ray.engine.reporting.trackers.base",
+    "TrackerSection": "myllm_ray.engine.reporting.trackers.base",
     "Section": "myllm_ray.config.sections",
     "StepOutput": "myllm_ray.common.types",
     "TrainerConfig": "myllm_ray.config.schema",
@@ -29,7 +31,7 @@ _PUBLIC = {
     "load_sweep": "myllm_ray.config.sweep",
 }
 """Public names and the modules that define them. `import myllm_ray` alone does not import torch or ray."""
-for _kind in ("trainers", "accelerators", "callbacks"):
+for _kind in ("trainers", "accelerators", "callbacks", "trackers"):
     _PUBLIC |= {_path.partition(":")[2]: _path.partition(":")[0] for _path in SHORT_NAMES[_kind].values()}
 for _name, _path in SHORT_NAMES["trainers"].items():
     _PUBLIC[_path.partition(":")[2].removesuffix("Trainer") + "Config"] = "myllm_ray.config.trainers"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common.determinism import check_determinism
-from myllm_ray.config.components import callback_config, callback_entries
+from myllm_ray.config.components import callback_config, callback_entries, tracker_configs
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import TrainerConfig
@@ -28,6 +28,8 @@ from myllm_ray.engine.checkpointing.starting_weights import (
     pinned,
 )
 from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.reporting.jsonl import JSONLCallback
+from myllm_ray.engine.reporting.trackers.base import numbered
 from myllm_ray.engine.run_folder import claim
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.model_checks import check_dependencies, check_frozen, check_routers, isolation_of
@@ -186,7 +188,9 @@ def warn_of_data(prepared: PreparedData) -> None:
 
 
 def build_callbacks(config: TrainerConfig) -> list[Callback]:
-    """Returns the callbacks of the config, in the order of the config.
+    """Returns the callbacks of the config, in the order of the config, then its trackers.
+
+    With trackers, `jsonl` is added if the config does not list it, because they send what `metrics.jsonl` contains.
 
     Raises:
         ConfigError: a callback does not accept its options.
@@ -198,4 +202,7 @@ def build_callbacks(config: TrainerConfig) -> list[Callback]:
             built.append(cls(**arguments))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"callbacks: {name} does not accept its options: {error}") from None
-    return built
+    trackers = [cls(options) for cls, options in tracker_configs(config)]
+    if trackers and not any(isinstance(c, JSONLCallback) for c in built):
+        built.append(JSONLCallback())
+    return [*built, *numbered(trackers)]

@@ -101,7 +101,8 @@ def schema(
     accelerator: Annotated[list[str] | None, typer.Option(help="of a custom accelerator; repeatable")] = None,
     callback: Annotated[list[str] | None, typer.Option(help="of a custom callback; repeatable")] = None,
     format: Annotated[list[str] | None, typer.Option(help="of a custom data format; repeatable")] = None,
+    tracker: Annotated[list[str] | None, typer.Option(help="of a custom tracker; repeatable")] = None,
 ) -> None:
     """Print the JSON schema of a config, for editors, with the settings of custom components."""
-    found = json_schema(trainer or [], accelerator or [], callback or [], format or [])
+    found = json_schema(trainer or [], accelerator or [], callback or [], format or [], tracker or [])
     print(json.dumps(found, indent=2, ensure_ascii=False))

@@ -34,6 +34,11 @@ def mask_text(text: str) -> str:
     return _IN_URL.sub(MASK, _SHAPES.sub(MASK, text))
 
 
+def is_secret(name: str, value: Any) -> bool:
+    """Returns whether a key with this name, or its value, looks like a secret."""
+    return bool(_SECRET_NAME.search(name)) or (isinstance(value, str) and mask_text(value) != value)
+
+
 def mask(value: Any, name: str = "") -> Any:
     """Returns a copy of a nested mapping or list with its secrets masked.
 

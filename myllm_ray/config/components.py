@@ -1,4 +1,4 @@
-"""Components that a config selects by name: accelerator, callbacks, formats.
+"""Components that a config selects by name: accelerator, callbacks, trackers, formats.
 
 The `Config` class of a component validates its options.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.config.sections import SourceSection
+from myllm_ray.config.sections import Section, SourceSection
 from myllm_ray.config.trainers import takes_config
 from myllm_ray.config.validation import typed
 
@@ -30,6 +30,8 @@ def check_components(config: TrainerConfig) -> None:
         typed(accelerator.Config, config.accelerator.options, "accelerator.options")
     for name, options in callback_entries(config):
         callback_config(name, options)
+    for _ in tracker_configs(config):
+        pass
     for key, source in data_sources(config):
         format_of(source, key)
 
@@ -50,6 +52,35 @@ def callback_config(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, 
     if not isinstance(cls, type) or not hasattr(cls, "Config") or not takes_config(cls):
         return cls, dict(options)
     return cls, {"config": typed(cls.Config, options, f"callbacks.{name}")}  # type: ignore[attr-defined]
+
+
+def tracker_entries(config: TrainerConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the name and the options of each tracker, in the order of the config.
+
+    Raises:
+        ConfigError: an entry has no name.
+    """
+    for number, entry in enumerate(config.tracking):
+        options = {"name": entry} if isinstance(entry, str) else dict(entry)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"tracking.{number}: the name of the tracker is missing: write {{name: wandb, ...}}")
+        yield name, options
+
+
+def tracker_configs(config: TrainerConfig) -> Iterator[tuple[Any, Section]]:
+    """Yields the class of each tracker and its options, validated by the class's `Config`.
+
+    Raises:
+        ConfigError: there is no such tracker, or one of its options is unknown or has a wrong value.
+    """
+    for name, options in tracker_entries(config):
+        cls = resolve("trackers", name, "tracking")
+        if not isinstance(cls, type) or not hasattr(cls, "log_metrics") or not hasattr(cls, "Config"):
+            raise ConfigError(f"tracking: {name} must be a subclass of myllm_ray.Tracker")
+        if "wait_seconds" not in cls.Config.model_fields:
+            raise ConfigError(f"tracking: {name}: its Config must be a subclass of myllm_ray.TrackerSection")
+        yield cls, typed(cls.Config, options, f"tracking.{name}")
 
 
 def data_sources(config: TrainerConfig) -> Iterator[tuple[str, SourceSection]]:

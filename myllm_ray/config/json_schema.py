@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from myllm_ray.config.resolve import resolve
+from myllm_ray.config.resolve import SHORT_NAMES, resolve
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sections import AcceleratorSection, Section, SourceSection, ValidationSection
 from myllm_ray.config.trainers import builtin_config_classes, config_class
@@ -19,6 +19,7 @@ def json_schema(
     accelerators: Iterable[str] = (),
     callbacks: Iterable[str] = (),
     formats: Iterable[str] = (),
+    trackers: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Returns the JSON schema: the union of the configs of all trainers, with `include`.
 
@@ -27,6 +28,7 @@ def json_schema(
         accelerators: the same of custom accelerators.
         callbacks: the same of custom callbacks.
         formats: the same of custom data formats.
+        trackers: the same of custom trackers.
 
     Raises:
         ConfigError: there is no such component.
@@ -34,7 +36,12 @@ def json_schema(
     custom = [config_class(name) for name in trainers]
     settings = {
         kind: {name: _settings(kind, name) for name in names}
-        for kind, names in (("accelerators", accelerators), ("callbacks", callbacks), ("formats", formats))
+        for kind, names in (
+            ("accelerators", accelerators),
+            ("callbacks", callbacks),
+            ("formats", formats),
+            ("trackers", [*SHORT_NAMES["trackers"], *trackers]),
+        )
     }
     classes: list[type[BaseModel]] = [TrainerConfig, *builtin_config_classes().values(), *custom]
     components: list[type[BaseModel]] = [cls for found in settings.values() for cls in found.values()]
@@ -65,16 +72,28 @@ def json_schema(
     for name, cls in settings["callbacks"].items():
         entry = {"type": "object", "properties": {name: reference(cls)}, "additionalProperties": False}
         properties["callbacks"]["items"]["anyOf"].append(entry)
+    properties["tracking"]["items"] = {
+        "anyOf": [{"type": "string"}, *_tracker_entries(settings["trackers"], definition)]
+    }
     properties["include"] = {
         "description": "another config file that this file overrides",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
-    for cls in classes:
+    for cls in [*classes, *settings["trackers"].values()]:
         definitions.pop(reference(cls)["$ref"].rpartition("/")[2], None)
     properties["trainer"] = {**properties["trainer"], "default": TrainerConfig.model_fields["trainer"].default}
     # No `required`: an included file may contain what this one leaves out.
     top = {"additionalProperties": False, "type": "object", "properties": properties, "$defs": definitions}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "myllm_ray run", **top}
+
+
+def _tracker_entries(
+    trackers: Mapping[str, type[Section]], definition: Callable[[type[BaseModel]], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yields the schema of each tracker's entry in `tracking`: its settings, and its name."""
+    for name, cls in trackers.items():
+        found = definition(cls)
+        yield {**found, "properties": {"name": {"const": name}, **found["properties"]}, "required": ["name"]}
 
 
 def _settings(kind: str, name: str) -> type[Section]:

@@ -2,7 +2,7 @@
 
 Custom components are named by import path (`my_pkg.my_mod:MyTrainer`), because a class that is registered in the driver
 would be unknown on a Ray worker. Installed packages add short names with the entry point groups `myllm_ray.trainers`,
-`myllm_ray.accelerators`, `myllm_ray.callbacks` and `myllm_ray.formats`.
+`myllm_ray.accelerators`, `myllm_ray.callbacks`, `myllm_ray.trackers` and `myllm_ray.formats`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "report": "myllm_ray.engine.reporting.report:ReportCallback",
         "early_stopping": "myllm_ray.engine.callbacks:EarlyStoppingCallback",
     },
+    "trackers": {
+        "tensorboard": "myllm_ray.engine.reporting.trackers.tensorboard:TensorBoardTracker",
+        "wandb": "myllm_ray.engine.reporting.trackers.wandb:WandbTracker",
+        "mlflow": "myllm_ray.engine.reporting.trackers.mlflow:MLflowTracker",
+        "trackio": "myllm_ray.engine.reporting.trackers.trackio:TrackioTracker",
+    },
     "formats": {
         "text": "myllm_ray.data.formats:text",
         "instruction": "myllm_ray.data.formats:instruction",
@@ -56,7 +62,7 @@ def names(kind: str) -> dict[str, str]:
     """Returns all short names of a kind, including those of installed packages, with their import paths.
 
     Args:
-        kind: trainers, accelerators, callbacks or formats.
+        kind: trainers, accelerators, callbacks, trackers or formats.
     """
     found = {e.name: e.value for e in entry_points(group=f"myllm_ray.{kind}")}
     return {**found, **SHORT_NAMES[kind]}
@@ -66,7 +72,7 @@ def import_path(kind: str, name: str, key: str) -> str:
     """Returns the import path of a short name, and an import path unchanged. Imports nothing.
 
     Args:
-        kind: trainers, accelerators, callbacks or formats.
+        kind: trainers, accelerators, callbacks, trackers or formats.
         name: a short name or an import path.
         key: the config key with this value, for error messages.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from myllm_ray.config.sections import (
     AcceleratorSection,
@@ -56,8 +56,19 @@ class TrainerConfig(Section):
         default_factory=_default_callbacks,
         description="names or import paths; with options as {early_stopping: {metric: validation_loss, patience: 3}}",
     )
+    tracking: list[str | dict[str, Any]] = Field(
+        default_factory=list,
+        description="experiment trackers: tensorboard, wandb, mlflow, trackio, or import paths; with options as "
+        "{name: wandb, project: llm}",
+    )
     gradient_clip: PositiveFloat | None = Field(1.0, description="largest norm of the gradient; null: no clipping")
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of a custom trainer")
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        """Accepts one tracker without a list."""
+        return [value] if isinstance(value, (str, dict)) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainerConfig:

@@ -34,14 +34,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeInt
 
-from myllm_ray.common.types import RunState
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import Section
 from myllm_ray.config.validation import typed
+
+if TYPE_CHECKING:  # a tracker's delivery process imports this module and does not need torch
+    from myllm_ray.common.types import RunState
 
 
 class Callback:

@@ -66,12 +66,13 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     _use_assigned_gpu()
     launched = config.get(LAUNCHED)
     if launched is None:
+        from myllm_ray.orchestration.ray_metrics import RayMetrics
         from myllm_ray.orchestration.reporting import RayTrainReport
 
         # `absolute` may have replaced a run by its newest checkpoint, and another rank may have seen an older one.
         parsed = distributed.from_main(parsed)
         prepared = _prepare_alone(parsed)
-        callbacks = [*build_callbacks(parsed), RayTrainReport(parsed.checkpoint.async_)]
+        callbacks = [*build_callbacks(parsed), RayMetrics(parsed), RayTrainReport(parsed.checkpoint.async_)]
         return run_worker(parsed, prepared, callbacks=callbacks, services=services(parsed, prepared))
     forward = next((c.output() for c in launched["callbacks"] if isinstance(c, ForwardCallback)), None)
     with forwarded_output(forward if distributed.is_main() else None):
@@ -85,6 +86,7 @@ def _launched(config: TrainerConfig, launched: Mapping[str, Any]) -> dict[str, A
 
     from myllm_ray.orchestration.actor_pools import services
     from myllm_ray.orchestration.ray_data import RayStream
+    from myllm_ray.orchestration.ray_metrics import RayMetrics
     from myllm_ray.preparation import build_callbacks
     from myllm_ray.worker import run_worker
 
@@ -96,7 +98,7 @@ def _launched(config: TrainerConfig, launched: Mapping[str, Any]) -> dict[str, A
         config,
         prepared,
         stream,
-        [*own, *launched["callbacks"]],
+        [*own, RayMetrics(config), *launched["callbacks"]],
         start,
         watched={"node": ray.get_runtime_context().get_node_id()},
         services=services(config, prepared),

@@ -155,4 +155,5 @@ def test_no_branch_on_what_only_one_rank_sees() -> None:
 
 
 def _deciding() -> list[Path]:
-    return [p for p in ON_EVERY_RANK if p.parent.name != "models" and p.name not in OUTSIDE]
+    # Trackers run on rank 0 and in processes of their own; they make no request and enter no collective.
+    return [p for p in ON_EVERY_RANK if p.parent.name not in ("models", "trackers") and p.name not in OUTSIDE]

@@ -32,6 +32,7 @@ OPTIONS = {
     "my_trainer": ("options", "z_weight", "trainer", "my_trainer:ZLossTrainer"),
     "my_accelerator": ("accelerator.options", "noise", "accelerator", "my_accelerator:NoisyAccelerator"),
     "my_callback": ("callbacks.my_callback:StopAtLoss", "below", "callback", "my_callback:StopAtLoss"),
+    "my_tracker": ("tracking.my_tracker:CSVTracker", "csv_file", "tracker", "my_tracker:CSVTracker"),
     "my_format": ("data.train.options", "prefix", "format", "my_format:QuestionAnswer"),
 }
 """By module: the key of its options, one option, and how `myllm-ray schema` takes it."""
@@ -77,6 +78,12 @@ def test_a_component_of_the_page(
     rows = train(folder, module, change, capsys, monkeypatch)
     if module == "my_callback":
         assert len(rows) < len(plain), "the callback stops the run"
+    elif module == "my_tracker":
+        assert rows == plain, "a tracker does not change the run"
+        sent = [line.split(",") for line in (folder / "losses.csv").read_text().splitlines()]
+        assert [(run, int(step), float(loss)) for run, step, loss in sent] == [
+            ("llm/my_tracker", row["step"], row["loss"]) for row in rows
+        ]
     else:
         assert rows[-1]["loss"] != plain[-1]["loss"], "the component changes the run"
     misspelt = json.loads(json.dumps(change).replace(f'"{option}"', f'"{option}s"'))

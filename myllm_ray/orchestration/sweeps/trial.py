@@ -31,6 +31,7 @@ from ray import tune
 
 from myllm_ray.common.files import JSONLines, link_or_copy, published, read_jsonl, write_json
 from myllm_ray.common.tracebacks import describe
+from myllm_ray.config.components import tracker_entries
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sweep import SweepConfig, run_config
@@ -95,6 +96,11 @@ def config_of(shared: Shared, number: int, values: dict[str, Any]) -> TrainerCon
     kept = [entry for entry, name in names if not resolve("callbacks", name, "callbacks").on_driver]
     config.checkpoint.mirror = None  # <mirror>/<run.name> would be shared with other sweeps' trials
     config.callbacks = kept if "jsonl" in kept else [*kept, "jsonl"]
+    group = shared.sweep.run.name
+    config.tracking = [
+        {"name": name, "group": group, "run_name": f"{group}-{name_of(number)}", **options}
+        for name, options in tracker_entries(config)
+    ]
     if in_process(config):
         config.scaling.workers = 0
     if shared.checkpointed:
@@ -332,10 +338,11 @@ class _InProcess(_Run):
     @staticmethod
     def _train(config: TrainerConfig, reporter: TrialReporter) -> dict[str, Any]:
         from myllm_ray.orchestration.actor_pools import services
+        from myllm_ray.orchestration.ray_metrics import RayMetrics
         from myllm_ray.preparation import build_callbacks
         from myllm_ray.worker import run_local
 
-        return run_local(config, [*build_callbacks(config), reporter], services)
+        return run_local(config, [*build_callbacks(config), RayMetrics(config), reporter], services)
 
 
 class _WorkerGroup(_Run):
