@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common.determinism import check_determinism
@@ -110,8 +111,16 @@ def prepare_run(
     check_model(config, prepared)
     if warn:
         warn_of_data(prepared)
-    claim(config, prepared.identity)
+    claim(config, prepared.identity, plan_of(config, prepared))
     return prepared
+
+
+def plan_of(config: TrainerConfig, prepared: PreparedData) -> dict[str, Any]:
+    """Returns what is known of a run before it starts: its number of optimizer steps, and its tokenizer by a hash."""
+    return {
+        "steps": config.run.total_steps(config.steps_per_batch, prepared.train.steps_in_epoch),
+        "tokenizer": Path(prepared.tokenizer_folder).name.removeprefix("tokenizer-"),
+    }
 
 
 def prepare_data(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:

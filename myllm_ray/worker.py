@@ -19,9 +19,9 @@ from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common import distributed
 from myllm_ray.common.allocator import keep_large_blocks
 from myllm_ray.common.determinism import determinism
-from myllm_ray.common.secrets import mask
+from myllm_ray.common.secrets import mask, mask_text
 from myllm_ray.common.types import BatchStream
-from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.trainers import takes_config
@@ -36,6 +36,7 @@ from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.starting_weights import (
     starting_weights,
 )
+from myllm_ray.engine.environment import record_attempt, write_attempt
 from myllm_ray.engine.liveness.hang_detector import HangDetector
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
 from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
@@ -77,12 +78,20 @@ def run_local(
         except StoppedAtStart as reason:
             return startup.stopped(reason)
         while True:
-            summary = run_worker(
-                config, prepared, callbacks=callbacks, services=services(config, prepared) if services else None
-            )
-            if summary["exit"] is None or summary["exit"].kind != "rewind":
+            folder = folder_of(config)
+            try:
+                summary = run_worker(
+                    config, prepared, callbacks=callbacks, services=services(config, prepared) if services else None
+                )
+            except BaseException as error:
+                said = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                write_attempt(folder, mask_text(f"failed: {said}{' '.join(str(error).split())[:300]}"))
+                raise
+            exit = summary["exit"]
+            write_attempt(folder, "done" if exit is None else f"{exit.kind}: {exit.reason}", summary["step"])
+            if exit is None or exit.kind != "rewind":
                 return summary
-            log.warning("%s", summary["exit"].reason)
+            log.warning("%s", exit.reason)
 
 
 def run_worker(
@@ -205,6 +214,8 @@ def _run(
     try:
         # Rank 0 chooses the checkpoint: another rank may not see the newest one on a shared file system yet.
         engine.setup(resume=distributed.from_main(start))
+        if distributed.is_main():
+            record_attempt(folder, config.model_dump(mode="json"), engine.state.step)
         held = {
             name: accelerator.parameter_bytes(placed)
             for name, placed in {"model": trainer.model, **trainer.frozen_models}.items()

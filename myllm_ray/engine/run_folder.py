@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damag
 from myllm_ray.engine.checkpointing.remote_store import RemoteCheckpointStore
 from myllm_ray.engine.checkpointing.resume_notices import changes, resume_notices
 from myllm_ray.engine.checkpointing.starting_weights import check_same_weights
+from myllm_ray.engine.environment import describe
 from myllm_ray.engine.liveness import heartbeat
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def _remote_url(config: TrainerConfig) -> str | None:
     return f"{config.checkpoint.mirror.rstrip('/')}/{config.run.name}" if config.checkpoint.mirror else None
 
 
-def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
+def claim(config: TrainerConfig, identity: dict[str, Any], plan: Mapping[str, Any] | None = None) -> None:
     """Reserves the run's folder for this run. Called once, before any worker starts.
 
     If the run replaces an earlier one, the earlier run's files and its checkpoints on the mirror are removed. Writes
@@ -58,6 +60,7 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
     Args:
         config: the config of the run.
         identity: what must not change in the data when the run resumes; see `check_same_run`.
+        plan: what else is known of the run before it starts, such as its number of steps, for `environment.json`.
 
     Raises:
         ConfigError: the folder contains an earlier run and the config neither resumes nor replaces it, another run is
@@ -100,7 +103,8 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
             cast(RemoteCheckpointStore, manager.remote).remove(name)
     if not own:
         heartbeat.remove(folder)  # heartbeats and requests of processes that were killed
-    write_atomic(folder / "config.yaml", to_yaml(mask(config.model_dump(mode="json"))))
+    raw = config.model_dump(mode="json")
+    write_atomic(folder / "config.yaml", to_yaml(mask(raw)))
     write_json(
         folder / "environment.json",
         {
@@ -109,6 +113,10 @@ def claim(config: TrainerConfig, identity: dict[str, Any]) -> None:
             "command": [mask_text(word) for word in sys.argv],
             "cpus": os.cpu_count(),
             "packing": identity.get("packing"),
+            **describe(raw),
+            "data": dict(identity),
+            "plan": dict(plan or {}),
+            "started": time.time(),
         },
     )
 

@@ -42,6 +42,7 @@ from myllm_ray.config.errors import TrainingError, UserError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.manager import read_manifest
+from myllm_ray.engine.environment import attempt_start
 from myllm_ray.engine.liveness.hang_detector import HangDetector, Straggler
 from myllm_ray.engine.liveness.heartbeat import asked, clear, read_heartbeats, request
 from myllm_ray.engine.run_folder import folder_of, resume_point
@@ -138,6 +139,7 @@ class Supervisor:
                 "to_step": self._last_step(step, group.summary),
                 "end": how,
                 "time": time.time(),
+                **{key: value for key, value in attempt_start(self.folder).items() if key == "environment"},
             }
         )
         if stopped:

@@ -1,1 +1,1 @@
-"""What the folders of finished and active runs tell: lists, differences, and steps that are made again."""
+"""Runs on disk: lists of runs, the differences of two runs, and the explanation of a difference. Needs no Ray."""

@@ -37,6 +37,8 @@ OUTSIDE = {
     "remote.py",
     "pretrained.py",
     "starting_weights.py",
+    "environment.py",
+    "jsonl.py",
 }
 """Files that may read clocks and files: they run in the driver, in a separate thread, or on rank 0 for all ranks."""
 _UNORDERED_CALLS = {"set", "frozenset", "iterdir", "glob", "rglob", "listdir", "scandir", "walk"}

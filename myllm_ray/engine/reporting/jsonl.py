@@ -5,16 +5,50 @@ A step that is trained again after a resume replaces its earlier records.
 
 from __future__ import annotations
 
+import json
+import math
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from myllm_ray.common.files import JSONLines
+from myllm_ray.common.files import JSONLines, read_jsonl, write_atomic
 from myllm_ray.common.types import Position, RunState
 from myllm_ray.engine.callbacks import Callback
 
+_SUMMARY_SECONDS = 30.0
+
+
+class MetricRanges:
+    """The first, last, lowest and highest value of each metric, each as [value, step]."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.found: dict[str, dict[str, list[float]]] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Adds a line of `metrics.jsonl`."""
+        self.step = int(row.get("step", 0))
+        for name, value in row.items():
+            if name in ("step", "epoch", "time") or not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            new = [float(value), self.step]
+            seen = self.found.setdefault(name, {"first": new, "min": new, "max": new})
+            seen["last"] = new
+            if value < seen["min"][0]:
+                seen["min"] = new
+            if value > seen["max"][0]:
+                seen["max"] = new
+
 
 class JSONLCallback(Callback):
-    """Writes `metrics.jsonl`, with one object per logged step."""
+    """Writes `metrics.jsonl`, with one object per logged step, and `summary.json`.
+
+    The summary has the first, last, lowest and highest value of each metric. A list of many runs reads it instead of
+    the long file. It is written every half minute and at the end; after a kill, the lines since then are in
+    `metrics.jsonl` only.
+    """
 
     main_only = True
 
@@ -23,20 +57,33 @@ class JSONLCallback(Callback):
 
     def on_train_start(self, state: RunState) -> None:
         if state.folder:
+            path = Path(state.folder) / "metrics.jsonl"
             # Step 0 is the evaluation before training; a run that starts at step 0 writes it again.
-            self._file = JSONLines(
-                Path(state.folder) / "metrics.jsonl",
-                keep=lambda row: row.get("step", 0) <= state.step and state.step > 0,
-            )
+            self._file = JSONLines(path, keep=lambda row: row.get("step", 0) <= state.step and state.step > 0)
+            self._ranges, self._summary = MetricRanges(), path.with_name("summary.json")
+            for row in read_jsonl(path):
+                self._ranges.add(row)
+            self._written = time.monotonic()
 
     def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
         if self._file:
-            self._file.write({"step": state.step, "epoch": state.epoch, **metrics})
+            row = {"step": state.step, "epoch": state.epoch, **metrics}
+            self._file.write(row)
+            self._ranges.add(row)
+            if time.monotonic() - self._written > _SUMMARY_SECONDS:
+                self._write_summary()
 
     def close(self) -> None:
         if self._file:
             self._file.close()
             self._file = None
+            self._write_summary()
+
+    def _write_summary(self) -> None:
+        self._written = time.monotonic()
+        summary = {"step": self._ranges.step, "metrics": self._ranges.found}
+        with suppress(OSError):  # a full disk must not end a run because of a summary
+            write_atomic(self._summary, json.dumps(summary), durable=False)
 
 
 class Ledger:

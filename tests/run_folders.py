@@ -1,0 +1,84 @@
+"""Generated folders of runs, and the command line in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from myllm_ray import cli
+from myllm_ray.engine.liveness import heartbeat
+from myllm_ray.engine.reporting.jsonl import MetricRanges
+
+
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
+    """Runs `myllm-ray ...` in this process; returns (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["myllm-ray", *map(str, arguments)])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def write_run(folder: Path, steps: int = 3, end: str | None = "done", **config: Any) -> Path:
+    """Writes the files of a run, as a run writes them."""
+    folder.mkdir(parents=True)
+    raw = {
+        "trainer": "sft",
+        "model": {"name": "m"},
+        "accelerator": {"name": "ddp"},
+        "scaling": {"workers": 2},
+        "run": {"name": folder.name, "max_steps": 3},
+        "checkpoint": {},
+        **config,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0"}))
+    ranges = MetricRanges()
+    rows = [{"step": s, "epoch": 0, "loss": 5.0 - s if s < 3 else 9.0, "time": 1.0 * s} for s in range(1, steps + 1)]
+    for row in rows:
+        ranges.add(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    ledger = [{"step": s, "epoch": 0, "row": s, "rows": 1, "tokens_hash": f"{s:016x}"} for s in range(1, steps + 1)]
+    (folder / "ledger.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ledger))
+    (folder / "summary.json").write_text(json.dumps({"step": ranges.step, "metrics": ranges.found}))
+    if end is not None:
+        row = {"workers": 2, "from_step": 0, "to_step": steps, "end": end, "time": time.time()}
+        (folder / "attempts.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+@contextmanager
+def beating(run: Path) -> Iterator[None]:
+    """Writes heartbeats of a driver, as an active run does."""
+    end = threading.Event()
+
+    def work() -> None:
+        beat = 0
+        while not end.wait(0.1):
+            beat += 1
+            content = {"beat": beat, "phase": "training", "pid": os.getpid() + 1, "host": socket.gethostname()}
+            heartbeat.heartbeat_folder(run).mkdir(exist_ok=True)
+            heartbeat.write_atomic(heartbeat.heartbeat_folder(run) / "driver.json", json.dumps(content), durable=False)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.3)
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
