@@ -5,8 +5,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from myllm_ray import (
     CheckpointManager,
+    ConsoleCallback,
     OptimizerManager,
-    PrintCallback,
     SchedulerManager,
     SFTTrainer,
     SingleGPUAccelerator,
@@ -34,7 +34,7 @@ engine = TrainerEngine(
     optimizers,
     scheduler_manager=schedulers,
     checkpoint_manager=checkpoints,
-    callbacks=[PrintCallback()],
+    callbacks=[ConsoleCallback()],
     config=config,
 )
 engine.setup()

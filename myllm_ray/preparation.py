@@ -9,6 +9,7 @@ from typing import Any
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common.determinism import check_determinism
+from myllm_ray.common.progress import Task
 from myllm_ray.config.components import callback_config, callback_entries, tracker_configs
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
@@ -131,7 +132,8 @@ def prepare_data(config: TrainerConfig, map_units: MapUnits = map) -> PreparedDa
     Raises:
         DataError, ConfigError: see `prepare` and `model_checks.isolation_of`.
     """
-    isolation = isolation_of(config)
+    with Task("checking whether documents may share a row"):
+        isolation = isolation_of(config)
     prepared = prepare(config, map_units, isolation)
     if config.data.packing and not isolation.isolated and prepared.train.plan.store.kind in (TOKENS, PROMPTS):
         log.warning(

@@ -20,6 +20,7 @@ import torch
 from myllm_ray.accelerators.single import SingleGPUAccelerator
 from myllm_ray.common import distributed
 from myllm_ray.common.files import published
+from myllm_ray.common.progress import track
 from myllm_ray.common.types import Position
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sections import ModelSection
@@ -132,7 +133,8 @@ def _score(
     model = accelerator.prepare_frozen(build_deferred(section, tokenizer, config.data.sequence_length, config.run.seed))
     last, count, _ = blocks[-1]
     table = torch.zeros(last + count, 2, dtype=torch.float64)
-    for first, count, build in blocks[distributed.rank() :: distributed.world_size()]:
+    own = blocks[distributed.rank() :: distributed.world_size()]
+    for first, count, build in track(own, "computing the reference table", len(own)):
         micro = accelerator.move(to_tensors(build()))
         inputs, per_row = (
             ({**micro, "attention_mask": shared_prompt_mask(micro["segment_ids"])}, 2)

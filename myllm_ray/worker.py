@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from myllm_ray.data.tokenizer import (
     open_tokenizer,
 )
 from myllm_ray.dependencies import Dependencies, Services, kind_of_model, model_section, trainer_class_of
-from myllm_ray.engine.callbacks import Callback
+from myllm_ray.engine.callbacks import Callback, observing
 from myllm_ray.engine.checkpointing.starting_weights import (
     starting_weights,
 )
@@ -42,6 +43,8 @@ from myllm_ray.engine.liveness.heartbeat import Heartbeat
 from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
 from myllm_ray.engine.loop import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.reporting.events import EventLog, recorded_warnings
+from myllm_ray.engine.reporting.monitor import RunMonitor
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.models.load import build_deferred, save_architecture
@@ -71,27 +74,35 @@ def run_local(
     config = absolute(config)
     check_names(config)  # before the run's folder is created
     torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
-    with Startup(config) as startup:
+    built = build_callbacks(config) if callbacks is None else list(callbacks)
+    observers = [c for c in built if c.on_driver]
+    with observing(observers), Startup(config) as startup:
         try:
             prepared = prepare_run(config, phase=startup.phase)
             startup.training()
         except StoppedAtStart as reason:
             return startup.stopped(reason)
+        restarts = 1
         while True:
-            folder = folder_of(config)
             try:
                 summary = run_worker(
-                    config, prepared, callbacks=callbacks, services=services(config, prepared) if services else None
+                    config, prepared, callbacks=built, services=services(config, prepared) if services else None
                 )
             except BaseException as error:
                 said = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                write_attempt(folder, mask_text(f"failed: {said}{' '.join(str(error).split())[:300]}"))
+                write_attempt(startup.folder, mask_text(f"failed: {said}{' '.join(str(error).split())[:300]}"))
                 raise
             exit = summary["exit"]
-            write_attempt(folder, "done" if exit is None else f"{exit.kind}: {exit.reason}", summary["step"])
+            how = "done" if exit is None else f"{exit.kind}: {exit.reason}"
+            write_attempt(startup.folder, how, summary["step"])
             if exit is None or exit.kind != "rewind":
-                return summary
+                return startup.ended(summary)
             log.warning("%s", exit.reason)
+            startup.events.emit("restart", summary["step"], reason=exit.reason, restarts=restarts)
+            restarts += 1
+            if callbacks is None:  # the observers show the whole run; the other callbacks start again
+                kept = iter(observers)
+                built = [next(kept) if c.on_driver else c for c in build_callbacks(config)]
 
 
 def run_worker(
@@ -120,37 +131,35 @@ def run_worker(
         reason of an early end, an `Exit`, or None) and `parameter_bytes` (per model: the bytes of parameters on this
         rank, and the largest expected value).
     """
-    with determinism(config.run.determinism):
-        return _run(config, prepared, stream, callbacks, start, watched, services)
+    if callbacks is None:
+        callbacks = build_callbacks(config)
+    with determinism(config.run.determinism), ExitStack() as stack:
+        return _run(config, prepared, stream, callbacks, start, watched, services, stack)
 
 
 def build_engine(
     config: TrainerConfig,
     prepared: PreparedData,
     tokenizer: Any,
+    accelerator: Accelerator,
     *,
     engine: Callable[..., Engine],
+    callbacks: Sequence[Callback],
     stream: BatchStream | None = None,
-    callbacks: Sequence[Callback] | None = None,
     services: Services | None = None,
     folder: Path | None = None,
-    heartbeat: Callable[[], Heartbeat] = Heartbeat,
+    heartbeat: Heartbeat | None = None,
 ) -> Engine:
     """Constructs all parts of a run on this rank. Nothing is written, and no memory for weights is allocated.
 
     Args:
         config, prepared, stream, callbacks, services: see `run_worker`.
         tokenizer: the tokenizer of the run.
+        accelerator: the result of `set_up_accelerator`.
         engine: the class of the engine, or another function with its arguments.
         folder: the run's folder; None writes nothing.
-        heartbeat: makes the heartbeat, after the process group has been joined.
+        heartbeat: the heartbeat of this rank; None writes none.
     """
-    accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
-    # First: it selects the device and joins the process group, from which everything below takes rank and world size.
-    accelerator.setup()
-    if accelerator.device.type == "cpu":
-        keep_large_blocks()
-    beat = heartbeat()
     # On the meta device: the backend shards the model before memory for its weights is allocated.
     model = build_deferred(
         model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config)
@@ -168,13 +177,13 @@ def build_engine(
         OptimizerManager(model, config),
         SchedulerManager(config=config),
         checkpoints,
-        callbacks=build_callbacks(config) if callbacks is None else callbacks,
+        callbacks=callbacks,
         config=config,
         stream=stream,
         validation=validation,
         folder=None if folder is None else str(folder),
         constants=data_counts(prepared),
-        heartbeat=beat,
+        heartbeat=heartbeat,
         manifest={
             "identity": prepared.identity,
             "isolation": prepared.isolation and asdict(prepared.isolation),
@@ -184,29 +193,51 @@ def build_engine(
     )
 
 
+def set_up_accelerator(config: TrainerConfig) -> Accelerator:
+    """Returns the accelerator of a config. Afterwards the device is selected and the process group has been joined.
+
+    It comes before everything that takes rank and world size from the group.
+    """
+    accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
+    accelerator.setup()
+    if accelerator.device.type == "cpu":
+        keep_large_blocks()
+    return accelerator
+
+
 def _run(
     config: TrainerConfig,
     prepared: PreparedData,
     stream: BatchStream | None,
-    callbacks: Sequence[Callback] | None,
+    callbacks: Sequence[Callback],
     start: Path | None,
     watched: dict[str, Any] | None,
     services: Services | None,
+    stack: ExitStack,
 ) -> dict[str, Any]:
     folder = folder_of(config)
+    accelerator = set_up_accelerator(config)
+    heartbeat = _heartbeat(config, watched)
+    events = EventLog(folder, distributed.rank())
+    if distributed.is_main():
+        events.open()
+        stack.callback(events.close)
+        stack.enter_context(recorded_warnings(events))
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     engine = build_engine(
         config,
         prepared,
         tokenizer,
+        accelerator,
         engine=TrainerEngine,
         stream=stream,
-        callbacks=callbacks,
+        callbacks=[RunMonitor(events, heartbeat), *callbacks],
         services=services,
         folder=folder,
-        heartbeat=lambda: _heartbeat(config, watched),
+        heartbeat=heartbeat,
     )
-    trainer, accelerator, heartbeat = engine.trainer, engine.accelerator, engine.heartbeat
+    engine.stability.on_intervention = lambda row: events.emit("intervention", **row)
+    trainer = engine.trainer
     if distributed.is_main():
         save_architecture(trainer.model, config.model, folder / "model")
         save_tokenizer(config, prepared, tokenizer, folder / "tokenizer")

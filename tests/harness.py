@@ -196,7 +196,7 @@ def job_config(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
         "scheduler": {"name": "cosine", "warmup_steps": 2},
         "scaling": {"workers": 2, "max_failures": 4},
         "run": {"name": name, "storage": str(folder / "runs"), "max_steps": STEPS},
-        "callbacks": ["print", "jsonl"],
+        "callbacks": ["console", "jsonl"],
         "checkpoint": {"every_steps": SAVE_EVERY, "resume": "auto"},
         "stability": {"hang_seconds": 60},
     }

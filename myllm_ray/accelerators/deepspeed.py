@@ -28,7 +28,7 @@ from myllm_ray.accelerators.zero_state import ZeroLossScale, ZeroState
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.extras import require
 from myllm_ray.common.files import why_not_writable
-from myllm_ray.common.materialize import Filled, Source, fill, materialize, source_of
+from myllm_ray.common.materialize import Filled, Source, fill, loading, materialize, source_of
 from myllm_ray.common.modules import whole_shape
 from myllm_ray.common.quiet import quieten
 from myllm_ray.config.errors import ConfigError
@@ -120,7 +120,8 @@ class DeepSpeedAccelerator(Accelerator):
         # Under stage 3, parameters on the meta device are created and sharded module by module, so no rank holds all
         # of them.
         if self.stage == 3 and source is not None:
-            self._fill(model, source, self.json)
+            with loading(model, source) as counted:
+                self._fill(model, counted, self.json)
         else:
             materialize(model, "cpu" if self.offload.parameters != "none" else self.device)
         # DeepSpeed rounds the parameters to half precision in place. A copy on the CPU keeps the fp32 values, unless
@@ -195,7 +196,8 @@ class DeepSpeedAccelerator(Accelerator):
         json = merge(frozen_config(self.json), {"zero_optimization": self._buffers(model)})
         source = source_of(model)
         if source is not None:
-            self._fill(model, source, json)
+            with loading(model, source) as counted:
+                self._fill(model, counted, json)
         else:
             model.to("cpu" if self.offload.parameters != "none" else self.device)
         with redirect_stdout(io.StringIO()):

@@ -19,7 +19,7 @@ from myllm_ray.accelerators.precision import DTYPES, hold_in
 from myllm_ray.accelerators.sharding import blocks_of, shard_units
 from myllm_ray.common import distributed
 from myllm_ray.common.distributed import world_size
-from myllm_ray.common.materialize import Source, fill, source_of
+from myllm_ray.common.materialize import Source, fill, loading, source_of
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import Section
 
@@ -116,7 +116,8 @@ class FSDPAccelerator(Accelerator):
         # A model on the meta device is sharded first and filled afterwards, so no rank holds all of its parameters.
         shard_units(model, blocks_of(model, self.options.transformer_layer_cls_to_wrap), self.shards, arguments)
         if source is not None:
-            self._fill(model, source)
+            with loading(model, source) as counted:
+                self._fill(model, counted)
         return model
 
     def _fill(self, model: nn.Module, source: Source) -> None:

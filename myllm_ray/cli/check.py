@@ -30,10 +30,12 @@ def data(
     """Show the training data: documents, lengths, packing, and rows with the loss mask in colour."""
     from myllm_ray.data.inspect import describe, rows_of_step
     from myllm_ray.data.tokenizer import open_tokenizer
+    from myllm_ray.engine.reporting.console import progress_shown
     from myllm_ray.preparation import absolute, prepare_data
 
     loaded = absolute(load_config(config, overrides or []))
-    prepared = prepare_data(loaded)
+    with progress_shown():
+        prepared = prepare_data(loaded)
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     if step is None:
         print_report(describe(prepared, tokenizer), prepared.train.plan.packing.size)

@@ -74,11 +74,14 @@ def export(
 
     The weights have the dtype of the weights from which training started.
     """
+    from myllm_ray.engine.reporting.console import progress_shown
     from myllm_ray.models.export import save_pretrained
     from myllm_ray.trained_model import open_trained
 
-    opened = open_trained(run)
-    save_pretrained(opened.model, opened.tokenizer, folder, opened.generation, opened.dtype)
+    with progress_shown():
+        opened = open_trained(run)
+    with progress_shown():
+        save_pretrained(opened.model, opened.tokenizer, folder, opened.generation, opened.dtype)
     ends = ", ".join(opened.tokenizer.convert_ids_to_tokens(list(opened.end_tokens)))
     out.print(
         f"wrote {folder}: weights in {str(opened.dtype).removeprefix('torch.')}; answers end at {ends}", markup=False

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from myllm_ray.cli.app import EXIT_PREEMPTED, Config, Overrides, app
+from myllm_ray.cli.app import EXIT_PREEMPTED, Config, LogFormat, Overrides, Plain, app, set_format
 from myllm_ray.cli.tables import out
 from myllm_ray.config.load import load_config
 
@@ -18,18 +18,23 @@ def train(
     config: Config,
     overrides: Overrides = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="show Ray's own logs")] = False,
+    log_format: LogFormat = None,
+    plain: Plain = False,
 ) -> None:
     """Train a model as the config describes."""
     from myllm_ray.orchestration.launch import train as run
 
+    as_json = set_format(log_format, plain)
     try:
         result = run(config, overrides or [], verbose)
     except KeyboardInterrupt:
         print("stopped without saving; the newest checkpoint is kept (resume: checkpoint.resume=auto)", file=sys.stderr)
         sys.exit(130)
-    out.print(result.summary())
+    if not as_json:  # the event `end` says the same
+        out.print(result.summary())
     if result.exit is not None:
-        out.print(f"stopped early ({result.exit.reason}); to resume: the same command with checkpoint.resume=auto")
+        if not as_json:
+            out.print(f"stopped early ({result.exit.reason}); to resume: the same command with checkpoint.resume=auto")
         sys.exit(EXIT_PREEMPTED)
 
 
@@ -41,21 +46,26 @@ def sweep(
         bool, typer.Option("--resume", help="resume an interrupted sweep; trials that have ended are kept")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="show Ray's own logs")] = False,
+    log_format: LogFormat = None,
+    plain: Plain = False,
 ) -> None:
     """Search for the best values of some keys of a config, with many runs."""
     from myllm_ray.config.sweep import load_sweep
     from myllm_ray.orchestration.sweeps.sweep import sweep as run
 
+    as_json = set_format(log_format, plain)
     try:
         result = run(load_sweep(file, overrides or []), resume=resume, verbose=verbose)
     except KeyboardInterrupt:
         print("stopped; trials that have ended are kept (--resume resumes the sweep)", file=sys.stderr)
         sys.exit(130)
-    out.print(result.summary())
-    if result.best_yaml is not None:
+    if not as_json:
+        out.print(result.summary())
+    if result.best_yaml is not None and not as_json:
         out.print(f"train the best again: myllm-ray train {result.best_yaml}; all trials: {result.folder}/report.html")
     if result.exit_reason is not None:
-        out.print(f"ended early ({result.exit_reason}); to resume: the same command with --resume")
+        if not as_json:
+            out.print(f"ended early ({result.exit_reason}); to resume: the same command with --resume")
         sys.exit(0 if result.exit_reason.startswith("budget") else EXIT_PREEMPTED)
 
 

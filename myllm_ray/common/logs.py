@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 
 from myllm_ray.common.secrets import mask_text
+
+_other: Callable[[logging.LogRecord], None] | None = None
 
 
 class _Printer(logging.Handler):
@@ -18,12 +21,21 @@ class _Printer(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(mask_text(self.format(record)), file=sys.stdout, flush=True)
+        if _other is not None:
+            _other(record)
+        else:
+            print(mask_text(self.format(record)), file=sys.stdout, flush=True)
 
 
 def show_progress() -> None:
     """Prints the package's own log messages to standard output, one plain line per message."""
     logger = logging.getLogger("myllm_ray")
-    if not logger.handlers:
+    if not any(isinstance(handler, _Printer) for handler in logger.handlers):
         logger.addHandler(_Printer())
         logger.setLevel(logging.INFO)
+
+
+def format_with(write: Callable[[logging.LogRecord], None] | None) -> None:
+    """Sets a function that writes the log messages in another format; None: plain lines."""
+    global _other
+    _other = write

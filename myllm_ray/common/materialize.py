@@ -6,11 +6,14 @@ a time, keeps its shard and frees the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from myllm_ray.common.progress import Task
 
 Source = Callable[[str], Tensor]
 """Maps the fully qualified name of a parameter or buffer to its initial value on the CPU, the same in every process."""
@@ -32,9 +35,22 @@ def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modu
     source = source_of(model)
     if source is None:
         return model.to(device)
-    fill(model, source, device)
+    with loading(model, source) as counted:
+        fill(model, counted, device)
     model.__dict__.pop("_initial_values")
     return model
+
+
+@contextmanager
+def loading(model: nn.Module, source: Source) -> Iterator[Source]:
+    """Yields the source of a model's values and reports the progress of the block that fills the model from it."""
+    with Task("loading weights", sum(1 for _ in (*model.parameters(), *model.buffers()))) as task:
+
+        def create(name: str) -> Tensor:
+            task.advance()
+            return source(name)
+
+        yield create
 
 
 Filled = dict[int, tuple[Tensor, Tensor]]

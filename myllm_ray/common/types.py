@@ -242,6 +242,9 @@ class RunState:
     """Open requests and their reasons, from callbacks (see `request`) and from outside the process (`preempt`)."""
     exit: Exit | None = None
     """The reason of an early end; None while the run trains and after its last step."""
+    telemetry: dict[str, float] | None = None
+    """Measurements of rank 0's process since the last log (`engine/reporting/monitor.py`). They depend on the machine,
+    so they are not metrics. None if nothing measures them."""
 
     def request(self, what: str, reason: str = "") -> None:
         """Requests an action of the engine. The request of one rank applies to all ranks.

@@ -101,6 +101,7 @@ KEYS = {name: key for key, names in _BY_KEY.items() for name in names.split()}
 """{key of another tool: the key of this package, in some cases with an explanation}."""
 
 NAMES: dict[str, dict[str, str]] = {
+    "callbacks": dict.fromkeys(("print", "progress", "printer", "progress_bar", "rich", "tqdm", "terminal"), "console"),
     "formats": {
         **dict.fromkeys(("alpaca", "instruct", "instructions", "alpaca_chat", "input_output"), "instruction"),
         **dict.fromkeys(

@@ -34,10 +34,10 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "deepspeed": "myllm_ray.accelerators.deepspeed:DeepSpeedAccelerator",
     },
     "callbacks": {
-        "print": "myllm_ray.engine.reporting.console:PrintCallback",
-        "progress": "myllm_ray.engine.reporting.console:ProgressCallback",
+        "console": "myllm_ray.engine.reporting.console:ConsoleCallback",
         "jsonl": "myllm_ray.engine.reporting.jsonl:JSONLCallback",
         "report": "myllm_ray.engine.reporting.report:ReportCallback",
+        "otel": "myllm_ray.engine.reporting.telemetry:OpenTelemetryCallback",
         "early_stopping": "myllm_ray.engine.callbacks:EarlyStoppingCallback",
     },
     "trackers": {

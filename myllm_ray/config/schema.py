@@ -30,7 +30,7 @@ from myllm_ray.config.trainers import TrainerSection, config_class
 
 
 def _default_callbacks() -> list[str | dict[str, dict[str, Any]]]:
-    return ["print", "jsonl"]
+    return ["console", "jsonl"]
 
 
 class TrainerConfig(Section):

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from myllm_ray.common.files import published
+from myllm_ray.common.progress import Task
 from myllm_ray.common.types import Isolation
 from myllm_ray.config.components import format_of
 from myllm_ray.config.errors import DataError
@@ -214,7 +215,8 @@ def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
     if section.path or section.name or not (folder / "tokenizer.json").exists():
         if section.train:
             log.info("training a tokenizer of %d tokens on the data", section.vocab_size)
-        tokenizer = load_tokenizer(section, _texts(config) if section.train else None)
+        with Task("training a tokenizer" if section.train else "loading the tokenizer"):
+            tokenizer = load_tokenizer(section, _texts(config) if section.train else None)
         folder = cache / f"tokenizer-{_hash([*described, fingerprint(tokenizer)])}" if not section.train else folder
         try:
             _save_tokenizer(tokenizer, folder)
@@ -253,14 +255,21 @@ def _store(
     folder = cache / f"tokens-{_hash(described)}"
     if not (folder / "meta.json").exists():
         log.info("tokenizing %s: %d units; cached in %s", ", ".join(names), sum(map(len, units)), folder)
-        parts = []
-        for (source, key), name, source_units in zip(named, names, units, strict=True):
-            format_of(source, key)  # fail on the driver, not in a Ray task
-            options = TokenizeOptions(source.fields, config.data.on_bad_row, train_on_prompt, limits)
-            work = partial(tokenize_unit, source=source, tokenizer_folder=str(tokenizer_folder), options=options)
-            parts.append((name, map_units(work, source_units), source.limit))
-        write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
+        parts: list[tuple[str, Iterable[pa.RecordBatch], int | None]] = []
+        with Task(f"tokenizing {', '.join(names)}", sum(map(len, units))) as task:
+            for (source, key), name, source_units in zip(named, names, units, strict=True):
+                format_of(source, key)  # fail on the driver, not in a Ray task
+                options = TokenizeOptions(source.fields, config.data.on_bad_row, train_on_prompt, limits)
+                work = partial(tokenize_unit, source=source, tokenizer_folder=str(tokenizer_folder), options=options)
+                parts.append((name, _counted(map_units(work, source_units), task), source.limit))
+            write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
     return TokenStore(folder)
+
+
+def _counted(batches: Iterable[pa.RecordBatch], task: Task) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        task.advance()
+        yield batch
 
 
 def _identity(source: SourceSection, *without: str) -> dict[str, Any]:

@@ -33,7 +33,8 @@ the next step, or after on_batch_end if `decides` has returned true. The action 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, NonNegativeInt
@@ -41,6 +42,7 @@ from pydantic import Field, NonNegativeInt
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import Section
 from myllm_ray.config.validation import typed
+from myllm_ray.engine.reporting.events import listening
 
 if TYPE_CHECKING:  # a tracker's delivery process imports this module and does not need torch
     from myllm_ray.common.types import RunState
@@ -67,6 +69,9 @@ class Callback:
     """Whether the callback runs on rank 0 only, because it writes files or shows output."""
     on_driver = False
     """Whether the callback runs in the driver process when training runs in Ray workers, because it shows output."""
+
+    kept_open = False
+    """Whether the callback shows several attempts of a run, so that the engine does not close it after the first."""
 
     def on_train_start(self, state: RunState) -> None: ...
 
@@ -98,6 +103,13 @@ class Callback:
     def on_exception(self, state: RunState, error: BaseException) -> None: ...
 
     def close(self) -> None: ...
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Receives an event of the run (`engine/reporting/events.py`), from before the data is prepared to the end.
+
+        Only callbacks with `on_driver` of a run that `train` has started receive events, in the process that started
+        it. The calls come from several threads, one at a time.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the JSON-like state that is saved in every checkpoint."""
@@ -137,7 +149,8 @@ class CallbackList:
 
     def close(self) -> None:
         for callback in self.callbacks:
-            callback.close()
+            if not callback.kept_open:
+                callback.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the non-empty states, by class name and number within the class (`EarlyStoppingCallback-1`)."""
@@ -157,6 +170,18 @@ class CallbackList:
             counts[name] = counts.get(name, 0) + 1
             keyed.append((f"{name}-{counts[name]}", callback))
         return keyed
+
+
+@contextmanager
+def observing(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Passes the events of this process to the callbacks while the block runs, and closes them at its end."""
+    with ExitStack() as stack:
+        for callback in callbacks:
+            callback.kept_open = True
+            stack.callback(setattr, callback, "kept_open", False)
+            stack.callback(callback.close)
+        stack.enter_context(listening(*(callback.on_event for callback in callbacks)))
+        yield
 
 
 class EarlyStoppingCallback(Callback):

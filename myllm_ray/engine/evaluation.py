@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.common.progress import track
 from myllm_ray.common.types import BatchStream, Position
 from myllm_ray.engine.reporting.metrics import MetricSum
 from myllm_ray.trainers.base import BaseTrainer
@@ -36,7 +37,8 @@ def evaluate(
     trainer.model.eval()
     # float64, because rounding errors of many batches add up in fp32.
     total = MetricSum(torch.tensor(0.0, dtype=torch.float64))
-    for batch in data.batches(Position(), min(data.steps_in_epoch(0), max_batches or 2**62)):
+    count = min(data.steps_in_epoch(0), max_batches or 2**62)
+    for batch in track(data.batches(Position(), count), "evaluating", count):
         on_batch()
         for micro in trainer.evaluation_micros(batch):
             micro = accelerator.move(micro)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ class Stability:
         self._detector = SpikeDetector(settings.zscore, settings.history, settings.min_history)
         self._path = Path(folder) / "interventions.jsonl" if folder else None
         self._done: list[dict[str, Any]] = []
+        self.on_intervention: Callable[[dict[str, Any]], None] = lambda row: None
+        """Called on rank 0 with each row of `interventions.jsonl` that is written."""
 
     @property
     def active(self) -> bool:
@@ -141,6 +143,7 @@ class Stability:
             file = JSONLines(self._path, keep=lambda old: old.get("step") != step)
             file.write(row)
             file.close()
+            self.on_intervention(row)
         return self.policy
 
     def state_dict(self) -> dict[str, Any]:

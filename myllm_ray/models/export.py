@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from myllm_ray.common.files import published
+from myllm_ray.common.progress import Task
 from myllm_ray.common.quiet import quieten, without_progress_bars
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import ModelSection
@@ -64,10 +65,15 @@ def save_pretrained(
         inner.generation_config = generation
     # transformers may import DeepSpeed here.
     quieten(cuda=torch.cuda.is_available())
+    size = sum(p.numel() * p.element_size() for p in (*inner.parameters(), *inner.buffers()))
     with published(folder, existing="error") as beside:
-        with without_progress_bars():
+        with Task("writing weights", size, lambda: _size(beside)), without_progress_bars():
             inner.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+
+
+def _size(folder: Path) -> float:
+    return float(sum(path.stat().st_size for path in sorted(folder.glob("*.safetensors"))))
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

@@ -1,5 +1,8 @@
 """Sends events from the workers to the driver, which shows them.
 
+The queue is bounded. If the driver is slow, the oldest `on_log` calls and printed lines are dropped; events of the run
+and the other hooks are never dropped, as they are few.
+
 `ray.train.report` is not used: it is a barrier that waits for the controller's next poll, up to two seconds per call.
 Here rank 0 sends without waiting, and the driver polls a few times per second. Data that must not be lost (metrics,
 ledger, checkpoints) is written to the run's folder by rank 0; these events are for display only.
@@ -8,6 +11,7 @@ ledger, checkpoints) is written to the run's folder by rank 0; these events are 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +20,16 @@ import ray
 from myllm_ray.common.secrets import mask_text
 from myllm_ray.common.types import RunState
 from myllm_ray.engine.callbacks import Callback, CallbackList
+from myllm_ray.engine.reporting.events import publish
+from myllm_ray.engine.reporting.terminal import print_line
 
 Event = tuple[str, RunState | None, tuple[Any, ...]]
-"""(name of a callback's event, its state, its other arguments); or (OUTPUT, None, (a printed line,))."""
-OUTPUT = "output"
+"""(name of a callback's hook, its state, its other arguments), or (OUTPUT, None, (a printed line,)), or
+(RECORD, None, (an event of `events.py`,))."""
+OUTPUT, RECORD = "output", "record"
 _POLL_SECONDS = 0.2
+MOST = {"on_log": 1_000, OUTPUT: 20_000}
+"""Most entries that the queue holds of a kind."""
 
 
 class EventQueue:
@@ -29,13 +38,30 @@ class EventQueue:
     # An actor runs one call at a time, so `put` and `drain` need no lock.
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: dict[int, Event] = {}
+        self._numbers: dict[str, deque[int]] = {name: deque() for name in MOST}
+        self._next = self._lost_lines = 0
 
     def put(self, event: Event) -> None:
-        self._events.append(event)
+        name = event[0]
+        if name in MOST:
+            numbers = self._numbers[name]
+            numbers.append(self._next)
+            if len(numbers) > MOST[name]:
+                del self._events[numbers.popleft()]
+                self._lost_lines += name == OUTPUT
+        self._events[self._next] = event
+        self._next += 1
 
     def drain(self) -> list[Event]:
-        events, self._events = self._events, []
+        """Returns the entries in the order in which they were put, and removes them."""
+        events = list(self._events.values())
+        if self._lost_lines:
+            events.insert(0, (OUTPUT, None, (f"({self._lost_lines:,} older lines of output were dropped)",)))
+        self._events.clear()
+        for numbers in self._numbers.values():
+            numbers.clear()
+        self._lost_lines = 0
         return events
 
 
@@ -55,6 +81,10 @@ class ForwardCallback(Callback):
     def output(self) -> Callable[[str], None] | None:
         """Returns a function that sends a line printed by user code; None where Ray shows it itself."""
         return (lambda line: self._queue.put.remote((OUTPUT, None, (line,)))) if self._prints else None
+
+    def record(self, event: dict[str, Any]) -> None:
+        """Sends an event of the run that this worker has published."""
+        self._queue.put.remote((RECORD, None, (event,)))
 
     def _send(self, event: str, state: RunState, *payload: Any) -> None:
         # The result is not awaited: a training step must not wait for the driver.
@@ -83,12 +113,13 @@ class DriverEvents:
     """Passes the workers' events to the driver's callbacks, in a separate thread because `fit` blocks.
 
     Args:
-        callbacks: the callbacks that run in the driver.
+        callbacks: the callbacks that run in the driver. The caller closes them.
     """
 
     def __init__(self, callbacks: list[Callback]):
         self._callbacks = CallbackList(callbacks)
         self.queue: Any = ray.remote(num_cpus=0)(EventQueue).remote()
+        self._pending: Any = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="myllm-ray-display", daemon=True)
 
@@ -99,8 +130,9 @@ class DriverEvents:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if self._pending is not None:
+            self._show()
         self._show()  # events that arrived after the thread's last poll
-        self._callbacks.close()
         ray.kill(self.queue)
 
     def _run(self) -> None:
@@ -109,13 +141,20 @@ class DriverEvents:
                 return
 
     def _show(self) -> bool:
+        if self._pending is None:
+            self._pending = self.queue.drain.remote()
         try:
-            events: list[Event] = ray.get(self.queue.drain.remote(), timeout=10)
+            events: list[Event] = ray.get(self._pending, timeout=10)
+        except ray.exceptions.GetTimeoutError:
+            return True  # the actor is still starting, or the machine is busy; the same call is awaited next time
         except ray.exceptions.RayError:
             return False  # Ray is shutting down; the run's folder contains all data
+        self._pending = None
         for event, state, payload in events:
-            if state is None:
-                print(mask_text(str(payload[0])), flush=True)
+            if event == RECORD:
+                publish(payload[0])
+            elif state is None:
+                print_line(mask_text(str(payload[0])))
             else:
                 self._callbacks.emit(event, state, *payload)
         return True

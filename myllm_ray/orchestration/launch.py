@@ -94,6 +94,7 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     environment.prepare()
     import ray
 
+    from myllm_ray.engine.callbacks import observing
     from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
     from myllm_ray.orchestration import session
     from myllm_ray.orchestration.cluster import on_a_worker
@@ -105,7 +106,8 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
 
     config = absolute(config)
     check_names(config)
-    with Startup(config) as startup:
+    shown = [c for c in build_callbacks(config) if c.on_driver]
+    with observing(shown), Startup(config) as startup:
         started = False
         try:
             startup.phase("connecting to Ray")
@@ -114,8 +116,7 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
             startup.phase("determining batch.micro_size")
             config = with_micro_size(config, on_a_worker(config))
             prepared = clearly(lambda: prepare_run(config, map_units, startup.phase), startup.folder)
-            startup.training()
-            shown = [c for c in build_callbacks(config) if c.on_driver]
+            startup.training("starting workers")
             with DriverEvents(shown) as display:
                 return Supervisor(
                     config, prepared, [ForwardCallback(display.queue, prints=session.hides_output())], startup

@@ -53,6 +53,7 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from myllm_ray.common import distributed
+    from myllm_ray.engine.reporting.events import listening
     from myllm_ray.orchestration.actor_pools import services
     from myllm_ray.orchestration.driver_events import ForwardCallback
     from myllm_ray.orchestration.output import forwarded_output
@@ -74,8 +75,10 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         prepared = _prepare_alone(parsed)
         callbacks = [*build_callbacks(parsed), RayMetrics(parsed), RayTrainReport(parsed.checkpoint.async_)]
         return run_worker(parsed, prepared, callbacks=callbacks, services=services(parsed, prepared))
-    forward = next((c.output() for c in launched["callbacks"] if isinstance(c, ForwardCallback)), None)
-    with forwarded_output(forward if distributed.is_main() else None):
+    forward = next((c for c in launched["callbacks"] if isinstance(c, ForwardCallback)), None)
+    if forward is None or not distributed.is_main():
+        return _launched(parsed, launched)
+    with forwarded_output(forward.output()), listening(forward.record):
         return _launched(parsed, launched)
 
 

@@ -50,7 +50,7 @@ def find_lr(
     raw["checkpoint"] |= {"every_steps": None, "at_end": False, "resume": "never", "mirror": None}
     raw["evaluation"] |= {"every_steps": None, "max_batches": 1}  # the held-out share stays held out
     raw["logging"] |= {"every_steps": 1}
-    raw["callbacks"] = ["jsonl", "progress", "myllm_ray.engine.lr_finder:StopWhenDiverged"]
+    raw["callbacks"] = ["jsonl", "console", "myllm_ray.engine.lr_finder:StopWhenDiverged"]
     short = validate(raw, where="lr-find")
     try:
         train(short, verbose=verbose)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.worker as ray_worker
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
@@ -25,6 +26,7 @@ from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.orchestration import environment
 from myllm_ray.orchestration.cluster import check_size, cpus_needed
 
+log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 5.0
 
 
@@ -79,9 +81,32 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
     if not verbose:
         for name in ("ray.train", "ray.data", "ray.tune", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        _shorten_error_messages()
     if cpus is None:
         check_size(config)
     return started
+
+
+def _shorten_error_messages() -> None:
+    """Replaces the paragraphs that Ray prints about errors on its nodes, also with `log_to_driver=False`.
+
+    The death of a worker is dropped, because the supervisor reports it with its rank. Of other messages, such as those
+    about memory, the first sentence is logged.
+    """
+    if hasattr(ray_worker.print_to_stdstream, "shortens"):
+        return
+    original = ray_worker.print_to_stdstream
+
+    def shortened(data: dict[str, Any], *arguments: Any, **named: Any) -> None:
+        if data.get("pid") != "raylet":
+            original(data, *arguments, **named)
+            return
+        text = " ".join(" ".join(data["lines"]).split())
+        dies = text.startswith("A worker died or was killed")
+        log.log(logging.DEBUG if dies else logging.WARNING, "Ray: %s", text if dies else text.partition(". ")[0])
+
+    shortened.shortens = True  # type: ignore[attr-defined]
+    ray_worker.print_to_stdstream = shortened
 
 
 def hides_output() -> bool:

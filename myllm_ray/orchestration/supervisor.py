@@ -79,7 +79,8 @@ class Supervisor:
     def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], startup: Startup):
         self.config, self.prepared, self.callbacks, self.startup = config, prepared, callbacks, startup
         self.folder = folder_of(config)
-        self.failures = 0
+        self.failures = self.restarts = 0
+        self.events = startup.events
         self._attempts = JSONLines(self.folder / "attempts.jsonl", keep=lambda row: True)
 
     def run(self) -> dict[str, Any]:
@@ -95,25 +96,32 @@ class Supervisor:
             with stop_on_signals(self._ask_to_stop):
                 while True:
                     # A preempted attempt is followed by another one only without a request to stop the whole run.
-                    summary = self._attempt()
+                    summary, why = self._attempt()
                     if summary is not None and (
                         (exit := summary["exit"]) is None or exit.kind == "aborted" or asked(self.folder) is not None
                     ):
-                        return summary
+                        return self.startup.ended(summary)
+                    self.restarts += 1
+                    self.events.emit("restart", reason=why, restarts=self.restarts)
         finally:
             self._attempts.close()
 
     def _ask_to_stop(self, name: str) -> None:
         log.info("%s: saving a checkpoint, then stopping (a second signal stops at once)", name)
         request(self.folder, "stop", name)
+        self.events.emit("request", request="stop", reason=name)
 
-    def _attempt(self) -> dict[str, Any] | None:
-        """Runs one worker group. Returns its summary, or None if it failed and another attempt is allowed."""
+    def _attempt(self) -> tuple[dict[str, Any] | None, str]:
+        """Runs one worker group.
+
+        Returns:
+            Its summary, or None if it failed and another attempt is allowed; and how it ended.
+        """
         workers = self._wait_for_resources()
         start = resume_point(self.config)
         step = int(read_manifest(start)["step"]) if start else 0
         if workers == 0:  # a stop was requested before any worker started: nothing to save
-            return self._stopped(start)
+            return self._stopped(start), ""
         # Heartbeats and requests of the previous group must not be taken for those of the next one.
         clear(self.folder)
         self.startup.phase(f"starting {workers} worker{'s' * (workers > 1)}")
@@ -132,24 +140,19 @@ class Supervisor:
             how = f"failed: {straggler or failure.reason}"
         elif (exit := group.summary["exit"]) is not None:
             how = f"{exit.kind}: {exit.reason}"
-        self._attempts.write(
-            {
-                "workers": workers,
-                "from_step": step,
-                "to_step": self._last_step(step, group.summary),
-                "end": how,
-                "time": time.time(),
-                **{key: value for key, value in attempt_start(self.folder).items() if key == "environment"},
-            }
-        )
+        last = self._last_step(step, group.summary)
+        row = {"workers": workers, "from_step": step, "to_step": last, "end": how}
+        environment = {key: value for key, value in attempt_start(self.folder).items() if key == "environment"}
+        self._attempts.write({**row, "time": time.time(), **environment})
+        self.events.emit("attempt", last, **row)
         if stopped:
-            return self._stopped(start)
+            return self._stopped(start), how
         if failure is None:
             if group.summary["exit"] is not None:
                 log.info("%s", how)
-            return group.summary
+            return group.summary, how
         self._count(failure, straggler)
-        return None
+        return None, str(straggler) if straggler else failure.reason
 
     def _stopped(self, start: Path | None) -> dict[str, Any]:
         """Returns the summary of a run that was stopped before its workers trained a step."""
@@ -168,8 +171,10 @@ class Supervisor:
         said = str(straggler) if straggler else failure.reason
         if not failure.again and straggler is None:
             raise failure.error
+        self.failures += failure.charged
+        if straggler is None:
+            self.events.emit("rank_failed", reason=said, counted=failure.charged, failures=self.failures)
         if failure.charged:
-            self.failures += 1
             most = self.config.scaling.max_failures
             if most != -1 and self.failures > most:
                 if straggler is not None:
@@ -224,6 +229,8 @@ class Supervisor:
             if hung is None and (hung := watch.look()) is not None:
                 time.sleep(2.0)  # the ranks write their stacks to the run's folder
                 # Ending one worker makes the collectives of the others fail, so Ray Train ends the group by itself.
+                where = {"phase": hung.phase, "seconds": round(hung.seconds, 1), "stacks": hung.stacks}
+                self.events.emit("rank_hung", hung.step, failed_rank=hung.rank, **where, reason=str(hung))
                 group.kill(only=hung.rank)
                 ended = time.monotonic()
             if hung is not None and time.monotonic() - ended > _END_SECONDS:  # the others did not fail
@@ -240,6 +247,7 @@ class Supervisor:
                 leaves = True
                 log.info("%s: saving a checkpoint first", reason)
                 request(self.folder, "preempt", reason)
+                self.events.emit("request", request="preempt", reason=reason)
         return hung
 
     def _why_leave(self, beats: dict[int, dict[str, Any]], workers: int) -> str | None:

@@ -37,7 +37,7 @@ from myllm_ray.engine.run_folder import resume_source
 from myllm_ray.engine.stability import Stability
 from myllm_ray.preparation import absolute, prepare_data
 from myllm_ray.runs.decomposition import Decomposition, decompose
-from myllm_ray.worker import build_engine
+from myllm_ray.worker import build_engine, set_up_accelerator
 
 log = logging.getLogger(__name__)
 _SAME_LOSS = 1e-5
@@ -131,6 +131,7 @@ def replay(
             config,
             prepared,
             open_tokenizer(prepared.tokenizer_folder),
+            set_up_accelerator(config),
             engine=partial(_ReplayEngine, run=run, scratch=Path(scratch), target=step, drop=drop, gradients=gradients),
             stream=stream,
             callbacks=[losses],

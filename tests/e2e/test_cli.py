@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> Path:
         },
         "batch": {"global_size": 4, "micro_size": 2},
         "run": {"name": "r", "storage": str(tmp_path / "runs"), "max_steps": 3},
-        "callbacks": ["print", "jsonl", "report"],
+        "callbacks": ["console", "jsonl", "report"],
         "evaluation": {"at_start": True},
     }
     path = tmp_path / "c.json"
@@ -136,7 +136,7 @@ def files(folder: Path) -> list[str]:
         (["scheduler.name=cosin"], "did you mean cosine?"),
         (["trainer=stf"], "trainer: unknown name 'stf'; did you mean sft?"),
         (["accelerator.name=dpp"], "did you mean ddp?"),
-        (["callbacks=[prnt]"], "did you mean print?"),
+        (["callbacks=[consol]"], "did you mean console?"),
         (["data.train.format=instuction"], "did you mean instruction?"),
         (["data.train.path=nowhere.json"], "nothing found at"),
         (["data.train.format=chat"], "row 0: field 'messages' must be a non-empty list"),

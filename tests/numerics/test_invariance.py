@@ -186,7 +186,7 @@ def test_a_finished_run_is_left_alone(make_config: MakeConfig) -> None:
 
 
 def test_callbacks_do_not_change_a_run(make_config: MakeConfig) -> None:
-    with_display = run(make_config, "a", "callbacks=[print, jsonl, progress, report]", "logging.every_steps=2")
+    with_display = run(make_config, "a", "callbacks=[console, jsonl, report]", "logging.every_steps=2")
     without = run(make_config, "b")
     logged = {r["step"]: r for r in comparable(without)}
     assert all(logged[r["step"]] == r for r in comparable(with_display))

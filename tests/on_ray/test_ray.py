@@ -111,7 +111,7 @@ def test_a_killed_worker_does_not_change_the_result(
     Also checks what the driver prints during the undisturbed run.
     """
     common = ("accelerator.name=ddp", "scaling.workers=2", "run.max_steps=10", "checkpoint.every_steps=5")
-    whole = train(make_config("run.name=whole", *common, "callbacks=[print, progress, jsonl]")).folder
+    whole = train(make_config("run.name=whole", *common, "callbacks=[console, jsonl]")).folder
     out = capsys.readouterr().out
     for piece in ("training 10 steps", "step 1/10", "step 10/10", "saved ", "done: 10 steps"):
         assert piece in out, "displays run in the driver"
@@ -225,7 +225,7 @@ def test_job_submission(tmp_path: Path, mode: str) -> None:
         "accelerator": {"name": "ddp"},
         "scaling": {"workers": 2},
         "run": {"name": "job", "storage": str(tmp_path / "runs"), "max_steps": 50},
-        "callbacks": ["print", "jsonl", "report"],
+        "callbacks": ["console", "jsonl", "report"],
     }
     (tmp_path / "work" / "jobs").mkdir(parents=True)
     (tmp_path / "work" / "job.json").write_text(json.dumps(raw))
@@ -289,7 +289,7 @@ def test_a_job_that_is_stopped_loses_no_step(tmp_path: Path) -> None:
         "job",
         "accelerator.name=ddp",
         "checkpoint.every_steps=100",
-        "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.3}}]",
+        "callbacks=[console, jsonl, {helpers:Slow: {seconds: 0.3}}]",
     )
     (tmp_path / "job.json").write_text(json.dumps(raw))
     shutil.copy(ROOT / "tests" / "helpers.py", tmp_path)  # a custom callback is uploaded with the working folder

@@ -19,7 +19,7 @@ from myllm_ray.engine.liveness.heartbeat import find_activity
 LONG = (
     "run.max_steps=40",
     "checkpoint.every_steps=100",
-    "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.3}}]",
+    "callbacks=[console, jsonl, {helpers:Slow: {seconds: 0.3}}]",
     "scaling.resources_per_worker={slot: 1}",
     "scaling.max_failures=0",
     *BACKENDS["ddp"],
@@ -84,7 +84,7 @@ def test_a_run_that_is_requested_to_stop_saves_first(
         if on_ray
         else ("scaling.workers=0", "accelerator.name=single")
     )
-    common = ("checkpoint.every_steps=100", "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.2}}]", *options)
+    common = ("checkpoint.every_steps=100", "callbacks=[console, jsonl, {helpers:Slow: {seconds: 0.2}}]", *options)
 
     def run(address: str | None) -> Path:
         job = Job(job_config(tmp_path, "stopped", *common), address).start()
@@ -132,7 +132,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
             "twice",
             "scaling.workers=0",
             "accelerator.name=single",
-            "callbacks=[print, jsonl, {helpers:Slow: {seconds: 60}}]",
+            "callbacks=[console, jsonl, {helpers:Slow: {seconds: 60}}]",
         ),
         None,
     ).start()

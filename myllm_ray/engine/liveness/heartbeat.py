@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from myllm_ray.common.files import write_atomic
+from myllm_ray.common.progress import current
 
 PHASES = ("start", "data", "rollout", "forward", "backward", "optimizer", "evaluation", "checkpoint", "end")
 """The phases of a rank, in the order of a step."""
@@ -92,6 +93,15 @@ def read_heartbeats(run: str | Path) -> dict[int, dict[str, Any]]:
     return beats
 
 
+def read_heartbeat(run: str | Path, rank: int = 0) -> dict[str, Any] | None:
+    """Returns the last heartbeat of one rank, or None."""
+    try:
+        beat = json.loads((heartbeat_folder(run) / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return beat if isinstance(beat, dict) else None
+
+
 def read_driver(run: str | Path) -> dict[str, Any] | None:
     """Returns the last heartbeat of the process that started the run, or None."""
     try:
@@ -125,6 +135,12 @@ def find_activity(run: str | Path) -> dict[str, Any] | None:
     return None
 
 
+def _progress() -> dict[str, Any]:
+    """Returns the entry of a heartbeat for a long task of this process."""
+    found = current(at_least=_SECONDS)
+    return {"progress": found.as_json()} if found else {}
+
+
 class Heartbeat:
     """The heartbeat of this process. Created in the training thread; its own thread writes the file.
 
@@ -145,6 +161,8 @@ class Heartbeat:
         self._run, self._rank, self._extra, self._on_beat = run, rank, extra or {}, on_beat
         # One tuple, replaced as a whole: the heartbeat thread reads a consistent phase, step and time without a lock.
         self._now: tuple[str, int, float] = ("start", 0, time.monotonic())
+        self.spent: dict[str, float] = {}
+        """Seconds in each phase that has ended, summed over the steps."""
         self._main = threading.get_ident()
         self._stop = threading.Event()
         self._dumped: set[str] = set()
@@ -158,7 +176,14 @@ class Heartbeat:
 
     def enter(self, phase: str, step: int) -> None:
         """Sets the phase that begins now, in step `step` (counted from 1)."""
-        self._now = (phase, step, time.monotonic())
+        now, (before, _, since) = time.monotonic(), self._now
+        self.spent[before] = self.spent.get(before, 0.0) + now - since
+        self._now = (phase, step, now)
+
+    def seconds_in(self, phase: str) -> float:
+        """Returns the seconds spent in a phase so far, also if it has not ended."""
+        now, _, since = self._now
+        return self.spent.get(phase, 0.0) + (time.monotonic() - since if now == phase else 0.0)
 
     def close(self) -> None:
         """Ends the thread and removes the heartbeat."""
@@ -203,6 +228,7 @@ class Heartbeat:
                     "waits": self._waits(),
                     "pid": os.getpid(),
                     "host": socket.gethostname(),
+                    **_progress(),
                     **self._extra,
                 }
             ),

@@ -1,19 +1,19 @@
-"""The live table of a sweep, or one line per ended trial if the output is not a terminal."""
+"""The live table of a sweep; one line per ended trial if the output is not a terminal; or JSON lines."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from myllm_ray.config.sweep import SweepConfig
+from myllm_ray.engine.reporting.events import make_event
+from myllm_ray.engine.reporting.terminal import console, log_format, print_json
 from myllm_ray.orchestration.sweeps.results import Row, best_of
 
-_console = Console(highlight=False, soft_wrap=True)
 _MOST = 30
 _STYLES = {"running": "cyan", "done": "green", "stopped": "dim", "failed": "red", "waiting": "dim", "paused": "yellow"}
 
@@ -30,9 +30,9 @@ class SweepConsole:
         self._sweep, self._total = sweep, total
         self._rows: dict[str, Row] = {}
         self._started = time.time()
-        self._live = (
-            Live(console=_console, refresh_per_second=4, get_renderable=self.render) if _console.is_terminal else None
-        )
+        self._format = log_format()
+        live = self._format == "panel"
+        self._live = Live(console=console, refresh_per_second=4, get_renderable=self.render) if live else None
 
     def __enter__(self) -> SweepConsole:
         if self._live is not None:
@@ -45,9 +45,15 @@ class SweepConsole:
 
     def update(self, row: Row) -> None:
         """Shows the current state of a trial."""
-        self._rows[row["trial"]] = row
-        if self._live is None and row["status"] in ("done", "stopped", "failed"):
-            _console.print(self._line(row))
+        before = self._rows.get(row["trial"])
+        self._rows[row["trial"]] = dict(row)
+        if self._format == "json":
+            # Not once per report: trials may report at every step.
+            if before is None or before["status"] != row["status"]:
+                fields = {key: row[key] for key in ("trial", "values", "status", "score", "seconds", "error")}
+                print_json(make_event("trial", row["step"], **fields))
+        elif self._live is None and row["status"] in ("done", "stopped", "failed"):
+            console.print(self._line(row))
 
     def _line(self, row: Row) -> Text:
         values = "  ".join(f"{key}={show(value)}" for key, value in row["values"].items())
