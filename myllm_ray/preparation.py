@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from myllm_ray.data.tokenizer import (
     tokenizer_section,
 )
 from myllm_ray.dependencies import kind_of_model, model_section, trainer_class_of
+from myllm_ray.engine.amendments import check_segments
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.starting_weights import (
     check_starting_weights,
@@ -81,6 +83,7 @@ def check_names(config: TrainerConfig) -> None:
     check_determinism(config.model_dump(mode="json"), samples="sampler" in trainer_class_of(config).dependencies)
     build_callbacks(config)
     SchedulerManager(config=config)
+    check_segments(config)
 
 
 def prepare_run(
@@ -122,6 +125,13 @@ def plan_of(config: TrainerConfig, prepared: PreparedData) -> dict[str, Any]:
         "steps": config.run.total_steps(config.steps_per_batch, prepared.train.steps_in_epoch),
         "tokenizer": Path(prepared.tokenizer_folder).name.removeprefix("tokenizer-"),
     }
+
+
+def of_segment(prepared: PreparedData, config: TrainerConfig) -> PreparedData:
+    """Returns prepared data with the batch sizes of a config. Amendments change no other property of the data."""
+    size, micro = config.batch.global_size, config.batch.micro_size
+    validation = prepared.validation and replace(prepared.validation, global_size=size, micro_size=micro)
+    return replace(prepared, train=replace(prepared.train, global_size=size, micro_size=micro), validation=validation)
 
 
 def prepare_data(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:

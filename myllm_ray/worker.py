@@ -22,6 +22,7 @@ from myllm_ray.common.allocator import keep_large_blocks
 from myllm_ray.common.determinism import determinism
 from myllm_ray.common.secrets import mask, mask_text
 from myllm_ray.common.types import BatchStream
+from myllm_ray.config.amendments import effective
 from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import TrainerConfig
@@ -33,7 +34,9 @@ from myllm_ray.data.tokenizer import (
     open_tokenizer,
 )
 from myllm_ray.dependencies import Dependencies, Services, kind_of_model, model_section, trainer_class_of
+from myllm_ray.engine.amendments import described, take_requests, with_recorded
 from myllm_ray.engine.callbacks import Callback, observing
+from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import (
     starting_weights,
 )
@@ -48,7 +51,7 @@ from myllm_ray.engine.reporting.monitor import RunMonitor
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.models.load import build_deferred, save_architecture
-from myllm_ray.preparation import absolute, build_callbacks, check_names, prepare_run
+from myllm_ray.preparation import absolute, build_callbacks, check_names, of_segment, prepare_run
 from myllm_ray.trained_model import save_tokenizer
 from myllm_ray.trainers.base import BaseTrainer
 
@@ -71,7 +74,7 @@ def run_local(
     Returns:
         The summary of `run_worker`.
     """
-    config = absolute(config)
+    config = with_recorded(absolute(config))
     check_names(config)  # before the run's folder is created
     torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
     built = build_callbacks(config) if callbacks is None else list(callbacks)
@@ -84,6 +87,7 @@ def run_local(
             return startup.stopped(reason)
         restarts = 1
         while True:
+            config = take_requests(config)
             try:
                 summary = run_worker(
                     config, prepared, callbacks=built, services=services(config, prepared) if services else None
@@ -95,9 +99,10 @@ def run_local(
             exit = summary["exit"]
             how = "done" if exit is None else f"{exit.kind}: {exit.reason}"
             write_attempt(startup.folder, how, summary["step"])
-            if exit is None or exit.kind != "rewind":
+            if exit is None or exit.kind not in ("rewind", "amended"):
                 return startup.ended(summary)
-            log.warning("%s", exit.reason)
+            if exit.kind == "rewind":
+                log.warning("%s", exit.reason)
             startup.events.emit("restart", summary["step"], reason=exit.reason, restarts=restarts)
             restarts += 1
             if callbacks is None:  # the observers show the whole run; the other callbacks start again
@@ -149,6 +154,7 @@ def build_engine(
     services: Services | None = None,
     folder: Path | None = None,
     heartbeat: Heartbeat | None = None,
+    whole: TrainerConfig | None = None,
 ) -> Engine:
     """Constructs all parts of a run on this rank. Nothing is written, and no memory for weights is allocated.
 
@@ -159,6 +165,7 @@ def build_engine(
         engine: the class of the engine, or another function with its arguments.
         folder: the run's folder; None writes nothing.
         heartbeat: the heartbeat of this rank; None writes none.
+        whole: the config of the whole run, which checkpoints record, if `config` is that of a segment.
     """
     # On the meta device: the backend shards the model before memory for its weights is allocated.
     model = build_deferred(
@@ -188,7 +195,7 @@ def build_engine(
             "identity": prepared.identity,
             "isolation": prepared.isolation and asdict(prepared.isolation),
             "weights": starting_weights(config),
-            "config": mask(config.model_dump(mode="json")),
+            "config": mask((whole or config).model_dump(mode="json")),
         },
     )
 
@@ -217,6 +224,13 @@ def _run(
 ) -> dict[str, Any]:
     folder = folder_of(config)
     accelerator = set_up_accelerator(config)
+    whole = config
+    if whole.run.amendments:
+        # Rank 0 chooses the checkpoint, and with it the segment of the run.
+        start, step = distributed.from_main(start_of(whole, start) if distributed.is_main() else None)
+        config = effective(whole, step)
+        prepared = of_segment(prepared, config)
+        accelerator = accelerator.successor(config)  # a backend may read what an amendment changes
     heartbeat = _heartbeat(config, watched)
     events = EventLog(folder, distributed.rank())
     if distributed.is_main():
@@ -235,6 +249,7 @@ def _run(
         services=services,
         folder=folder,
         heartbeat=heartbeat,
+        whole=whole,
     )
     engine.stability.on_intervention = lambda row: events.emit("intervention", **row)
     trainer = engine.trainer
@@ -263,6 +278,20 @@ def _run(
         "exit": state.exit,
         "parameter_bytes": held,
     }
+
+
+def start_of(config: TrainerConfig, start: Path | None) -> tuple[Path | None, int]:
+    """Returns the checkpoint that a run resumes from, and its step. Logs the amendment that takes effect there.
+
+    Args:
+        config: the config of the run.
+        start: the checkpoint, if it is known; None: the result of `resume_point`.
+    """
+    start = start or resume_point(config)
+    step = int(read_manifest(start)["step"]) if start else 0
+    if any(amendment.at == step for amendment in config.run.amendments):
+        log.info("from step %d on: %s", step + 1, described(config, step))
+    return start, step
 
 
 def _heartbeat(config: TrainerConfig, watched: dict[str, Any] | None) -> Heartbeat:

@@ -175,6 +175,20 @@ def alive(pid: int) -> bool:
         return False
 
 
+def killed(config: dict[str, Any]) -> bool:
+    """Trains in a forked process, which inherits all imports; returns whether the process was killed."""
+    from myllm_ray import train
+
+    child = os.fork()
+    if child == 0:
+        try:
+            train(config)
+        finally:
+            os._exit(1)  # it should have been killed
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
 def job_config(folder: Path, name: str, *overrides: str) -> dict[str, Any]:
     """Returns the config of a tiny SFT run of more than two epochs, saved every few steps."""
     data = folder / "rows.json"

@@ -103,8 +103,8 @@ def _process(rank: int, world: int, store: str, jobs: list[tuple[dict[str, Any],
 
 
 def rewinds(summary: dict[str, Any]) -> bool:
-    """Returns whether the run continues immediately from an earlier checkpoint."""
-    return summary["exit"] is not None and summary["exit"].kind == "rewind"
+    """Returns whether the run continues immediately from a checkpoint."""
+    return summary["exit"] is not None and summary["exit"].kind in ("rewind", "amended")
 
 
 def leave() -> None:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -171,6 +171,13 @@ class Accelerator(ABC):
     def notes(self) -> list[str]:
         """Returns warnings about the device that `setup` has chosen, one line each."""
         return [note for note in [emulation_note(self.precision, self.device)] if note]
+
+    def successor(self, config: Any) -> Self:
+        """Returns this backend for another config of the same run, set up, with this one's process group."""
+        made = type(self)(config)
+        made._owns_group, self._owns_group = self._owns_group, False
+        made.setup()
+        return made
 
     def _choose_device(self) -> torch.device:
         available = torch.cuda.is_available()

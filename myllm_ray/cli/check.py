@@ -14,6 +14,7 @@ from rich.text import Text
 from myllm_ray.cli.app import Config, Overrides, app
 from myllm_ray.cli.tables import out, print_certificate, print_report, print_rows
 from myllm_ray.common.files import write_json
+from myllm_ray.config.amendments import segments
 from myllm_ray.config.json_schema import json_schema
 from myllm_ray.config.load import load_config
 
@@ -42,7 +43,8 @@ def data(
         out.print(Text(f"packing: {prepared.packing}; {prepared.isolation}"))
         print_rows(prepared.train, prepared.train.plan.rows(0, 0, 2 if rows is None else rows), tokenizer)
         return
-    position, batch, fingerprint = rows_of_step(prepared.train, step, loaded.steps_per_batch)
+    sizes = [(at, amended.batch.global_size) for at, amended in segments(loaded)]
+    position, batch, fingerprint = rows_of_step(prepared.train, step, loaded.steps_per_batch, sizes)
     out.print(
         f"step {step}: epoch {position.epoch}, rows {position.row} to {position.row + len(batch) - 1}, "
         f"tokens_hash {fingerprint:016x} (as in ledger.jsonl)"

@@ -215,11 +215,12 @@ class Reward(Protocol):
 class Exit(NamedTuple):
     """The reason why a run ended before its last step."""
 
-    kind: Literal["preempted", "rewind", "aborted"]
+    kind: Literal["preempted", "rewind", "aborted", "amended"]
     """How the run ended.
 
     preempted: it saved a checkpoint and can be resumed. rewind: it resumes from the checkpoint before a bad step.
-    aborted: it ended without saving a checkpoint and is not resumed.
+    aborted: it ended without saving a checkpoint and is not resumed. amended: it saved a checkpoint and resumes from it
+    with the next amendment of its config (config/amendments.py).
     """
     reason: str
     """An explanation for log lines."""

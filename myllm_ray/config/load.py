@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from myllm_ray.config.amendments import check_amendments
 from myllm_ray.config.components import check_components
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TrainerConfig
@@ -225,6 +226,7 @@ def validate(raw: Mapping[str, Any], where: str = "config", components: bool = T
     try:
         cls = config_class(trainer) if isinstance(trainer, str) else TrainerConfig
         config = cls.model_validate(raw)
+        check_amendments(config)
         if components:
             check_components(config)
     except ValidationError as error:

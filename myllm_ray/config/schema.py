@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
+from myllm_ray.config.run_section import RunSection
 from myllm_ray.config.sections import (
     AcceleratorSection,
     BatchSection,
@@ -19,7 +20,6 @@ from myllm_ray.config.sections import (
     LoggingSection,
     ModelSection,
     OptimizerSection,
-    RunSection,
     ScalingSection,
     SchedulerSection,
     Section,

@@ -5,7 +5,6 @@ They define the structure of the YAML file. This module does not import torch or
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -227,7 +226,12 @@ class SchedulerSection(Section):
     warmup_steps: int | None = Field(None, ge=0)
     warmup_ratio: float | None = Field(None, ge=0, le=1, description="length of the warm-up as a share of all steps")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="multiplier of the learning rate at the end of the decay")
-    decay_steps: PositiveInt | None = Field(None, description="step at which the decay ends; default: the last step")
+    start_step: NonNegativeInt | None = Field(
+        None, description="step at which the schedule begins; set by an amendment of a run (run.amendments)"
+    )
+    decay_steps: PositiveInt | None = Field(
+        None, description="step at which the decay ends, counted from start_step; default: the last step"
+    )
     decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: length of the decay as a share of all steps")
     cycles: PositiveInt = Field(1, description="cosine_with_restarts: number of cycles")
     power: PositiveFloat = Field(1.0, description="polynomial: exponent")
@@ -306,30 +310,6 @@ class ScalingSection(Section):
                 f"workers is [least, most]: write [{self.most}, {self.least}] instead of [{self.least}, {self.most}]"
             )
         return self
-
-
-class RunSection(Section):
-    """The run's name, its folder `<storage>/<name>`, its length and its seed."""
-
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    storage: str = "runs"
-    max_steps: PositiveInt | None = None
-    epochs: PositiveInt | None = None
-    seed: int = Field(0, ge=0)
-    determinism: Literal["default", "strict"] = Field(
-        "default",
-        description="strict: use only deterministic algorithms of torch; default: runs on CUDA agree within rounding",
-    )
-    overwrite: bool = Field(False, description="replace an earlier run of the same name")
-
-    def total_steps(self, steps_per_batch: int, steps_in_epoch: Callable[[int], int]) -> int:
-        """Returns the number of optimizer steps of a run: `max_steps`, or those of `epochs` passes over the data.
-
-        Args:
-            steps_per_batch: optimizer steps per global batch (PPO: epochs × minibatches).
-            steps_in_epoch: returns the number of global batches in an epoch.
-        """
-        return self.max_steps or steps_per_batch * sum(steps_in_epoch(epoch) for epoch in range(self.epochs or 1))
 
 
 class CheckpointSection(Section):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -157,17 +156,27 @@ def _histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
         low *= 2
 
 
-def rows_of_step(spec: StreamSpec, step: int, steps_per_batch: int = 1) -> tuple[Position, list[Row], int]:
+def rows_of_step(
+    spec: StreamSpec, step: int, steps_per_batch: int = 1, sizes: Iterable[tuple[int, int]] = ()
+) -> tuple[Position, list[Row], int]:
     """Returns (position, rows, fingerprint) of a step's global batch; the fingerprint is the one in the ledger.
 
     Args:
         spec: the training data.
         step: optimizer step, counted from 1, as in the log.
         steps_per_batch: optimizer steps that the trainer makes of each global batch.
+        sizes: (completed steps, size of the global batch from then on), ascending; default: that of `spec`.
     """
-    position = deque(spec.positions(Position(), -(-step // steps_per_batch)), maxlen=1)[0]
+    batch, done, position = (step - 1) // steps_per_batch, 0, Position()
+    for at, size in sizes:
+        if at > batch * steps_per_batch:
+            break
+        # With the size before, up to the change.
+        position, done = spec.advance(position, at // steps_per_batch - done), at // steps_per_batch
+        spec = replace(spec, global_size=size)
+    position = spec.advance(position, batch - done)
     rows = spec.plan.rows(position.epoch, position.row, position.row + spec.global_size)
-    fingerprint = wrap64(spec.build(position.epoch, position.row, spec.global_size)["fingerprint"])
+    fingerprint = wrap64(spec.build(position.epoch, position.row, spec.global_size, 0)["fingerprint"])
     return position, rows, fingerprint & (2**64 - 1)
 
 

@@ -35,13 +35,19 @@ class StreamSpec:
     def steps_in_epoch(self, epoch: int) -> int:
         return -(-self.plan.rows_in_epoch(epoch) // self.global_size)
 
-    def micro_at(self, epoch: int, row: int) -> dict[str, Any]:
-        """Returns the micro-batch that starts at a row of an epoch."""
-        return self.build(epoch, row, self.micro_size)
+    def micro_at(self, epoch: int, row: int, place: int | None = None) -> dict[str, Any]:
+        """Returns the micro-batch that starts at a row of an epoch; see `build` for `place`."""
+        return self.build(epoch, row, self.micro_size, place)
 
-    def build(self, epoch: int, row: int, count: int) -> dict[str, Any]:
-        """Returns `count` rows from `row` on, all of one global batch, as one micro-batch."""
-        plan, place = self.plan, row % self.global_size
+    def build(self, epoch: int, row: int, count: int, place: int | None = None) -> dict[str, Any]:
+        """Returns `count` rows from `row` on, all of one global batch, as one micro-batch.
+
+        Args:
+            epoch, row: position of the first row.
+            count: number of rows.
+            place: index of the first row in its global batch; default: as in an epoch whose batches all have this size.
+        """
+        plan, place = self.plan, row % self.global_size if place is None else place
         rows, store = plan.rows(epoch, row, row + count), plan.store
         if store.kind == PROMPTS:
             return build_prompts(store, rows, self.pad_id, place)
@@ -59,13 +65,14 @@ class StreamSpec:
     def after(self, position: Position) -> Position:
         """Returns the position after the step that starts at `position`."""
         row = position.row + self.global_size
-        done = row >= self.steps_in_epoch(position.epoch) * self.global_size
+        # By rows, not by batches: a batch of another size may have ended at any row (config/amendments.py).
+        done = row >= self.plan.rows_in_epoch(position.epoch)
         return Position(position.epoch + 1, 0) if done else Position(position.epoch, row)
 
     def advance(self, start: Position, steps: int) -> Position:
         """Returns the position `steps` global batches after `start`. Plans only the epochs in between."""
         position = self.normalized(start)
-        while (left := self.steps_in_epoch(position.epoch) - position.row // self.global_size) <= steps:
+        while (left := -(-(self.plan.rows_in_epoch(position.epoch) - position.row) // self.global_size)) <= steps:
             steps, position = steps - left, Position(position.epoch + 1, 0)
         return Position(position.epoch, position.row + steps * self.global_size)
 
@@ -88,7 +95,7 @@ class StreamSpec:
 
     def normalized(self, position: Position) -> Position:
         """Returns the start of the next epoch for a position at the end of an epoch, else `position`."""
-        if position.row >= self.steps_in_epoch(position.epoch) * self.global_size:
+        if position.row >= self.plan.rows_in_epoch(position.epoch):
             return Position(position.epoch + 1, 0)
         return position
 
@@ -113,7 +120,9 @@ class LocalStream:
         for position in self.spec.positions(start, steps):
             mine = range(self.rank, self.spec.micros_per_step, self.world_size)
             yield make_batch(
-                self.spec, position, [self.spec.micro_at(position.epoch, position.row + j * size) for j in mine]
+                self.spec,
+                position,
+                [self.spec.micro_at(position.epoch, position.row + j * size, j * size) for j in mine],
             )
 
 

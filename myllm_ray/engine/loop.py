@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,7 +17,6 @@ from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.common import distributed
 from myllm_ray.common.seeds import seed_all
 from myllm_ray.common.types import (
-    REQUESTS,
     Batch,
     BatchStream,
     Exit,
@@ -26,6 +25,7 @@ from myllm_ray.common.types import (
     RunState,
     as_mapping,
 )
+from myllm_ray.config.amendments import next_boundary
 from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
 from myllm_ray.engine.batch_weight import WeightCheck
 from myllm_ray.engine.callbacks import Callback, CallbackList
@@ -33,6 +33,7 @@ from myllm_ray.engine.checkpointing.contents import manifest_of, restore
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.checkpointing.writer import WAIT_SECONDS
 from myllm_ray.engine.evaluation import evaluate
+from myllm_ray.engine.exits import AGREED, SAVED, exit_of
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.reporting.jsonl import Ledger, SampleTable
@@ -45,8 +46,6 @@ from myllm_ray.ops.dropout import StepDropout
 from myllm_ray.trainers.base import BaseTrainer
 
 log = logging.getLogger(__name__)
-_EXITS: dict[str, Literal["preempted", "aborted"]] = {"preempt": "preempted", "abort": "aborted"}
-"""Requests that end a run before its last step, by priority: if both are made, the run saves and loses no work."""
 
 
 class TrainerEngine:
@@ -143,6 +142,7 @@ class TrainerEngine:
         folder = self.state.folder if self.state.is_main else None
         self.ledger = Ledger(folder, self.state.step)
         self.samples = SampleTable(folder, self.state.step, self.settings.logging.samples_every_steps)
+        self._boundary = next_boundary(self.settings.run.amendments, self.state.step)
         try:
             self.callbacks.emit("on_train_start", self.state)
             if self.settings.evaluation.at_start and self.state.step == 0 and self.validation is not None:
@@ -156,9 +156,9 @@ class TrainerEngine:
                 if self.state.exit is not None or "stop" in self._agreed:
                     break
                 self.heartbeat.enter("data", self.state.step + 1)
-            # A preempted run saves its last step. A run that rewinds or is aborted must not save.
+            # A run that rewinds or is aborted must not save.
             exit = self.state.exit
-            wanted = self.settings.checkpoint.at_end if exit is None else exit.kind == "preempted"
+            wanted = self.settings.checkpoint.at_end if exit is None else exit.kind in SAVED
             if self.checkpoints and wanted and self._saved_step != self.state.step:
                 self.save()
             self.heartbeat.enter("end", self.state.step)
@@ -212,9 +212,8 @@ class TrainerEngine:
         self.callbacks.emit("on_batch_end", self.state)
         if decided:  # the same on every rank, so every rank enters this additional collective
             self._agree(0)
-        request = next((name for name in _EXITS if name in self._agreed), None)
-        if request is not None and self.state.step < self.state.total_steps:
-            self.state.exit = Exit(_EXITS[request], self.state.requests[request])
+        state = self.state
+        state.exit = exit_of(self._agreed, state.requests, state.step, state.total_steps, self._boundary)
 
     def training_step(self, micros: list[Micro]) -> tuple[StepResult, MetricSum]:
         """Runs one optimizer step and returns its result and the sums of its metrics.
@@ -364,19 +363,21 @@ class TrainerEngine:
         """
         if self.heartbeat.preempt is not None:
             self.state.requests["preempt"] = self.heartbeat.preempt
+        if self.heartbeat.amend is not None:
+            self.state.requests["amend"] = self.heartbeat.amend
         failed = self.checkpoints is not None and self.checkpoints.failed
         total, failures, checksums, *requested = self.accelerator.all_reduce_ints(
-            [fingerprint, failed, sums.checksum if sums else 0, *(name in self.state.requests for name in REQUESTS)]
+            [fingerprint, failed, sums.checksum if sums else 0, *(name in self.state.requests for name in AGREED)]
         )
         if sums:
             sums.check_names(checksums)
         if failures:
             self._wait_for_checkpoint(WAIT_SECONDS)
             raise CheckpointError("another rank could not write its part of the checkpoint; its message says why")
-        self._agreed.update(name for name, count in zip(REQUESTS, requested, strict=True) if count)
+        self._agreed.update(name for name, count in zip(AGREED, requested, strict=True) if count)
         if any(0 < count < distributed.world_size() for count in requested):  # equal on all ranks, so all gather
             for reasons in distributed.gather_objects(
-                {name: self.state.requests[name] for name in REQUESTS if name in self.state.requests}
+                {name: self.state.requests[name] for name in AGREED if name in self.state.requests}
             ):
                 self.state.requests = {**reasons, **self.state.requests}
         return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 from myllm_ray.common.files import why_not_writable, write_atomic, write_json
 from myllm_ray.common.secrets import mask, mask_text
+from myllm_ray.config.amendments import effective
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import to_yaml
 from myllm_ray.config.schema import TrainerConfig
@@ -175,6 +177,11 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
         raise CheckpointError(
             f"can't resume from {checkpoint}: run.seed was {then['run']['seed']}, now it is {config.run.seed}"
         )
+    step = int(saved["step"])
+    check_past(checkpoint, step, then["run"].get("amendments") or [], now["run"]["amendments"])
+    # The checkpoint has the batch size of its own last step, which amendments may have changed.
+    if "batch.global_size" in identity:
+        identity = {**identity, "batch.global_size": effective(config, max(0, step - 1)).batch.global_size}
     # A cause comes before its consequences: other tokens also change the rows, and the message must name the tokens.
     for key, what in (
         ("tokens", "the data itself (files, format or tokenizer)"),
@@ -191,6 +198,25 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
                 f"can't resume from {checkpoint}: {what} has changed{f' ({change})' if change else ''}, so its "
                 f"position in the data is no longer valid; {_what_to_do(checkpoint, config)}"
             )
+
+
+def check_past(checkpoint: Path, step: int, then: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+    """Checks that the amendments whose steps a checkpoint was trained with are those of the config.
+
+    Args:
+        checkpoint: folder of the checkpoint, for the error message.
+        step: its step.
+        then, now: the amendments of its manifest and of the config that resumes, as plain data.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    before, after = ([a for a in given if a["at"] < step] for given in (then, now))
+    if before != after:
+        raise CheckpointError(
+            f"can't resume from {checkpoint}: it was trained with run.amendments={json.dumps(before)}, the config has "
+            f"{json.dumps(after)} before its step {step}; give the same amendments, or start a new run (run.name)"
+        )
 
 
 def _what_to_do(checkpoint: Path, config: TrainerConfig) -> str:

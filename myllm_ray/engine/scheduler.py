@@ -45,11 +45,15 @@ def multiplier(step: int, total_steps: int, section: SchedulerSection) -> float:
     arXiv:2404.06395) stays at 1 until the last `decay_ratio` of all steps. `inverse_sqrt` (Vaswani et al., 2017, §5.3)
     is sqrt(w / step) after the warm-up.
 
+    With `start_step` b, all of this holds for step - b in a run of `total_steps` - b steps: the schedule begins at b.
+
     Args:
         step: the optimizer step, counted from 0.
         total_steps: number of optimizer steps of the run.
         section: the config of the schedule.
     """
+    start = section.start_step or 0
+    step, total_steps = max(0, step - start), total_steps - start
     warmup, end = warmup_steps(total_steps, section), section.decay_steps or total_steps
     if step < warmup:
         return (step + 1) / warmup

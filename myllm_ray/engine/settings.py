@@ -9,12 +9,12 @@ from pydantic import BaseModel
 
 from myllm_ray.config.by_hand import gradient_clip, sections
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.run_section import RunSection
 from myllm_ray.config.sections import (
     BatchSection,
     CheckpointSection,
     EvaluationSection,
     LoggingSection,
-    RunSection,
     StabilitySection,
 )
 from myllm_ray.config.validation import section_of

@@ -94,6 +94,7 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     environment.prepare()
     import ray
 
+    from myllm_ray.engine.amendments import with_recorded
     from myllm_ray.engine.callbacks import observing
     from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
     from myllm_ray.orchestration import session
@@ -104,7 +105,7 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     from myllm_ray.orchestration.supervisor import Supervisor
     from myllm_ray.preparation import absolute, build_callbacks, check_names, prepare_run
 
-    config = absolute(config)
+    config = with_recorded(absolute(config))
     check_names(config)
     shown = [c for c in build_callbacks(config) if c.on_driver]
     with observing(shown), Startup(config) as startup:

@@ -53,6 +53,7 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     import torch
 
     from myllm_ray.common import distributed
+    from myllm_ray.engine.amendments import take_requests
     from myllm_ray.engine.reporting.events import listening
     from myllm_ray.orchestration.actor_pools import services
     from myllm_ray.orchestration.driver_events import ForwardCallback
@@ -72,9 +73,13 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
 
         # `absolute` may have replaced a run by its newest checkpoint, and another rank may have seen an older one.
         parsed = distributed.from_main(parsed)
-        prepared = _prepare_alone(parsed)
+        parsed, prepared = _prepare_alone(parsed)
         callbacks = [*build_callbacks(parsed), RayMetrics(parsed), RayTrainReport(parsed.checkpoint.async_)]
-        return run_worker(parsed, prepared, callbacks=callbacks, services=services(parsed, prepared))
+        while True:
+            parsed = distributed.from_main(take_requests(parsed) if distributed.is_main() else None)
+            summary = run_worker(parsed, prepared, callbacks=callbacks, services=services(parsed, prepared))
+            if summary["exit"] is None or summary["exit"].kind != "amended":
+                return summary
     forward = next((c for c in launched["callbacks"] if isinstance(c, ForwardCallback)), None)
     if forward is None or not distributed.is_main():
         return _launched(parsed, launched)
@@ -125,19 +130,24 @@ def _use_assigned_gpu() -> None:
         os.environ["LOCAL_RANK"] = str(device.index)
 
 
-def _prepare_alone(config: TrainerConfig) -> PreparedData:
+def _prepare_alone(config: TrainerConfig) -> tuple[TrainerConfig, PreparedData]:
     """Prepares a run in a user-defined TorchTrainer.
 
     Rank 0 prepares the data and claims the run's folder, while the other ranks wait.
+
+    Returns:
+        The config, with the amendments that the run's folder records, and the data.
     """
     from myllm_ray.common import distributed
     from myllm_ray.data.prepare import prepare
+    from myllm_ray.engine.amendments import with_recorded
     from myllm_ray.preparation import prepare_run
 
     problem: Exception | None = None
     isolation = None
     if distributed.is_main():
         try:
+            config = with_recorded(config)
             isolation = prepare_run(config).isolation
         except Exception as error:  # raised below on every rank: otherwise the others would wait in the broadcast
             problem = error
@@ -145,7 +155,8 @@ def _prepare_alone(config: TrainerConfig) -> PreparedData:
     if problem is not None:
         raise problem
     # Every rank reads the cache that rank 0 has written. The isolation is broadcast, because it decides about packing.
-    return prepare(config, isolation=distributed.from_main(isolation))
+    config = distributed.from_main(config)
+    return config, prepare(config, isolation=distributed.from_main(isolation))
 
 
 def loop_of(trainer: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

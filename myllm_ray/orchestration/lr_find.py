@@ -45,6 +45,7 @@ def find_lr(
         )
     raw = config.model_dump(mode="json")
     raw["run"] |= {"name": f"{config.run.name}-lr-find", "max_steps": steps, "epochs": None, "overwrite": True}
+    raw["run"]["amendments"] = []
     raw["optimizer"]["lr"] = high
     raw["scheduler"] = {"name": "range_test", "min_lr_ratio": low / high, "decay_steps": steps - 1}
     raw["checkpoint"] |= {"every_steps": None, "at_end": False, "resume": "never", "mirror": None}

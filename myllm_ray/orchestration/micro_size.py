@@ -179,6 +179,7 @@ def _try(raw: dict[str, Any], size: int, folder: str) -> None:
                 **raw,
                 "batch": {"global_size": global_size, "micro_size": size},
                 "scaling": {**raw["scaling"], "workers": 1},
+                "run": {**raw["run"], "amendments": []},
             }
         )
     )

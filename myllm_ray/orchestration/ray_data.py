@@ -151,8 +151,10 @@ def build_dataset(spec: StreamSpec, start: Position, steps: int) -> Dataset:
     def build(table: pa.Table) -> Iterator[pa.Table]:
         local = _spec(*key)
         for part in table.to_pylist():
-            for epoch, row in local.places(start, part["first"], part["micros"]):
-                yield to_arrow(local.micro_at(epoch, row), epoch, row)
+            places = local.places(start, part["first"], part["micros"])
+            for number, (epoch, row) in enumerate(places, part["first"]):
+                place = number % local.micros_per_step * local.micro_size
+                yield to_arrow(local.micro_at(epoch, row, place), epoch, row)
 
     return ray.data.from_arrow(tables).map_batches(build, batch_format="pyarrow", batch_size=None)
 

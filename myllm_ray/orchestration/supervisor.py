@@ -9,6 +9,8 @@ common/types.py; `done` and `failed` have no `Exit`):
                  A stop before the first step saves nothing. The next attempt follows, except after a stop.
     rewind       A bad step (engine/stability.py). The next attempt resumes from the checkpoint before it.
     aborted      The run has ended without saving, on request of a callback. The supervisor returns.
+    amended      The run has saved a checkpoint at the step of an amendment (config/amendments.py), or because one was
+                 requested. The next attempt follows with the amended config.
     failed       A worker died, or hung and was ended. The failure counts against `scaling.max_failures`, except when
                  Ray preempts the workers or cannot start them in time. The next attempt follows while the limit is not
                  exceeded. An error that the user must fix is raised at once.
@@ -38,8 +40,10 @@ from myllm_ray.common.distributed import backend
 from myllm_ray.common.files import JSONLines, read_jsonl
 from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import Position
+from myllm_ray.config.amendments import effective
 from myllm_ray.config.errors import TrainingError, UserError
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.engine.amendments import take_requests
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.environment import attempt_start
@@ -51,6 +55,7 @@ from myllm_ray.orchestration.controller import END, EndOnRequest
 from myllm_ray.orchestration.failures import Failure, explain
 from myllm_ray.orchestration.loops import LAUNCHED, train_loop
 from myllm_ray.orchestration.ray_data import build_dataset, execution_options
+from myllm_ray.preparation import of_segment
 
 if TYPE_CHECKING:
     from myllm_ray.data.prepare import PreparedData
@@ -78,6 +83,8 @@ class Supervisor:
 
     def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], startup: Startup):
         self.config, self.prepared, self.callbacks, self.startup = config, prepared, callbacks, startup
+        self.now = config
+        """The config of the present segment of the run: with the amendments until now applied."""
         self.folder = folder_of(config)
         self.failures = self.restarts = 0
         self.events = startup.events
@@ -117,16 +124,18 @@ class Supervisor:
         Returns:
             Its summary, or None if it failed and another attempt is allowed; and how it ended.
         """
-        workers = self._wait_for_resources()
+        self.config = take_requests(self.config)
         start = resume_point(self.config)
         step = int(read_manifest(start)["step"]) if start else 0
+        self.now = effective(self.config, step)
+        workers = self._wait_for_resources()
         if workers == 0:  # a stop was requested before any worker started: nothing to save
             return self._stopped(start), ""
         # Heartbeats and requests of the previous group must not be taken for those of the next one.
         clear(self.folder)
         self.startup.phase(f"starting {workers} worker{'s' * (workers > 1)}")
         log.info("starting %d worker%s%s", workers, "s" * (workers > 1), f", from step {step}" if step else "")
-        group = _Group(self.config, self.prepared, self.callbacks, workers, start)
+        group = _Group(self.config, self.now, of_segment(self.prepared, self.now), self.callbacks, workers, start)
         try:
             straggler = self._watch(group, workers)
         except BaseException:  # also a second Ctrl-C: the workers must not outlive the driver
@@ -192,7 +201,7 @@ class Supervisor:
     def _wait_for_resources(self) -> int:
         """Waits until the run fits into the cluster. Returns the number of workers, or 0 if a stop was requested."""
         said = -_SAY_SECONDS
-        while asked(self.folder) is not None or (workers := workers_that_fit(self.config)) == 0:
+        while asked(self.folder) is not None or (workers := workers_that_fit(self.now)) == 0:
             if asked(self.folder) is not None:
                 return 0
             if time.monotonic() - said >= _SAY_SECONDS:
@@ -200,7 +209,7 @@ class Supervisor:
                 self.startup.phase("waiting for resources")
                 log.info(
                     "waiting for resources: %d workers of %s",
-                    self.config.worker_counts()[0],
+                    self.now.worker_counts()[0],
                     worker_resources(self.config.scaling),
                 )
             time.sleep(_LOOK_SECONDS)
@@ -215,7 +224,7 @@ class Supervisor:
         Returns:
             The worker that hung, or None.
         """
-        watch, hung = HangDetector(self.folder, self.config.stability.hang_seconds), None
+        watch, hung = HangDetector(self.folder, self.now.stability.hang_seconds), None
         change: tuple[str | None, float] = (None, time.monotonic())
         leaves, ended, begun = False, 0.0, False
         while group.is_running(_LOOK_SECONDS):
@@ -261,9 +270,10 @@ class Supervisor:
         leaving = draining_nodes().intersection(nodes)
         if leaving:
             return f"node {min(leaving)[:8]} is about to leave"
-        if self.config.scaling.least < self.config.scaling.most and (
-            fit := workers_that_fit(self.config, nodes)
-        ) not in (0, workers):
+        if self.config.scaling.least < self.config.scaling.most and (fit := workers_that_fit(self.now, nodes)) not in (
+            0,
+            workers,
+        ):
             return f"{fit} workers fit instead of {workers}"
         return None
 
@@ -273,6 +283,14 @@ class _Group:
 
     The main thread stays free to watch the workers and to handle Ctrl-C.
 
+    Args:
+        config: the run's config, which the workers receive.
+        now: the config of the present segment.
+        prepared: the run's data, with the batch sizes of the segment.
+        callbacks: see `Supervisor`.
+        workers: number of workers.
+        start: checkpoint to resume from, or None.
+
     Attributes:
         summary: the summary of the run when `fit` has succeeded, else empty.
         failure: the error of `fit`, or None.
@@ -281,6 +299,7 @@ class _Group:
     def __init__(
         self,
         config: TrainerConfig,
+        now: TrainerConfig,
         prepared: PreparedData,
         callbacks: Sequence[Callback],
         workers: int,
@@ -291,7 +310,7 @@ class _Group:
         """Whether `kill` was called for the whole group."""
         self.failure: Failure | None = None
         self._folder = folder_of(config)
-        self._trainer = _trainer(config, prepared, callbacks, workers, start)
+        self._trainer = _trainer(config, now, prepared, callbacks, workers, start)
         self._thread = threading.Thread(target=self._fit, name="myllm-ray-fit", daemon=True)
         self._thread.start()
 
@@ -335,7 +354,12 @@ class _Group:
 
 
 def _trainer(
-    config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], workers: int, start: Path | None
+    config: TrainerConfig,
+    now: TrainerConfig,
+    prepared: PreparedData,
+    callbacks: Sequence[Callback],
+    workers: int,
+    start: Path | None,
 ) -> TorchTrainer:
     scaling = config.scaling
 
@@ -343,7 +367,7 @@ def _trainer(
         """Returns the data from the checkpoint to the end of the run."""
         manifest: dict[str, Any] = read_manifest(start) if start else {"step": 0, "position": {"epoch": 0, "row": 0}}
         per_batch = config.steps_per_batch
-        total = config.run.total_steps(per_batch, prepared.train.steps_in_epoch)
+        total = now.run.total_steps(per_batch, prepared.train.steps_in_epoch)
         return build_dataset(
             prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]) // per_batch
         )

@@ -25,6 +25,7 @@ ON_EVERY_RANK = sorted(
 )
 """Files whose code runs in a worker, on every rank."""
 OUTSIDE = {
+    "amendments.py",
     "heartbeat.py",
     "hang_detector.py",
     "run_folder.py",

@@ -5,28 +5,14 @@ No batch is skipped or trained twice. (verl #7401: an epoch is skipped after a r
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import comparable, ledger
-from harness import EPOCH, STEPS, job_config
+from harness import EPOCH, STEPS, job_config, killed
 
 from myllm_ray import train
-
-
-def killed(config: dict[str, Any]) -> bool:
-    """Trains in a forked process, which inherits all imports; returns whether the process was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            train(config)
-        finally:
-            os._exit(1)  # it should have been killed
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from myllm_ray.config.amendments import applied, value_of
 from myllm_ray.engine.scheduler import SchedulerManager, multiplier
 
 _SECTIONS = ("optimizer", "scheduler", "gradient_clip", "accelerator.precision", "run.max_steps", "run.epochs")
@@ -22,12 +23,12 @@ def resume_notices(saved: Mapping[str, Any], config: Mapping[str, Any]) -> Itera
     """
     step, then = int(saved["step"]), saved["config"]
     keys = [*_SECTIONS, config["trainer"]]
-    changed = [change for key in keys for change in changes(key, _get(then, key), _get(config, key))]
+    changed = [change for key in keys for change in changes(key, value_of(then, key), value_of(config, key))]
     if not changed:
         return
     yield f"resuming after step {step} with changed settings: {'; '.join(changed)}"
     # A jump that the earlier schedule had planned, such as a decay in steps, is not reported.
-    before, planned, after = _rate(then, step - 1), _rate(then, step), _rate(config, step)
+    before, planned, after = rate(then, step - 1), rate(then, step), rate(config, step)
     if before is None or planned is None or after is None or abs(after - planned) <= 0.01 * planned:
         return
     if not (1 / _JUMP <= after / max(before, 1e-300) <= _JUMP):
@@ -43,16 +44,10 @@ def changes(key: str, then: Any, now: Any) -> Iterator[str]:
         yield f"{key} was {then!r}, now it is {now!r}"
 
 
-def _get(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
-
-
-def _rate(config: Mapping[str, Any], step: int) -> float | None:
+def rate(config: Mapping[str, Any], step: int) -> float | None:
     """Returns the learning rate of a step (counted from 0), or None if the config gives no number of steps."""
-    total = _get(config, "run.max_steps")
+    config = applied(config, step)
+    total = value_of(config, "run.max_steps")
     if step < 0 or total is None:
         return None
-    return float(_get(config, "optimizer.lr") * multiplier(step, total, SchedulerManager(config=config).section))
+    return float(value_of(config, "optimizer.lr") * multiplier(step, total, SchedulerManager(config=config).section))

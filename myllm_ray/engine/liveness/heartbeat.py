@@ -9,6 +9,7 @@ Requests, in the same folder. Except for the stacks, the content is the reason:
 
     stop               save a checkpoint and end the run (a signal, `myllm-ray stop`)
     preempt            save a checkpoint and end; the run is resumed at once, for example with another number of workers
+    amend-<id>         end this segment of the run and resume with an amended config (engine/amendments.py)
     abort              end a trial of a sweep without saving (orchestration/sweeps/trial_channel.py)
     stacks-<id>        every rank writes the stacks of its threads to <run>/stacks/<id>/rank-00001.txt
 
@@ -36,6 +37,8 @@ from myllm_ray.common.progress import current
 PHASES = ("start", "data", "rollout", "forward", "backward", "optimizer", "evaluation", "checkpoint", "end")
 """The phases of a rank, in the order of a step."""
 DRIVER = "driver.json"
+AMEND, AMENDED = "amend-", "amended-"
+"""Begin of the names of a request to amend the run, and of its answer."""
 _SECONDS = 0.5
 # Parts of the paths of files whose functions call collectives.
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
@@ -51,7 +54,7 @@ def request(run: str | Path, name: str, text: str) -> None:
 
     Args:
         run: the run's folder.
-        name: `stop`, `preempt`, `abort` or `stacks-<id>`; see the module's docstring.
+        name: `stop`, `preempt`, `abort`, `amend-<id>` or `stacks-<id>`; see the module's docstring.
         text: the reason, for logs.
     """
     heartbeat_folder(run).mkdir(parents=True, exist_ok=True)
@@ -69,10 +72,11 @@ def asked(run: str | Path, name: str = "stop") -> str | None:
 def clear(run: str | Path) -> None:
     """Removes the heartbeats and requests of a worker group that has ended.
 
-    A request to stop the run is kept, because it also applies to the next worker group. The driver's heartbeat is kept.
+    A request to stop the run is kept, because it also applies to the next worker group, and so are requests to amend it
+    and their answers. The driver's heartbeat is kept.
     """
     for path in sorted(heartbeat_folder(run).glob("*")):
-        if path.name not in ("stop", DRIVER):
+        if path.name not in ("stop", DRIVER) and not path.name.startswith((AMEND, AMENDED)):
             path.unlink(missing_ok=True)  # another process may have removed it already
 
 
@@ -168,6 +172,8 @@ class Heartbeat:
         self._dumped: set[str] = set()
         self.preempt: str | None = None
         """The reason why the run must save and end, once another process has requested it."""
+        self.amend: str | None = None
+        """The reason why this segment of the run must end, once another process has requested an amendment."""
         self._path = heartbeat_folder(run) / f"rank-{rank:05d}.json" if run is not None else None
         self._thread: threading.Thread | None = None
         if run is not None:
@@ -241,6 +247,8 @@ class Heartbeat:
         for name in ("stop", "preempt"):
             if name in asked and self.preempt is None:
                 self.preempt = asked[name].read_text(encoding="utf-8") or "on request"
+        if any(name.startswith(AMEND) for name in asked):
+            self.amend = "myllm-ray amend"
         for path in asked.values():
             if path.name.startswith("stacks-") and path.name not in self._dumped:
                 self._dumped.add(path.name)
