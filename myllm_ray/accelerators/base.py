@@ -11,7 +11,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
@@ -28,6 +27,7 @@ from myllm_ray.accelerators.precision import (
     emulation_note,
     hold_in,
 )
+from myllm_ray.accelerators.process_group import init_group, keep_group
 from myllm_ray.accelerators.sharding import largest_shard, local_bytes
 from myllm_ray.common import distributed
 from myllm_ray.common.materialize import materialize
@@ -39,10 +39,6 @@ from myllm_ray.config.sections import AcceleratorSection, ScalingSection, Sectio
 from myllm_ray.config.validation import section_of, typed
 
 BuildOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-# The group of the last run in this process; see `Accelerator._keep_group`.
-_last_group: list[Any] = []
 
 
 class Schedule(Protocol):
@@ -164,7 +160,9 @@ class Accelerator(ABC):
             # "cuda" without an index, also inside libraries, then refers to the device of this worker.
             torch.cuda.set_device(self.device)
         if self.distributed and not distributed.is_distributed():
-            self._init_group()
+            scaling = section_of(self.config, "scaling", ScalingSection)
+            init_group(self.device.type, scaling.timeout_seconds)
+            self._owns_group = True
         self.loss_scale = LossScale(self.device, enabled=self.precision == "fp16", ranks=distributed.world_size())
         self._is_set_up = True
 
@@ -188,33 +186,14 @@ class Accelerator(ABC):
         # A worker may see fewer devices than its node has ranks, for example only its own one, at index 0.
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
-    def _init_group(self) -> None:
-        backend = distributed.backend(self.device.type)
-        timeout = timedelta(seconds=section_of(self.config, "scaling", ScalingSection).timeout_seconds)
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            # HashStore is in-process, so a group of one process needs no address and no port.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        self._owns_group = True
-
     def close(self) -> None:
         """Releases what `setup` created."""
         self._is_set_up = False
         # A group that Ray initialized is left to Ray.
         if self._owns_group and distributed.is_distributed():
-            self._keep_group()
+            keep_group()
             dist.destroy_process_group()
             self._owns_group = False
-
-    @staticmethod
-    def _keep_group() -> None:
-        """Keeps a reference to the default group, so that its destructor does not run before the next group is closed.
-
-        The destructor of a gloo group joins the group's threads while it holds the GIL. A thread that still has to
-        release the Python objects of its last operation waits for the GIL, so both deadlock (torch 2.13).
-        """
-        _last_group[:] = [dist.group.WORLD]
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
         """Places and wraps the model, builds the optimizer and the schedule, and returns the wrapped model.

@@ -24,6 +24,7 @@ from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedu
 from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config, frozen_config
 from myllm_ray.accelerators.memory import save_memory
 from myllm_ray.accelerators.precision import DTYPES, autocast_forward, hold_in
+from myllm_ray.accelerators.process_group import keep_group
 from myllm_ray.accelerators.zero_state import ZeroLossScale, ZeroState
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.extras import require
@@ -332,7 +333,7 @@ class DeepSpeedAccelerator(Accelerator):
         if hasattr(self, "engine"):
             self.engine.destroy()
         if self._owns_group and self.deepspeed.comm.is_initialized():
-            self._keep_group()
+            keep_group()
             # Also clears DeepSpeed's references to the group, which the next run in this process must not find.
             self.deepspeed.comm.destroy_process_group()
             self._owns_group = False

@@ -81,6 +81,7 @@ REFUSED = {
     "accelerator": "it is not a property of a step: change it in the config when the run resumes",
     "scaling": _ON_RESUME,
     "callbacks": _ON_RESUME,
+    "tracking": _ON_RESUME,
     "options": "the settings of a trainer define its loss: start a new run",
     "batch.find_micro_size": "it applies before the first step",
     "optimizer.name": _STATE,
