@@ -68,6 +68,16 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Restores the package's logger after each test: the command line, called in this process, adds a handler."""
+    logger = logging.getLogger("myllm_ray")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+
+
 @pytest.fixture
 def warned() -> Iterator[list[str]]:
     """Yields the list of messages that the package logs."""

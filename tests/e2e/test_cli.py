@@ -63,6 +63,7 @@ def test_train_resume_sample_export(
         "environment.json",
         "metrics.jsonl",
         "summary.json",
+        "events.jsonl",
         "ledger.jsonl",
         "attempts.jsonl",
         "checkpoints",
