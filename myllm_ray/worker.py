@@ -40,7 +40,7 @@ from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import (
     starting_weights,
 )
-from myllm_ray.engine.environment import record_attempt, write_attempt
+from myllm_ray.engine.environment import record_attempt
 from myllm_ray.engine.liveness.hang_detector import HangDetector
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
 from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
@@ -94,11 +94,10 @@ def run_local(
                 )
             except BaseException as error:
                 said = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                write_attempt(startup.folder, mask_text(f"failed: {said}{' '.join(str(error).split())[:300]}"))
+                startup.attempted(mask_text(f"failed: {said}{' '.join(str(error).split())[:300]}"))
                 raise
             exit = summary["exit"]
-            how = "done" if exit is None else f"{exit.kind}: {exit.reason}"
-            write_attempt(startup.folder, how, summary["step"])
+            startup.attempted("done" if exit is None else f"{exit.kind}: {exit.reason}", summary["step"])
             if exit is None or exit.kind not in ("rewind", "amended"):
                 return startup.ended(summary)
             if exit.kind == "rewind":

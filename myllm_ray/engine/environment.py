@@ -121,29 +121,27 @@ def attempt_start(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_attempt(folder: Path, end: str, to_step: int | None = None) -> None:
+def write_attempt(folder: Path, end: str, to_step: int | None = None) -> dict[str, Any]:
     """Appends the attempt of a run without Ray to `attempts.jsonl`; on Ray, the supervisor writes this file.
 
     Args:
         folder: the run's folder.
-        end: how the attempt ended: `done`, or `preempted`, `rewind`, `aborted` or `failed` with the reason.
+        end: how the attempt ended: `done`, or `preempted`, `rewind`, `amended`, `aborted` or `failed` with the reason.
         to_step: its last step; default: that of the ledger.
+
+    Returns:
+        The fields of the event `attempt`.
     """
     start = attempt_start(folder)
     first = int(start.get("from_step", 0))
-    last = max([first, *(row.get("step", 0) for row in read_jsonl(folder / "ledger.jsonl"))]) if to_step is None else 0
+    if to_step is None:
+        to_step = max([first, *(row.get("step", 0) for row in read_jsonl(folder / "ledger.jsonl"))])
+    row = {"workers": 1, "from_step": first, "to_step": to_step, "end": end}
+    environment = {key: value for key, value in start.items() if key == "environment"}
     file = JSONLines(folder / "attempts.jsonl", keep=lambda row: True)
-    file.write(
-        {
-            "workers": 1,
-            "from_step": first,
-            "to_step": last if to_step is None else to_step,
-            "end": end,
-            "time": time.time(),
-            **{key: value for key, value in start.items() if key == "environment"},
-        }
-    )
+    file.write({**row, "time": time.time(), **environment})
     file.close()
+    return row
 
 
 def _changed(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:

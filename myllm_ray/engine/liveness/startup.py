@@ -24,6 +24,7 @@ from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import Exit
 from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.engine.environment import write_attempt
 from myllm_ray.engine.liveness import heartbeat
 from myllm_ray.engine.reporting.events import EventLog, recorded_warnings
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of, refuse_two_at_once
@@ -145,6 +146,11 @@ class Startup:
                 "exit": Exit("preempted", str(reason)),
             }
         )
+
+    def attempted(self, end: str, step: int | None = None) -> None:
+        """Records the end of an attempt of a run without Ray; see `write_attempt`."""
+        row = write_attempt(self.folder, end, step)
+        self.events.emit("attempt", row["to_step"], **row)
 
     def ended(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Sets the summary of the run, for its last event, and returns it."""
