@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-slow test-promise test-chaos test-hostile test-gpu bench check docs schema models-supported golden clean
+.PHONY: quickstart test test-slow test-promise test-browser test-chaos test-hostile test-gpu bench check docs schema models-supported golden clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "myllm_ray needs Python 3.11 or later: make PYTHON=python3.11")'
@@ -25,7 +25,7 @@ quickstart: $(READY)  ## a small language model on Python's standard library, th
 # Two processes: most tests wait for processes of their own half of the time. How they share the tests: tests/conftest.py.
 TWO := -n 2 --no-loadscope-reorder
 
-test: $(READY)  ## the tests without a marker of pyproject.toml (slow, promise, chaos, hostile, bench, gpu)
+test: $(READY)  ## the tests without a marker of pyproject.toml (slow, promise, chaos, hostile, bench, gpu, browser)
 	$(BIN)/python -m pytest $(TWO)
 
 test-slow: $(READY)  ## all that is slow
@@ -36,6 +36,9 @@ test-promise: $(READY)  ## what guards the promise, on every backend and in Ray
 
 test-chaos test-hostile test-gpu: test-%: $(READY)  ## as the markers in pyproject.toml say
 	$(BIN)/python -m pytest -m $* --timeout 3600
+
+test-browser: $(READY)  ## the HTML pages in a headless Chromium (Debian: apt-get install chromium chromium-driver)
+	$(BIN)/python -m pytest -m browser
 
 bench: $(READY)
 	$(BIN)/python -m pytest -m bench --timeout 3600

@@ -10,6 +10,7 @@ from typing import Any
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common.determinism import check_determinism
+from myllm_ray.common.files import write_json
 from myllm_ray.common.progress import Task
 from myllm_ray.config.components import callback_config, callback_entries, tracker_configs
 from myllm_ray.config.errors import ConfigError
@@ -18,6 +19,7 @@ from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.data.examples import PROMPTS, TOKENS
 from myllm_ray.data.inspect import end_warnings
 from myllm_ray.data.prepare import MapUnits, PreparedData, prepare
+from myllm_ray.data.summary import summarize
 from myllm_ray.data.targets import check_targets, target_warnings
 from myllm_ray.data.tokenizer import (
     open_tokenizer,
@@ -34,7 +36,7 @@ from myllm_ray.engine.checkpointing.starting_weights import (
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.reporting.jsonl import JSONLCallback
 from myllm_ray.engine.reporting.trackers.base import numbered
-from myllm_ray.engine.run_folder import claim
+from myllm_ray.engine.run_folder import claim, folder_of
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.model_checks import check_dependencies, check_frozen, check_routers, isolation_of
 from myllm_ray.models.load import build_skeleton
@@ -116,6 +118,7 @@ def prepare_run(
     if warn:
         warn_of_data(prepared)
     claim(config, prepared.identity, plan_of(config, prepared))
+    _write_data_summary(config, prepared)
     return prepared
 
 
@@ -132,6 +135,15 @@ def of_segment(prepared: PreparedData, config: TrainerConfig) -> PreparedData:
     size, micro = config.batch.global_size, config.batch.micro_size
     validation = prepared.validation and replace(prepared.validation, global_size=size, micro_size=micro)
     return replace(prepared, train=replace(prepared.train, global_size=size, micro_size=micro), validation=validation)
+
+
+def _write_data_summary(config: TrainerConfig, prepared: PreparedData) -> None:
+    """Writes `data_summary.json` for the report of the run. A failure is one warning: the run does not need it."""
+    path = folder_of(config) / "data_summary.json"
+    try:
+        write_json(path, summarize(prepared, open_tokenizer(prepared.tokenizer_folder)))
+    except Exception as error:
+        log.warning("%s was not written: %s: %s", path, type(error).__name__, error)
 
 
 def prepare_data(config: TrainerConfig, map_units: MapUnits = map) -> PreparedData:

@@ -30,7 +30,7 @@ from myllm_ray.config.trainers import TrainerSection, config_class
 
 
 def _default_callbacks() -> list[str | dict[str, dict[str, Any]]]:
-    return ["console", "jsonl"]
+    return ["console", "jsonl", "report"]
 
 
 class TrainerConfig(Section):

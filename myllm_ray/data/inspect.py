@@ -75,7 +75,7 @@ def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
         trained, total = count_targets(spec.plan).kept, placed
     return DataReport(
         sources=sources,
-        histogram=list(_histogram(lengths)),
+        histogram=list(histogram(lengths)),
         longer_than_row=longer,
         rows=rows,
         steps_per_epoch=spec.steps_in_epoch(0),
@@ -147,7 +147,7 @@ def _warnings(tokenizer: Any, ended: int, sampled: int) -> Iterator[str]:
         )
 
 
-def _histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
+def histogram(lengths: np.ndarray) -> Iterator[tuple[int, int, int]]:
     """Yields (from, to, count) of lengths, in bins that double in width."""
     low = 1
     while low <= int(lengths.max()):

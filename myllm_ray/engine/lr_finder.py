@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from myllm_ray.common.files import write_atomic
 from myllm_ray.common.types import RunState
 from myllm_ray.config.errors import TrainingError
 from myllm_ray.engine.callbacks import Callback
-from myllm_ray.engine.reporting.charts import COLOURS, Line, line_chart, page
+from myllm_ray.engine.reporting.page import Chart, Charts, Facts, Page, Section, number, render
 
 _SMOOTHING = 0.8
 _DIVERGED = 1.5
@@ -63,22 +63,26 @@ class RangeTest:
     def write_report(self, path: Path, title: str) -> None:
         """Writes an HTML page with the losses plotted against the learning rate."""
 
-        def points(values: Sequence[float]) -> list[tuple[float, float]]:
-            return [(r, v) for r, v in zip(self.rates, values, strict=True) if math.isfinite(v)]
+        def line(name: str, rates: Sequence[float], values: Sequence[float], **style: Any) -> dict[str, Any]:
+            return {"type": "scatter", "name": name, "x": list(rates), "y": list(values), **style}
 
-        chart = line_chart(
-            "Loss against learning rate",
+        at = self.smooth[self.rates.index(self.steepest)]
+        traces = [
+            line("loss", self.rates, self.losses, mode="lines", line={"color": "$c7", "width": 1}),
+            line("smoothed", self.rates, self.smooth, mode="lines", line={"color": "$c0", "width": 2}),
+            line("suggestion", [self.steepest], [at], mode="markers", marker={"color": "$c1", "size": 11}),
+        ]
+        layout = {"xaxis": {"title": "learning rate", "type": "log"}, "yaxis": {"title": "loss"}}
+        chart = Chart("Loss against learning rate", figure={"data": traces, "layout": layout}, wide=True)
+        facts = Facts(
             [
-                Line("loss", points(self.losses), "#d1d9e0"),
-                Line("smoothed", points(self.smooth)),
-                Line(
-                    "suggestion", [(self.steepest, self.smooth[self.rates.index(self.steepest)])], COLOURS[1], dots=True
-                ),
-            ],
-            "learning rate",
-            log_x=True,
+                ("suggested optimizer.lr", f"{self.steepest:.2g}", "steepest fall of the smoothed loss"),
+                ("lowest loss at", f"{self.lowest:.2g}", number(min(self.smooth))),
+                ("steps", f"{len(self.rates):,}", ""),
+            ]
         )
-        write_atomic(path, page(title, f"<p>{html.escape(self.summary())}</p>{chart}"))
+        section = Section("Loss", [Charts("", [chart])])
+        write_atomic(path, render(Page(title, "Learning rate range test", facts, [section], subtitle=self.summary())))
 
 
 def analyse(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:

@@ -18,6 +18,7 @@ from typing import Any
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.engine.liveness.heartbeat import DRIVER, heartbeat_folder
+from myllm_ray.engine.reporting.attempts import end_status
 from myllm_ray.runs.folder import CLOCK, RunFolder, size_of, tail_rows, why_no_run
 
 STATUSES = ("active", "finished", "stopped", "preempted", "failed", "dead", "ended", "unreadable")
@@ -182,12 +183,7 @@ def status_of(run: RunFolder, beats: Mapping[Path, dict[str, Any] | None]) -> tu
     done = total is not None and step >= total
     if not run.attempts:
         return ("finished" if done else "ended" if total is None else "dead"), None
-    kind, _, reason = str(run.attempts[-1].get("end", "")).partition(": ")
-    if kind == "done":
-        return ("finished" if done or total is None else "stopped"), None if done else "by a callback"
-    if kind == "rewind":  # the next attempt was about to start
-        return "dead", reason
-    return {"preempted": "preempted", "aborted": "stopped", "failed": "failed"}.get(kind, "ended"), reason or None
+    return end_status(str(run.attempts[-1].get("end", "")), done or total is None)
 
 
 def best_of(run: RunFolder, metric: str | None = None) -> tuple[str | None, float | None, int | None]:

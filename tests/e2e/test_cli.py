@@ -70,8 +70,9 @@ def test_train_resume_sample_export(
         "model",
         "tokenizer",
         "report.html",
+        "data_summary.json",
     }
-    assert "<polyline" in (folder / "report.html").read_text()
+    assert '"metric":"validation_loss"' in (folder / "report.html").read_text()
 
     code, _, err = call(capsys, monkeypatch, "train", config)
     assert code == 2

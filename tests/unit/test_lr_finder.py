@@ -49,7 +49,7 @@ def test_the_command(
     said = capsys.readouterr().out
     assert "suggestion: optimizer.lr=" in said
     folder = tmp_path / "runs" / "run-lr-find"
-    assert "<svg" in (folder / "lr_find.html").read_text()
+    assert '"title":"Loss against learning rate"' in (folder / "lr_find.html").read_text()
     rows = read_jsonl(folder / "metrics.jsonl")
     assert rows[0]["learning_rate"] == pytest.approx(1e-6)
     assert len(rows) <= 40

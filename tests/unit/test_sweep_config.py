@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.load import validate
 from myllm_ray.config.sweep import SweepConfig, load_sweep, run_config, validate_sweep
 from myllm_ray.orchestration.sweeps.console import SweepConsole
-from myllm_ray.orchestration.sweeps.report import write_report
+from myllm_ray.orchestration.sweeps.report import rewrite_report, write_report
 from myllm_ray.orchestration.sweeps.results import SweepFolder, best_of, result_of
 from myllm_ray.orchestration.sweeps.schedule import explore, report_interval
 from myllm_ray.orchestration.sweeps.space import dimensions_from, draw, plan, trials_of
@@ -307,7 +309,12 @@ def test_a_sweep_folder_contains_its_results(tmp_path: Path) -> None:
     page = write_report(result, sweep).read_text()
     assert "<b>no</b>" not in page
     assert "&lt;b&gt;no" in page
-    assert page.count("<svg") == 4  # parallel coordinates, two keys, and the curves
+    drawn = json.loads(re.findall(r'id="page-data">(.*?)</script>', page)[0])
+    titles = ["All trials", "loss against optimizer.lr", "loss against scheduler.warmup_steps", "loss of all trials"]
+    assert [chart["title"] for chart in drawn["charts"]] == titles
+    assert len(drawn["charts"][0]["figure"]["data"]) == 4  # the failed trial has no score
+    assert [trace["name"] for trace in drawn["charts"][3]["traces"]] == ["trial 0001"]
+    assert rewrite_report(tmp_path / "s").read_text() == page
 
     again = SweepFolder(sweep.model_copy(update={"trials": 9}))
     again.claim(resume=True)

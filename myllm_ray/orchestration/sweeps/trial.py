@@ -93,7 +93,10 @@ def config_of(shared: Shared, number: int, values: dict[str, Any]) -> TrainerCon
 
     config = run_config(shared.sweep, values, name_of(number), shared.folder)
     names = [(entry, entry if isinstance(entry, str) else next(iter(entry))) for entry in config.callbacks]
-    kept = [entry for entry, name in names if not resolve("callbacks", name, "callbacks").on_driver]
+    # The page of the sweep shows its trials; `myllm-ray report` writes the page of one.
+    kept = [
+        entry for entry, name in names if name != "report" and not resolve("callbacks", name, "callbacks").on_driver
+    ]
     config.checkpoint.mirror = None  # <mirror>/<run.name> would be shared with other sweeps' trials
     config.callbacks = kept if "jsonl" in kept else [*kept, "jsonl"]
     group = shared.sweep.run.name
