@@ -19,8 +19,9 @@ _TOGETHER = (
     (("scheduler", "warmup_steps"), ("scheduler", "warmup_ratio")),
     (("model", "name"), ("model", "config"), ("model", "factory")),
     (("tokenizer",),),
+    (("run", "amendments"),),
 )
-"""Keys of which exactly one has a value, so they can only change together."""
+"""Keys that can only change together: exactly one of them has a value, or their parts belong to each other."""
 _NEUTRAL = (
     ("run", "name"),
     ("run", "storage"),

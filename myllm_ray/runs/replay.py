@@ -22,6 +22,7 @@ import yaml
 from myllm_ray.common.determinism import determinism
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.common.types import Batch, Micro, Position, RunState
+from myllm_ray.config.amendments import effective, segments
 from myllm_ray.config.errors import CheckpointError, ConfigError, DataError, TrainingError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
@@ -33,11 +34,11 @@ from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, step_of
 from myllm_ray.engine.loop import TrainerEngine
-from myllm_ray.engine.run_folder import resume_source
+from myllm_ray.engine.run_folder import folder_of, resume_source
 from myllm_ray.engine.stability import Stability
-from myllm_ray.preparation import absolute, prepare_data
+from myllm_ray.preparation import absolute, of_segment, prepare_data, prepare_run
 from myllm_ray.runs.decomposition import Decomposition, decompose
-from myllm_ray.worker import build_engine, set_up_accelerator
+from myllm_ray.worker import build_engine, run_worker, set_up_accelerator
 
 log = logging.getLogger(__name__)
 _SAME_LOSS = 1e-5
@@ -111,22 +112,29 @@ def replay(
         ConfigError: the folder is not that of a run, the run has no such step or row, or its steps can't be repeated.
         DataError: the data is not that of the run.
     """
-    config = _config_of(run, device, precision)
+    whole = _config_of(run, device, precision)
     recorded = {int(row["step"]): row for row in read_jsonl(run / "ledger.jsonl") if "step" in row}
     if step not in recorded:
         steps = f"1 to {max(recorded)}" if recorded else "none"
         raise ConfigError(f"--step {step}: {run} has no such step; the steps in its ledger.jsonl: {steps}")
+    config = _segment_of(whole, step)
     start = _start(run, config, step)
     _check_repeatable(config)
+    first = step_of(start) if start else 0
+    if step - first > 1:
+        where = f"from {start}" if start else "from the first step: no earlier checkpoint exists"
+        log.info("training steps %d to %d again, %s", first + 1, step - 1, where)
+    losses = _Losses(run)
     with determinism(config.run.determinism), tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare_data(config)
+        start = _reach_segment(whole, start, step, run, Path(scratch), losses)
+        prepared = of_segment(prepare_data(config), config)
         spec = prepared.train
-        position, _, fingerprint = rows_of_step(spec, step, config.steps_per_batch)
+        sizes = [(at, now.batch.global_size) for at, now in segments(whole)]
+        position, _, fingerprint = rows_of_step(spec, step, config.steps_per_batch, sizes)
         rows = range(position.row, position.row + spec.global_size)
         numbered = drop if spec.plan.store.kind != PROMPTS else ()  # answers are numbered within the step
         _check_rows(rows, step, numbered, f"{fingerprint:016x}", recorded[step]["tokens_hash"])
         stream = _FineStream(spec, position)
-        losses = _Losses(run)
         engine = build_engine(
             config,
             prepared,
@@ -137,10 +145,6 @@ def replay(
             callbacks=[losses],
         )
         engine.setup(resume=start)
-        first = engine.state.step
-        if step - first > 1:
-            where = f"from {start}" if start else "from the first step: no earlier checkpoint exists"
-            log.info("training steps %d to %d again, %s", first + 1, step - 1, where)
         try:
             engine.train()
         except TrainingError:
@@ -182,6 +186,47 @@ def _config_of(run: Path, device: str, precision: str | None) -> TrainerConfig:
     raw["checkpoint"] = {"resume": (raw.get("checkpoint") or {}).get("resume", "never"), "at_end": False}
     raw["callbacks"] = []
     return absolute(validate(raw, where=str(path)))
+
+
+def _segment_of(config: TrainerConfig, step: int) -> TrainerConfig:
+    """Returns the config of a step, as that of a run without amendments."""
+    now = effective(config, step - 1).model_copy(deep=True)
+    now.run.amendments = []
+    return now
+
+
+def _reach_segment(
+    config: TrainerConfig, start: Path | None, step: int, run: Path, scratch: Path, losses: Callback
+) -> Path | None:
+    """Trains to the last amendment before a step again, if the checkpoint is older.
+
+    Args:
+        config: the config of the whole run.
+        start: the checkpoint to begin with.
+        step: the step that is replayed.
+        run: the run's folder, which is only read.
+        scratch: a temporary folder, which gets the checkpoint of the amendment.
+        losses: observes the repeated steps.
+
+    Returns:
+        A checkpoint from which no amendment lies between it and the step, or None for the start of the run.
+    """
+    amended = max((amendment.at for amendment in config.run.amendments if amendment.at < step), default=0)
+    if amended == 0 or (start is not None and step_of(start) >= amended):
+        return start
+    config = config.model_copy(deep=True)
+    config.run.storage = str(scratch)
+    prepared = prepare_run(config, warn=False)
+    _copy_interventions(run, folder_of(config))
+    while start is None or step_of(start) < amended:
+        start = Path(run_worker(config, prepared, callbacks=[losses], start=start)["checkpoint"])
+    return start
+
+
+def _copy_interventions(run: Path, folder: Path) -> None:
+    """Makes a repeated run leave out the steps that the run left out. Its own interventions go into the copy."""
+    if (run / "interventions.jsonl").exists():
+        shutil.copy(run / "interventions.jsonl", folder)
 
 
 def _check_repeatable(config: TrainerConfig) -> None:
@@ -287,9 +332,7 @@ class _ReplayEngine(TrainerEngine):
         self._target, self._drop, self._gradients = target, frozenset(drop), gradients
         self.parts: Decomposition | None = None
         self.norm = math.nan
-        # The steps that the run left out are left out again. Interventions are recorded in the copy.
-        if (run / "interventions.jsonl").exists():
-            shutil.copy(run / "interventions.jsonl", scratch)
+        _copy_interventions(run, scratch)
         self.stability = Stability(self.settings.stability, str(scratch))
 
     def training_step(self, micros: list[Micro]) -> Any:

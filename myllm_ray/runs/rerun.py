@@ -61,7 +61,12 @@ def make_steps(job: dict[str, Any]) -> dict[str, Any]:
         distributed.barrier()
         if not distributed.is_main():
             prepared = prepare_data(config)
-        run_worker(config, prepared, callbacks=[Recorder()], start=Path(job["start"]) if job.get("start") else None)
+        start = job.get("start")
+        while True:
+            done = run_worker(config, prepared, callbacks=[Recorder()], start=Path(start) if start else None)
+            if done["exit"] is None or done["exit"].kind != "amended":
+                break
+            start = done["checkpoint"]  # of the step at which the amendment takes effect
         for row in read_jsonl(folder / "ledger.jsonl"):
             if row["step"] in rows:
                 rows[row["step"]]["tokens_hash"] = row["tokens_hash"]

@@ -69,6 +69,12 @@ def test_keys_without_effect(make_config: MakeConfig) -> None:
     assert [c.name for c in found.neutral] == ["logging.every_steps"]
 
 
+def test_amendment(make_config: MakeConfig) -> None:
+    found = explained(make_config, (), ("run.amendments=[{at: 2, set: {optimizer.lr: 1e-3}}]",))
+    assert cause(found).startswith("run.amendments [] → [")
+    assert "changes the loss of step 4 by" in found.conclusion
+
+
 @pytest.mark.slow
 def test_order_of_the_data(make_config: MakeConfig) -> None:
     found = explained(make_config, (), ("data.shuffle=none",))

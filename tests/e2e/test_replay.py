@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,24 @@ def test_wrong_inputs_are_one_line(poisoned: Any, tmp_path: Path) -> None:
     Path(poisoned.data.train.path).write_text(json.dumps([*rows, *rows]))
     with pytest.raises(DataError, match=r"its batch is not that of the run .*: the data has changed"):
         replay(run, 2)
+
+
+def test_a_step_after_an_amendment(make_config: MakeConfig) -> None:
+    """The step has the config and the batch of its segment; the step before the amendment has those before."""
+    amended = "run.amendments=[{at: 2, set: {optimizer.lr: 1e-3, batch.global_size: 12, batch.micro_size: 3}}]"
+    run = Path(
+        run_local(make_config("run.max_steps=4", "checkpoint.every_steps=1", "checkpoint.keep_last=9", amended))[
+            "folder"
+        ]
+    )
+    for step in (2, 3, 4):
+        before = content_of(run)
+        found = replay(run, step)
+        check(found, run)
+        assert (len(found.parts.rows), found.deviations) == (8 if step == 2 else 12, [])
+        assert content_of(run) == before
+    for number in (1, 2, 3, 4):
+        shutil.rmtree(run / "checkpoints" / f"step-{number:08d}")
+    found = replay(run, 4)  # both segments are trained again
+    check(found, run)
+    assert (found.start, len(found.parts.rows)) == (0, 12)
