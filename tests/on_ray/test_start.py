@@ -70,7 +70,7 @@ def test_a_users_bug_names_its_line(make_config: MakeConfig, capsys: pytest.Capt
     assert capsys.readouterr().out.splitlines().count("in step 1") == 1, "what rank 0 prints is shown"
     text = Path(str(caught.value).rpartition(": ")[2]).read_text()
     assert 'raise ValueError("mine")' in text
-    assert "engine.py" in text
+    assert "loop.py" in text
     bad = make_config(
         "run.name=format", "accelerator.name=ddp", "scaling.workers=2", "data.train.format=helpers:broken"
     )
