@@ -23,7 +23,7 @@ from myllm_ray.engine.amendments import recorded
 def test_an_active_run_on_ray(tmp_path: Path) -> None:
     """Two workers, amended by the command (batch size, learning rate and length), then one worker is killed."""
     with place(cpus=3) as where:
-        slow = "callbacks=[print, jsonl, {helpers:Slow: {seconds: 0.3}}]"
+        slow = "callbacks=[console, jsonl, {helpers:Slow: {seconds: 0.3}}]"
         raw = job_config(tmp_path, "ray", *BACKENDS["fsdp"], "run.max_steps=30", slow)
         job = Job(raw, where.address).start()
         job.until(lambda: job.steps() >= 2)

@@ -164,6 +164,6 @@ def test_the_process_group_under_ray(
     found: dict[str, Any] = {}
     monkeypatch.setattr(supervisor, "TorchTrainer", lambda *_, **named: found.update(named))
     config = make_config(f"scaling.gpus_per_worker={gpus}", "scaling.workers=1", "accelerator.name=ddp")
-    supervisor._trainer(config, cast(Any, None), [], 1, None)
+    supervisor._trainer(config, config, cast(Any, None), [], 1, None)
     assert (found["torch_config"].backend, found["torch_config"].timeout_s) == (backend, 7200)
     assert found["scaling_config"].use_gpu is bool(gpus)

@@ -53,7 +53,7 @@ def test_the_events_of_a_run_and_of_its_resumed_part(make_config: MakeConfig) ->
     assert found[:2] == ["start", "phase"]
     assert found[-1] == "end"
     kept = [event for event in found if event not in ("start", "phase", "end")]
-    assert kept == ["train_start", "warning", "checkpoint", "evaluation", "checkpoint", "epoch"]
+    assert kept == ["train_start", "warning", "checkpoint", "evaluation", "checkpoint", "epoch", "attempt"]
     phases = [row["phase"] for row in rows if row["event"] == "phase"]
     assert phases == ["starting", "preparing data", "building the model", "training"]
     assert len({row["run"] for row in rows}) == 1

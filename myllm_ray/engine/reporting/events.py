@@ -48,7 +48,7 @@ EVENTS = {
     "rank_failed": "A worker died or raised an error: `reason`, `counted` (whether it counts against "
     "`scaling.max_failures`), `failures` (the number so far).",
     "rank_hung": "A worker made no progress and was ended: `failed_rank`, `phase`, `seconds`, `stacks`, `reason`.",
-    "attempt": "A worker group has ended: the fields of `attempts.jsonl`.",
+    "attempt": "An attempt, or a worker group on Ray, has ended: the fields of `attempts.jsonl`.",
     "restart": "New workers follow an attempt that has ended: `reason`, `restarts` (the number so far).",
     "end": "The run has ended: `status` (`done`, `preempted`, `aborted`, `failed`), `reason`, `checkpoint`.",
 }
