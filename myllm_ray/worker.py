@@ -20,10 +20,10 @@ from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common import distributed
 from myllm_ray.common.allocator import keep_large_blocks
 from myllm_ray.common.determinism import determinism
-from myllm_ray.common.secrets import mask, mask_text
+from myllm_ray.common.secrets import mask
 from myllm_ray.common.types import BatchStream
 from myllm_ray.config.amendments import effective
-from myllm_ray.config.errors import ConfigError, UserError
+from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.trainers import takes_config
@@ -35,6 +35,7 @@ from myllm_ray.data.tokenizer import (
 )
 from myllm_ray.dependencies import Dependencies, Services, kind_of_model, model_section, trainer_class_of
 from myllm_ray.engine.amendments import described, take_requests, with_recorded
+from myllm_ray.engine.attempt import RecordedAttempt
 from myllm_ray.engine.callbacks import Callback, observing
 from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import (
@@ -74,36 +75,35 @@ def run_local(
     Returns:
         The summary of `run_worker`.
     """
-    config = with_recorded(absolute(config))
+    config = absolute(config)
     check_names(config)  # before the run's folder is created
     torch.set_num_threads(max(1, min(int(config.scaling.cpus_per_worker), os.cpu_count() or 1)))
     built = build_callbacks(config) if callbacks is None else list(callbacks)
     observers = [c for c in built if c.on_driver]
     with observing(observers), Startup(config) as startup:
         try:
+            config = with_recorded(config)  # no command can amend the run from here on
             prepared = prepare_run(config, phase=startup.phase)
             startup.training()
         except StoppedAtStart as reason:
             return startup.stopped(reason)
-        restarts = 1
+        restarts = 0
         while True:
             config = take_requests(config)
-            try:
+            with RecordedAttempt(startup.folder, startup.events) as attempt:
                 summary = run_worker(
                     config, prepared, callbacks=built, services=services(config, prepared) if services else None
                 )
-            except BaseException as error:
-                said = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                startup.attempted(mask_text(f"failed: {said}{' '.join(str(error).split())[:300]}"))
-                raise
+                attempt.ended(summary)
             exit = summary["exit"]
-            startup.attempted("done" if exit is None else f"{exit.kind}: {exit.reason}", summary["step"])
             if exit is None or exit.kind not in ("rewind", "amended"):
                 return startup.ended(summary)
             if exit.kind == "rewind":
                 log.warning("%s", exit.reason)
-            startup.events.emit("restart", summary["step"], reason=exit.reason, restarts=restarts)
-            restarts += 1
+                restarts += 1
+                startup.events.emit("restart", summary["step"], reason=exit.reason, restarts=restarts)
+            else:
+                startup.events.emit("amendment", summary["step"], reason=exit.reason)
             if callbacks is None:  # the observers show the whole run; the other callbacks start again
                 kept = iter(observers)
                 built = [next(kept) if c.on_driver else c for c in build_callbacks(config)]

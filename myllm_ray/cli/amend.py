@@ -45,7 +45,7 @@ def amend(
         return
     if not values:
         raise ConfigError("give at least one new value, such as optimizer.lr=1e-4, or --list")
-    if at != "now" and not at.isdigit():
+    if at != "now" and not (at.isascii() and at.isdecimal()):
         raise ConfigError(f"--at {at}: give a step or now")
     given: dict[str, Any] = {}
     for value in values:

@@ -100,18 +100,34 @@ def amended(config: TrainerConfig, step: int, at: At, values: Mapping[str, Any])
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:
-    """Returns the amendments in the record of a run; empty if there is no record."""
+    """Returns the amendments in the record of a run; empty if there is no record.
+
+    Raises:
+        ConfigError: the record can't be read.
+    """
+    path = folder / "config.yaml"
+    return list(_read_record(path)["run"].get("amendments") or []) if path.exists() else []
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Returns the content of a run's `config.yaml`.
+
+    Raises:
+        ConfigError: the file can't be read, or is not the config of a run.
+    """
     try:
-        raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        return list(raw["run"].get("amendments") or [])
-    except (OSError, KeyError, TypeError, yaml.YAMLError):
-        return []
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} can't be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(raw, dict) or not isinstance(raw.get("run"), dict):
+        raise ConfigError(f"{path} is not the config of a run: it has no section run")
+    return raw
 
 
 def record(folder: Path, config: TrainerConfig) -> None:
     """Replaces the amendments in the record of a run, atomically."""
     path = folder / "config.yaml"
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw = _read_record(path)
     raw["run"]["amendments"] = mask([a.model_dump(mode="json") for a in config.run.amendments])
     write_atomic(path, to_yaml(raw))
 
@@ -123,7 +139,7 @@ def with_recorded(config: TrainerConfig) -> TrainerConfig:
         ConfigError: the config has amendments, and one of the record is not among them.
     """
     check_amendments(config)  # also converts the values of a config that was made without `validate`
-    found = recorded(folder_of(config)) if config.checkpoint.resume == "auto" else []
+    found = _known(config) if config.checkpoint.resume == "auto" else []
     own = [a.model_dump(mode="json") for a in config.run.amendments]
     missing = [a for a in found if a not in mask(own)]
     if not missing:
@@ -140,6 +156,18 @@ def with_recorded(config: TrainerConfig) -> TrainerConfig:
     for amendment in found:
         log.warning("amendment of the run at step %d: %s (%s)", amendment["at"], json.dumps(amendment["set"]), path)
     return config
+
+
+def _known(config: TrainerConfig) -> list[dict[str, Any]]:
+    """Returns the amendments of the run that a config resumes: of its folder, else of its newest checkpoint.
+
+    A folder that was lost is made again from the remote checkpoint store (`checkpoint.mirror`).
+    """
+    folder = folder_of(config)
+    if (folder / "config.yaml").exists():
+        return recorded(folder)
+    start = resume_point(config)
+    return list(read_manifest(start)["config"]["run"].get("amendments") or []) if start else []
 
 
 def take_requests(config: TrainerConfig) -> TrainerConfig:
@@ -200,7 +228,7 @@ def opened(run: Path) -> TrainerConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{run} is not the folder of a run: it has no config.yaml")
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    raw = _read_record(path)
     raw["run"] |= {"storage": str(run.absolute().parent), "name": run.absolute().name}
     return validate(raw, where=str(path), components=False)  # their secrets are masked here
 

@@ -121,12 +121,13 @@ def attempt_start(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_attempt(folder: Path, end: str, to_step: int | None = None) -> dict[str, Any]:
-    """Appends the attempt of a run without Ray to `attempts.jsonl`; on Ray, the supervisor writes this file.
+def write_attempt(folder: Path, end: str, workers: int = 1, to_step: int | None = None) -> dict[str, Any]:
+    """Appends an attempt to `attempts.jsonl`. The supervisor, if there is one, writes this file itself.
 
     Args:
         folder: the run's folder.
         end: how the attempt ended: `done`, or `preempted`, `rewind`, `amended`, `aborted` or `failed` with the reason.
+        workers: number of workers.
         to_step: its last step; default: that of the ledger.
 
     Returns:
@@ -136,7 +137,7 @@ def write_attempt(folder: Path, end: str, to_step: int | None = None) -> dict[st
     first = int(start.get("from_step", 0))
     if to_step is None:
         to_step = max([first, *(row.get("step", 0) for row in read_jsonl(folder / "ledger.jsonl"))])
-    row = {"workers": 1, "from_step": first, "to_step": to_step, "end": end}
+    row = {"workers": workers, "from_step": first, "to_step": to_step, "end": end}
     environment = {key: value for key, value in start.items() if key == "environment"}
     file = JSONLines(folder / "attempts.jsonl", keep=lambda row: True)
     file.write({**row, "time": time.time(), **environment})

@@ -105,12 +105,13 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     from myllm_ray.orchestration.supervisor import Supervisor
     from myllm_ray.preparation import absolute, build_callbacks, check_names, prepare_run
 
-    config = with_recorded(absolute(config))
+    config = absolute(config)
     check_names(config)
     shown = [c for c in build_callbacks(config) if c.on_driver]
     with observing(shown), Startup(config) as startup:
         started = False
         try:
+            config = with_recorded(config)  # no command can amend the run from here on
             startup.phase("connecting to Ray")
             log.info("connecting to Ray")
             started = session.connect(config, verbose)

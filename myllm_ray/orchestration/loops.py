@@ -11,7 +11,8 @@ start, and imports at module level would take CPU time from them for seconds.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from myllm_ray.config.schema import TrainerConfig
 
 if TYPE_CHECKING:
     from myllm_ray.data.prepare import PreparedData
+    from myllm_ray.engine.attempt import RecordedAttempt
 
 LAUNCHED = "myllm_ray.launched"
 """Key of the objects that `train(config)` adds to the config of the loop.
@@ -55,6 +57,7 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     from myllm_ray.common import distributed
     from myllm_ray.engine.amendments import take_requests
     from myllm_ray.engine.reporting.events import listening
+    from myllm_ray.engine.run_folder import folder_of
     from myllm_ray.orchestration.actor_pools import services
     from myllm_ray.orchestration.driver_events import ForwardCallback
     from myllm_ray.orchestration.output import forwarded_output
@@ -77,7 +80,11 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         callbacks = [*build_callbacks(parsed), RayMetrics(parsed), RayTrainReport(parsed.checkpoint.async_)]
         while True:
             parsed = distributed.from_main(take_requests(parsed) if distributed.is_main() else None)
-            summary = run_worker(parsed, prepared, callbacks=callbacks, services=services(parsed, prepared))
+            with ExitStack() as stack:
+                attempt = stack.enter_context(_attempt(folder_of(parsed))) if distributed.is_main() else None
+                summary = run_worker(parsed, prepared, callbacks=callbacks, services=services(parsed, prepared))
+                if attempt is not None:
+                    attempt.ended(summary)
             if summary["exit"] is None or summary["exit"].kind != "amended":
                 return summary
     forward = next((c for c in launched["callbacks"] if isinstance(c, ForwardCallback)), None)
@@ -85,6 +92,22 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
         return _launched(parsed, launched)
     with forwarded_output(forward.output()), listening(forward.record):
         return _launched(parsed, launched)
+
+
+@contextmanager
+def _attempt(folder: Path) -> Iterator[RecordedAttempt]:
+    """Records an attempt in a TorchTrainer of the user, on rank 0."""
+    from myllm_ray.common import distributed
+    from myllm_ray.engine.attempt import RecordedAttempt
+    from myllm_ray.engine.reporting.events import EventLog
+
+    events = EventLog(folder, distributed.rank())
+    events.open()
+    try:
+        with RecordedAttempt(folder, events) as attempt:
+            yield attempt
+    finally:
+        events.close()
 
 
 def _launched(config: TrainerConfig, launched: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def find_lr(
     raw["evaluation"] |= {"every_steps": None, "max_batches": 1}  # the held-out share stays held out
     raw["logging"] |= {"every_steps": 1}
     raw["callbacks"] = ["jsonl", "console", "myllm_ray.engine.lr_finder:StopWhenDiverged"]
+    raw["tracking"] = []
     short = validate(raw, where="lr-find")
     try:
         train(short, verbose=verbose)

@@ -39,7 +39,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from myllm_ray.common.distributed import backend
 from myllm_ray.common.files import JSONLines, read_jsonl
 from myllm_ray.common.signals import stop_on_signals
-from myllm_ray.common.types import Position
+from myllm_ray.common.types import Exit, Position
 from myllm_ray.config.amendments import effective
 from myllm_ray.config.errors import TrainingError, UserError
 from myllm_ray.config.schema import TrainerConfig
@@ -104,10 +104,14 @@ class Supervisor:
                 while True:
                     # A preempted attempt is followed by another one only without a request to stop the whole run.
                     summary, why = self._attempt()
-                    if summary is not None and (
-                        (exit := summary["exit"]) is None or exit.kind == "aborted" or asked(self.folder) is not None
-                    ):
+                    kind = summary["exit"].kind if summary and summary["exit"] else None
+                    if summary and (kind in (None, "aborted") or asked(self.folder) is not None):
+                        if kind == "amended":  # a stop was requested at the same step
+                            summary["exit"] = Exit("preempted", why)
                         return self.startup.ended(summary)
+                    if summary and kind == "amended":
+                        self.events.emit("amendment", summary["step"], reason=why)
+                        continue
                     self.restarts += 1
                     self.events.emit("restart", reason=why, restarts=self.restarts)
         finally:
@@ -270,10 +274,8 @@ class Supervisor:
         leaving = draining_nodes().intersection(nodes)
         if leaving:
             return f"node {min(leaving)[:8]} is about to leave"
-        if self.config.scaling.least < self.config.scaling.most and (fit := workers_that_fit(self.now, nodes)) not in (
-            0,
-            workers,
-        ):
+        scaling = self.config.scaling
+        if scaling.least < scaling.most and (fit := workers_that_fit(self.now, nodes)) not in (0, workers):
             return f"{fit} workers fit instead of {workers}"
         return None
 

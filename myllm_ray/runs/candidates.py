@@ -30,6 +30,7 @@ _NEUTRAL = (
     ("logging",),
     ("evaluation",),
     ("callbacks",),
+    ("tracking",),
     ("data", "cache"),
     ("stability", "hang_seconds"),
     ("scaling", "max_failures"),

@@ -96,6 +96,9 @@ class RunFolder:
     def total_steps(self) -> int | None:
         """The number of optimizer steps of the whole run; None if a run of an older version does not record it."""
         found = self.get("run.max_steps") or (self.environment.get("plan") or {}).get("steps")
+        for amendment in self.get("run.amendments", []):
+            if amendment["at"] <= self.last_step:
+                found = amendment["set"].get("run.max_steps", found)
         return int(found) if found else None
 
     @cached_property

@@ -19,6 +19,7 @@ from myllm_ray.common.files import read_jsonl
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.engine.liveness.heartbeat import DRIVER, heartbeat_folder
 from myllm_ray.engine.reporting.attempts import end_status
+from myllm_ray.engine.reporting.run_page import JUDGED_BY
 from myllm_ray.runs.folder import CLOCK, RunFolder, size_of, tail_rows, why_no_run
 
 STATUSES = ("active", "finished", "stopped", "preempted", "failed", "dead", "ended", "unreadable")
@@ -189,8 +190,8 @@ def status_of(run: RunFolder, beats: Mapping[Path, dict[str, Any] | None]) -> tu
 def best_of(run: RunFolder, metric: str | None = None) -> tuple[str | None, float | None, int | None]:
     """Returns a metric, its best value and the step of this value.
 
-    The metric is `metric`, else `checkpoint.keep_best`, else the validation loss, the reward or the loss. Rewards and
-    accuracies are best if high, other metrics if low. The values come from `summary.json` and, for later steps, from
+    The metric is `metric`, else `checkpoint.keep_best`, else the first of `JUDGED_BY`. Rewards and accuracies are best
+    if high, other metrics if low. The values come from `summary.json` and, for later steps, from
     the end of `metrics.jsonl`.
     """
     found: dict[str, dict[str, list[float]]] = {}
@@ -202,11 +203,11 @@ def best_of(run: RunFolder, metric: str | None = None) -> tuple[str | None, floa
         pass
     rows = [row for row in tail_rows(run.path / "metrics.jsonl") if int(row.get("step", 0)) > step]
     names = {*found, *(k for row in rows for k in row)} - {"step", "epoch", *CLOCK}
-    wanted = [metric] if metric else [run.get("checkpoint.keep_best"), "validation_loss", "reward", "loss"]
-    name = next((n for n in wanted if n in names), None)
+    keep_best = run.get("checkpoint.keep_best")
+    name = next((n for n in ([metric] if metric else [keep_best, *JUDGED_BY]) if n in names), None)
     if name is None:
         return metric, None, None
-    high = is_higher_better(name)
+    high = is_higher_better(name) and name != keep_best  # keep_best keeps the lowest value
     values = [(float(row[name]), int(row["step"])) for row in rows if isinstance(row.get(name), (int, float))]
     if name in found:
         value, at = found[name]["max" if high else "min"]

@@ -58,20 +58,14 @@ def plan_removal(path: Path, checkpoints_only: bool = False, keep_last: int = 0)
     resolved = path.resolve()
     if Path.cwd().is_relative_to(resolved):
         raise ConfigError(f"{path} contains the working directory: change to another folder first")
-    runs = sorted(p for p in (path / "trials").iterdir()) if is_sweep and (path / "trials").is_dir() else [path]
-    for run in runs:
-        beat = find_activity(run)
-        if beat is not None:
-            raise ConfigError(
-                f"{run}: a run is active there (pid {beat.get('pid')}); stop it first: myllm-ray stop {run}"
-            )
+    _refuse_active(path)
     if is_sweep:
         return Removal(path, [path], size_of(path))
     opened = RunFolder(path)
     paths, names = [path], None
     if checkpoints_only:
         everything = opened.checkpoints()
-        kept = {c.path for c in everything[len(everything) - keep_last :]} if keep_last else set()
+        kept = {c.path for c in everything[-keep_last:]} if keep_last else set()
         if keep_last and (best := opened.best_checkpoint()) is not None:
             kept.add(best)
         paths = [c.path for c in everything if c.path not in kept]
@@ -82,6 +76,17 @@ def plan_removal(path: Path, checkpoints_only: bool = False, keep_last: int = 0)
     except CheckpointError as error:
         removal.remote_problem = str(error)
     return removal
+
+
+def _refuse_active(path: Path) -> None:
+    """Raises ConfigError if a run is active in a folder, or a trial in that of a sweep."""
+    trials = path / "trials"
+    for run in [path, *(sorted(trials.iterdir()) if trials.is_dir() else [])]:
+        beat = find_activity(run)
+        if beat is not None:
+            raise ConfigError(
+                f"{run}: a run is active there (pid {beat.get('pid')}); stop it first: myllm-ray stop {run}"
+            )
 
 
 def remove(removal: Removal, remote: bool = False) -> list[str]:
@@ -95,9 +100,10 @@ def remove(removal: Removal, remote: bool = False) -> list[str]:
         The names of the removed copies in the store.
 
     Raises:
-        ConfigError: a folder can't be renamed or removed.
+        ConfigError: a run has become active, or a folder can't be renamed or removed.
         CheckpointError: a copy in the remote store can't be removed. Nothing local has been removed then.
     """
+    _refuse_active(removal.run)  # it may have started since the removal was planned
     removed = []
     if remote and removal.remote and removal.remote_url:
         from myllm_ray.engine.checkpointing.remote_store import RemoteCheckpointStore

@@ -184,7 +184,7 @@ def _config_of(run: Path, device: str, precision: str | None) -> TrainerConfig:
     }
     raw["scaling"] = {}
     raw["checkpoint"] = {"resume": (raw.get("checkpoint") or {}).get("resume", "never"), "at_end": False}
-    raw["callbacks"] = []
+    raw["callbacks"] = raw["tracking"] = []
     return absolute(validate(raw, where=str(path)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from myllm_ray.common.files import why_not_writable, write_atomic
 from myllm_ray.config.errors import ConfigError
-from myllm_ray.engine.reporting.attempts import STYLES, marks_of, read_attempts, status_of
+from myllm_ray.engine.reporting.attempts import STYLES, marks_of, read_attempts, restarts_of, status_of
 from myllm_ray.engine.reporting.chart_groups import ORDER, group_of
 from myllm_ray.engine.reporting.config_values import differences
 from myllm_ray.engine.reporting.curves import Curves, encode, read_curves
@@ -88,7 +88,7 @@ def comparison(folders: Sequence[Path]) -> Page:
             "–" if best is None else f"{best[2]:,}",
             duration(wall_clock(attempts[place], run)),
             large(run.tokens[-1]) if run.tokens else "–",
-            f"{max(0, len(attempts[place]) - 1)}",
+            f"{restarts_of(attempts[place])}",
         ]
         status = status_of(folder, attempts[place], last)
         rows.append([Cell(name, "strong", place), *map(Cell, cells), Cell(status, STYLES.get(status, ""))])

@@ -175,7 +175,7 @@ def for_rerun(raw: Mapping[str, Any], alone: bool = True) -> dict[str, Any]:
     found: dict[str, Any] = copy.deepcopy(dict(raw))
     resume = (found.get("checkpoint") or {}).get("resume", "never")
     found["checkpoint"] = {"at_end": False, "resume": "never" if resume in ("auto", "never") else resume}
-    found["callbacks"] = []
+    found["callbacks"] = found["tracking"] = []
     found["evaluation"] = {"at_end": False}
     found["logging"] = {"every_steps": 1, "samples_every_steps": None}
     found["stability"] = {**(found.get("stability") or {}), "hang_seconds": None}

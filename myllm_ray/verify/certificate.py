@@ -241,7 +241,7 @@ def shrink(config: TrainerConfig, steps: int) -> tuple[TrainerConfig, str]:
     )
     small.evaluation = small.evaluation.model_copy(update={"every_steps": None, "at_start": False, "at_end": False})
     small.logging.every_steps = 1
-    small.callbacks = ["jsonl"]
+    small.callbacks, small.tracking = ["jsonl"], []
     small.scaling = small.scaling.model_copy(update={"workers": 0, "gpus_per_worker": 0.0})
     kind = "the factory's model as it is" if config.model.factory else "a model of 2 layers"
     return small, (

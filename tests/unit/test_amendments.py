@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,11 @@ from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sections import SchedulerSection
 from myllm_ray.config.trainers import builtin_config_classes
 from myllm_ray.config.validation import _section_in
-from myllm_ray.engine.amendments import amended, check_segments, described
+from myllm_ray.engine.amendments import amended, check_segments, described, opened, recorded, with_recorded
 from myllm_ray.engine.exits import exit_of
 from myllm_ray.engine.scheduler import multiplier
+from myllm_ray.preparation import absolute
+from myllm_ray.worker import run_local
 
 
 def keys_of(cls: type[BaseModel], above: str = "", down: int = 1) -> Iterator[str]:
@@ -219,3 +223,27 @@ def test_a_schedule_that_begins_later() -> None:
     section = SchedulerSection(name="wsd", warmup_steps=2, decay_ratio=0.5, start_step=10)
     whole = SchedulerSection(name="wsd", warmup_steps=2, decay_ratio=0.5)
     assert [multiplier(10 + s, 18, section) for s in range(8)] == [multiplier(s, 8, whole) for s in range(8)]
+
+
+def test_a_record_that_can_not_be_read(tmp_path: Path) -> None:
+    """One line, not a run without its amendments."""
+    for content in ("run: [", "a: 1\n", "run: 3\n"):
+        (tmp_path / "config.yaml").write_text(content)
+        for read in (recorded, opened):
+            with pytest.raises(ConfigError, match=r"config.yaml (can't be read|is not the config of a run)") as error:
+                read(tmp_path)
+            assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
+        opened(tmp_path / "none")
+    assert recorded(tmp_path / "none") == []
+
+
+def test_amendments_of_a_folder_that_was_lost(make_config: MakeConfig, tmp_path: Path) -> None:
+    """A run that resumes from the copies of its checkpoints has the amendments that they contain."""
+    mirror = f"checkpoint.mirror={tmp_path / 'mirror'}"
+    steps = ("checkpoint.every_steps=1", "run.max_steps=3", mirror)
+    amended = "run.amendments=[{at: 5, set: {optimizer.lr: 1e-3}}]"
+    folder = Path(run_local(make_config(*steps, amended))["folder"])
+    shutil.rmtree(folder)
+    found = with_recorded(absolute(make_config("checkpoint.every_steps=1", "checkpoint.resume=auto", mirror)))
+    assert [(a.at, a.set) for a in found.run.amendments] == [(5, {"optimizer.lr": 1e-3})]

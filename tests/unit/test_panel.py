@@ -201,7 +201,18 @@ def test_json_lines(make_config: MakeConfig, capsys: pytest.CaptureFixture[str],
     assert sys.stdout is stdout
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = [row["event"] for row in rows if row["event"] != "phase"]
-    assert found == ["start", "train_start", "output", "log", "output", "evaluation", "log", "checkpoint", "attempt", "end"]
+    assert found == [
+        "start",
+        "train_start",
+        "output",
+        "log",
+        "output",
+        "evaluation",
+        "log",
+        "checkpoint",
+        "attempt",
+        "end",
+    ]
     assert [row["text"] for row in rows if row["event"] == "output"] == ["user code at step 1", "user code at step 2"]
     log = next(row for row in rows if row["event"] == "log")
     assert log["metrics"]["loss"] > 0

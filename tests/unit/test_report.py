@@ -13,6 +13,7 @@ import yaml
 from conftest import MakeConfig
 from e2e.test_cli import call
 from report_pages import SOURCES, attempt, decoded, event, logged, page_data, points, write_run
+from run_folders import beating
 
 from myllm_ray import train
 from myllm_ray.common.types import RunState
@@ -22,7 +23,7 @@ from myllm_ray.data.inspect import describe
 from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.reporting import run_page
-from myllm_ray.engine.reporting.attempts import read_attempts, status_of
+from myllm_ray.engine.reporting.attempts import Attempt, read_attempts, restarts_of, status_of
 from myllm_ray.engine.reporting.chart_groups import charts_of
 from myllm_ray.engine.reporting.curves import encode, read_curves
 from myllm_ray.engine.reporting.page import as_script, duration, large, number
@@ -242,6 +243,28 @@ def test_attempts_of_a_run(tmp_path: Path) -> None:
     rows = [{"workers": 2, "from_step": 0, "to_step": 9, "end": "done", "time": 251.0}]
     old = write_run(tmp_path / "old", [], attempts=rows)  # a run of an earlier version
     assert [a.how for a in read_attempts(old)] == ["done"]
+
+
+def test_a_page_of_a_process_that_records_no_end(tmp_path: Path) -> None:
+    """A TorchTrainer of the user: rank 0 writes the page while its heartbeat is active."""
+    write_run(tmp_path, logged(9, rl=False), events=[event("train_start", 100.0, 0, total_steps=9)])
+    with beating(tmp_path):
+        ReportCallback().on_train_end(RunState(step=9, total_steps=9, folder=str(tmp_path)))
+        assert '<span class="status good">finished</span>' in (tmp_path / "report.html").read_text()
+        ReportCallback().on_exception(RunState(step=9, total_steps=9, folder=str(tmp_path)), ValueError("mine"))
+        assert "failed: ValueError: mine" in (tmp_path / "report.html").read_text()
+
+
+def test_an_amendment_is_no_restart() -> None:
+    ends = ["amended: at 2", "failed: x", "amended: at 5", "done"]
+    assert restarts_of([Attempt(0, None, how=how) for how in ends]) == 1
+
+
+def test_a_damaged_file_leaves_out_its_section(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, logged(3, rl=False), data_summary={"documents": 1}, config="run: null\nmodel: null\n")
+    text = write_run_page(folder).read_text()
+    assert "A file of the run is damaged: KeyError" in text
+    assert "Curves" in text
 
 
 def test_a_page_that_fails_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]) -> None:

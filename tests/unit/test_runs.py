@@ -18,7 +18,7 @@ from myllm_ray.config import ConfigError
 from myllm_ray.engine.environment import source_hash
 from myllm_ray.engine.liveness import heartbeat
 from myllm_ray.runs.folder import RunFolder, size_of, tail_rows
-from myllm_ray.runs.listing import Activity, list_runs, select
+from myllm_ray.runs.listing import Activity, best_of, list_runs, select
 from myllm_ray.runs.overview import differing, overview
 from myllm_ray.worker import run_local
 
@@ -68,6 +68,26 @@ def test_the_status_of_each_run(tmp_path: Path) -> None:
     assert (found["stopped"].step, found["stopped"].total_steps) == (2, 3)
     assert (found["finished"].metric, found["finished"].best, found["finished"].best_step) == ("loss", 3.0, 2)
     assert (found["finished"].backend, found["finished"].workers) == ("ddp", "2")
+
+
+def test_an_amended_length(tmp_path: Path) -> None:
+    """The number of steps and the status are those of the amended config."""
+    shorter = {"max_steps": 1000, "amendments": [{"at": 1, "set": {"run.max_steps": 3}}]}
+    assert RunFolder(write_run(tmp_path / "a", 3, run=shorter)).total_steps == 3
+    longer = {"max_steps": 3, "amendments": [{"at": 3, "set": {"run.max_steps": 9}}]}
+    write_run(tmp_path / "b", 5, end=None, run=longer)
+    found = {s.name: (s.status, s.total_steps) for s in list_runs(tmp_path)}
+    assert found == {"a": ("finished", 3), "b": ("dead", 9)}
+
+
+def test_the_best_value_is_that_of_keep_best(tmp_path: Path) -> None:
+    """`checkpoint.keep_best` keeps the lowest value of any metric."""
+    folder = write_run(tmp_path / "a", checkpoint={"keep_best": "reward"})
+    rows = [{"step": step, "reward": value} for step, value in ((1, 5.0), (2, 1.0), (3, 7.0))]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "summary.json").unlink()
+    assert best_of(RunFolder(folder)) == ("reward", 1.0, 2)
+    assert best_of(RunFolder(folder), "reward")[1] == 1.0
 
 
 def test_a_second_look_does_not_wait(tmp_path: Path) -> None:

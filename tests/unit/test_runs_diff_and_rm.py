@@ -120,6 +120,20 @@ def test_rm_of_checkpoints_states_what_happens_to_the_remote_copies(
     assert not list((mirror / "run").iterdir())
 
 
+def test_more_checkpoints_are_kept_than_exist(make_config: MakeConfig) -> None:
+    steps = ("run.max_steps=3", "checkpoint.every_steps=1", "checkpoint.keep_last=3")
+    folder = Path(run_local(make_config(*steps))["folder"])
+    for keep, removed in ((1, 2), (2, 1), (3, 0), (4, 0), (9, 0)):
+        assert len(plan_removal(folder, checkpoints_only=True, keep_last=keep).paths) == removed, keep
+
+
+def test_a_run_that_starts_after_the_question_is_not_removed(tmp_path: Path) -> None:
+    planned = plan_removal(write_run(tmp_path / "a"))
+    with beating(planned.run), pytest.raises(ConfigError, match="a run is active there"):
+        remove(planned)
+    assert (planned.run / "config.yaml").is_file()
+
+
 def test_a_removal_that_fails_leaves_no_half_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "r")
 

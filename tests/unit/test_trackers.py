@@ -21,6 +21,11 @@ from myllm_ray.engine.reporting.trackers.base import Point, Tracker, numbered
 from myllm_ray.engine.reporting.trackers.delivery import Delivery
 from myllm_ray.engine.reporting.trackers.process import read_state
 from myllm_ray.preparation import build_callbacks
+from myllm_ray.runs.candidates import config_candidates
+from myllm_ray.runs.replay import replay
+from myllm_ray.runs.reruns import for_rerun
+from myllm_ray.verify.certificate import shrink
+from myllm_ray.worker import run_local
 
 
 def write_rows(folder: Path, steps: range, resumed: int = 0, factor: float = 1.0) -> None:
@@ -235,3 +240,14 @@ def test_tensorboard_discards_steps_that_are_trained_again(tmp_path: Path) -> No
     assert [event.value for event in loss] == pytest.approx(expected)
     assert [event.wall_time for event in loss] == [1e9 + i for i in range(1, 11)]
     assert "trainer: sft" in reader.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_runs_made_by_the_program_have_no_tracker(make_config: MakeConfig, tmp_path: Path) -> None:
+    """They would appear beside the user's runs."""
+    config = make_config("tracking=[tensorboard]", "run.max_steps=2")
+    assert shrink(config, 2)[0].tracking == []
+    assert for_rerun(config.model_dump(mode="json"))["tracking"] == []
+    run_local(config)
+    assert replay(Path(config.run.storage) / config.run.name, 2).deviations == []
+    candidates, neutral = config_candidates({"tracking": []}, {"tracking": ["wandb"]})
+    assert (candidates, len(neutral)) == ([], 1)

@@ -24,7 +24,6 @@ from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import Exit
 from myllm_ray.config.errors import ConfigError, UserError
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.engine.environment import write_attempt
 from myllm_ray.engine.liveness import heartbeat
 from myllm_ray.engine.reporting.events import EventLog, recorded_warnings
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of, refuse_two_at_once
@@ -95,9 +94,10 @@ class Startup:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         # Before the handlers are restored: with the default handler, a signal from the thread would end the process.
         self._listens_no_more()
+        # With the heartbeat: a listener may write to the run's folder for some time.
+        self.events.emit("end", **self._end_of(error))
         self._end.set()
         self._thread.join(5)
-        self.events.emit("end", **self._end_of(error))
         self._stack.close()
         self.events.close()
         heartbeat.remove(self.folder)
@@ -146,11 +146,6 @@ class Startup:
                 "exit": Exit("preempted", str(reason)),
             }
         )
-
-    def attempted(self, end: str, step: int | None = None) -> None:
-        """Records the end of an attempt of a run without Ray; see `write_attempt`."""
-        row = write_attempt(self.folder, end, step)
-        self.events.emit("attempt", row["to_step"], **row)
 
     def ended(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Sets the summary of the run, for its last event, and returns it."""

@@ -32,13 +32,18 @@ class Attempt:
         return None if self.started is None or self.ended is None else max(0.0, self.ended - self.started)
 
 
-def read_attempts(folder: Path) -> list[Attempt]:
-    """Returns the attempts of a run in the order of time, with their ends as far as they are known."""
+def read_attempts(folder: Path, end: str | None = None) -> list[Attempt]:
+    """Returns the attempts of a run in the order of time, with their ends as far as they are known.
+
+    Args:
+        folder: the run's folder.
+        end: how the last attempt ended, if it is not recorded yet.
+    """
     found: list[Attempt] = []
     for event in read_jsonl(folder / events.NAME):
         kind, open_one = event.get("event"), found[-1] if found and found[-1].how is None else None
         if kind == "train_start":
-            found.append(Attempt(event["step"], events.seconds_of(event), event.get("total_steps")))
+            found.append(Attempt(int(event["step"]), events.seconds_of(event), event.get("total_steps")))
         elif kind == "attempt":
             if open_one is None:  # it ended before training started
                 found.append(open_one := Attempt(event["from_step"], None))
@@ -47,6 +52,7 @@ def read_attempts(folder: Path) -> list[Attempt]:
             reason = f"{event['status']}: {event['reason']}" if event.get("reason") else event["status"]
             _end(open_one, event.get("step"), event, reason)
     if found:
+        found[-1].how = found[-1].how or end
         return found
     # A run of an older version.
     rows = list(read_jsonl(folder / "attempts.jsonl"))
@@ -92,6 +98,11 @@ def status_of(folder: Path, attempts: Sequence[Attempt], last_step: int) -> str:
         return "active"
     # A TorchTrainer of the user records no end.
     return "finished" if complete else "ended" if last is None else "dead"
+
+
+def restarts_of(attempts: Sequence[Attempt]) -> int:
+    """Returns the number of restarts. An amendment is none."""
+    return sum(not (attempt.how or "").startswith("amended") for attempt in attempts[:-1])
 
 
 def marks_of(folder: Path, attempts: Sequence[Attempt]) -> list[tuple[int, str]]:

@@ -50,6 +50,7 @@ EVENTS = {
     "rank_hung": "A worker made no progress and was ended: `failed_rank`, `phase`, `seconds`, `stacks`, `reason`.",
     "attempt": "An attempt, or a worker group on Ray, has ended: the fields of `attempts.jsonl`.",
     "restart": "New workers follow an attempt that has ended: `reason`, `restarts` (the number so far).",
+    "amendment": "New workers follow the segment before an amendment: `reason`. It is not a restart.",
     "end": "The run has ended: `status` (`done`, `preempted`, `aborted`, `failed`), `reason`, `checkpoint`.",
 }
 """The events of `events.jsonl`."""

@@ -104,6 +104,9 @@ class RunPanel:
     def _on_restart(self, event: Event) -> None:
         self.restarts, self.reason, self.beat = event["restarts"], str(event["reason"]), {}
 
+    def _on_amendment(self, event: Event) -> None:
+        self.beat = {}
+
     def _on_sample(self, event: Event) -> None:
         self.sample = event
 

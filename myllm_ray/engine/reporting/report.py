@@ -36,22 +36,30 @@ class ReportCallback(Callback):
             write_report(self._folder)
 
     def on_train_end(self, state: RunState) -> None:
-        self._write(state)
+        self._write(state, "done" if state.exit is None else f"{state.exit.kind}: {state.exit.reason}")
 
     def on_exception(self, state: RunState, error: BaseException) -> None:
-        self._write(state)
+        self._write(state, f"failed: {type(error).__name__}: {error}")
 
-    def _write(self, state: RunState) -> None:
+    def _write(self, state: RunState, end: str) -> None:
         if state.folder and self._folder is None:
-            write_report(Path(state.folder))
+            write_report(Path(state.folder), end)
 
 
-def write_report(folder: Path) -> Path | None:
-    """Writes `report.html` into a run's folder. Returns its path, or None if it failed, which is logged."""
+def write_report(folder: Path, end: str | None = None) -> Path | None:
+    """Writes `report.html` into a run's folder.
+
+    Args:
+        folder: the run's folder.
+        end: how the last attempt ended, if it is not recorded yet.
+
+    Returns:
+        The path of the page, or None if it failed, which is logged.
+    """
     try:
         from myllm_ray.engine.reporting.run_page import write_run_page
 
-        return write_run_page(folder)
+        return write_run_page(folder, end=end)
     except Exception as error:  # a report must not change how a run ends
         log.warning("%s/report.html was not written: %s: %s", folder, type(error).__name__, error)
         return None

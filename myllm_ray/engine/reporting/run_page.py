@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 
 from myllm_ray.common.files import write_atomic
 from myllm_ray.engine.reporting import run_sections as parts
-from myllm_ray.engine.reporting.attempts import STYLES, Attempt, marks_of, read_attempts, status_of
+from myllm_ray.engine.reporting.attempts import STYLES, Attempt, marks_of, read_attempts, restarts_of, status_of
 from myllm_ray.engine.reporting.chart_groups import charts_of
 from myllm_ray.engine.reporting.curves import Curves, encode, read_curves
 from myllm_ray.engine.reporting.page import Facts, Page, Section, Text, duration, large, number, render
@@ -23,28 +23,35 @@ REDUCED = (
     "value of each of {intervals:,} intervals of steps, at their own steps: no drawn value is an average, and no peak "
     "is left out. Smoothing uses the mean of each interval."
 )
-_BEST = (
-    ("validation_loss", min),
-    ("validation_reward", max),
-    ("validation_rewards/accuracies", max),
-    ("reward", max),
-    ("rewards/accuracies", max),
-    ("loss", min),
-)
+JUDGED_BY = {
+    "validation_loss": min,
+    "validation_reward": max,
+    "validation_rewards/accuracies": max,
+    "reward": max,
+    "rewards/accuracies": max,
+    "loss": min,
+}
+"""The metrics that a run is judged by, the first of them that it has, each with the function of its best value."""
 
 
-def write_run_page(folder: Path, path: Path | None = None) -> Path:
-    """Writes the page of a run, by default to `report.html` in its folder, and returns its path."""
+def write_run_page(folder: Path, path: Path | None = None, end: str | None = None) -> Path:
+    """Writes the page of a run, by default to `report.html` in its folder, and returns its path.
+
+    Args:
+        folder: the run's folder.
+        path: the file to write.
+        end: how the last attempt ended, if it is not recorded yet; see `Attempt.how`.
+    """
     path = path or folder / "report.html"
-    write_atomic(path, render(run_page(folder)), durable=False)
+    write_atomic(path, render(run_page(folder, end)), durable=False)
     return path
 
 
-def run_page(folder: Path) -> Page:
-    """Returns the page of a run. A file that is missing leaves out its part of the page."""
+def run_page(folder: Path, end: str | None = None) -> Page:
+    """Returns the page of a run; see `write_run_page`. A file that is missing leaves out its part of the page."""
     config, data = read_config(folder), read_json(folder / "data_summary.json")
     curves = read_curves(folder / "metrics.jsonl")
-    attempts = read_attempts(folder)
+    attempts = read_attempts(folder, end)
     events = marks_of(folder, attempts)
     encoded, intervals = encode([curves])
     charts: list[Any] = list(charts_of(sorted(curves.series), _source_names(config, data)))
@@ -54,21 +61,21 @@ def run_page(folder: Path) -> Page:
         charts.append(Text(REDUCED.format(intervals=intervals), "note"))
     sections = [
         Section("Curves", charts),
-        parts.metrics(curves),
-        parts.timeline(folder, attempts, curves),
-        parts.evaluation(curves),
-        parts.samples(folder),
-        parts.data(data),
-        parts.config(config),
-        parts.environment(read_json(folder / "environment.json")),
-        parts.checkpoints(folder),
+        _part("Metrics", lambda: parts.metrics(curves)),
+        _part("Timeline", lambda: parts.timeline(folder, attempts, curves)),
+        _part("Evaluation", lambda: parts.evaluation(curves)),
+        _part("Samples", lambda: parts.samples(folder)),
+        _part("Data", lambda: parts.data(data)),
+        _part("Config", lambda: parts.config(config)),
+        _part("Environment", lambda: parts.environment(read_json(folder / "environment.json"))),
+        _part("Checkpoints", lambda: parts.checkpoints(folder)),
     ]
     last = curves.steps[-1] if curves.steps else 0
     status = status_of(folder, attempts, last)
-    end = attempts[-1].how if attempts else None
+    end = attempts[-1].how if attempts else end
     subtitle = end if end and end != "done" else ""
     return Page(
-        title=str(config.get("run", {}).get("name") or folder.name),
+        title=str((config.get("run") or {}).get("name") or folder.name),
         kind="Training run",
         facts=_headline(config, curves, attempts, events),
         sections=[section for section in sections if section is not None],
@@ -80,6 +87,14 @@ def run_page(folder: Path) -> Page:
         subtitle=subtitle[:400],
         footer=f"Written {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())} from {folder.name}.",
     )
+
+
+def _part(title: str, build: Callable[[], Section | None]) -> Section | None:
+    """Returns a section, or a note if its file does not contain what a run writes."""
+    try:
+        return build()
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return Section(title, [Text(f"A file of the run is damaged: {type(error).__name__}: {error}", "warning")])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -107,7 +122,7 @@ def best_of(curves: Curves, keep_best: str | None = None) -> tuple[str, float, i
         curves: the metrics of the run.
         keep_best: the metric of `checkpoint.keep_best`, whose lowest value is the best.
     """
-    for name, best in ((keep_best, min), *_BEST):
+    for name, best in ((keep_best, min), *JUDGED_BY.items()):
         if name in curves.series:
             found = curves.summary(name)
             if "last" in found:
@@ -126,7 +141,7 @@ def _source_names(config: Mapping[str, Any], data: Mapping[str, Any]) -> list[st
 def _headline(
     config: Mapping[str, Any], curves: Curves, attempts: Sequence[Attempt], events: Sequence[tuple[int, str]]
 ) -> Facts:
-    run, model = config.get("run", {}), config.get("model", {})
+    run, model = config.get("run") or {}, config.get("model") or {}
     # The last row of a run with a known end may be older than its last step (logging.every_steps).
     steps = max([*(a.last for a in attempts if a.last is not None), *curves.steps[-1:]], default=0)
     total = next((a.total_steps for a in reversed(attempts) if a.total_steps), None) or run.get("max_steps")
@@ -149,7 +164,7 @@ def _headline(
     if curves.tokens and curves.tokens[-1]:
         every = config.get("logging", {}).get("every_steps", 1)
         items.append(("trained tokens", large(curves.tokens[-1]), "" if every == 1 else "estimated from logged steps"))
-    restarts = max(0, len(attempts) - 1)
+    restarts = restarts_of(attempts)
     if restarts or events:
         others = len(events) - restarts
         items.append(("restarts", str(restarts), f"{others} intervention{'s' * (others > 1)}" if others > 0 else ""))

@@ -23,7 +23,7 @@ from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.reporting.events import Event, seconds_of
 
 log = logging.getLogger(__name__)
-_ON_SPAN = ("warning", "intervention", "rank_failed", "rank_hung", "restart", "request", "epoch")
+_ON_SPAN = ("warning", "intervention", "rank_failed", "rank_hung", "restart", "amendment", "request", "epoch")
 """Events that become span events of the run."""
 _LIBRARY = "opentelemetry.exporter"
 
@@ -89,10 +89,10 @@ class OpenTelemetryCallback(Callback):
             self._done(name, now, event.get("seconds"), {"step": event["step"], **fields})
         elif name in _ON_SPAN:
             self._spans["run"].add_event(name, _attributes(event), now)
-        if name in ("attempt", "restart", "end"):
+        if name in ("attempt", "restart", "amendment", "end"):
             self._end("training", now)
-        if name == "restart":
-            self._begin("stage", "restart", now, {"reason": event["reason"]})
+        if name in ("restart", "amendment"):
+            self._begin("stage", name, now, {"reason": event["reason"]})
         if name == "end":
             self._finish(event, now)
 

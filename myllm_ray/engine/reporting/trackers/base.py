@@ -161,7 +161,7 @@ class Tracker(Callback):
         """
 
     def finish(self, status: str) -> None:
-        """Ends the run in the tracker. `status`: finished, preempted, aborted, rewind, failed or killed."""
+        """Ends the run in the tracker. `status`: finished, preempted, amended, aborted, rewind, failed or killed."""
 
     # In the training process:
 
