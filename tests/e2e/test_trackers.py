@@ -21,6 +21,7 @@ from harness import STEPS, compare, free_port, job_config
 
 from e2e.test_kills import killed
 from myllm_ray import train
+from myllm_ray.engine.amendments import amend
 from myllm_ray.engine.reporting.trackers.process import read_state
 from myllm_ray.engine.reporting.trackers.wandb import offline_files, records_in, steps_in
 
@@ -166,6 +167,26 @@ def test_mlflow_has_one_curve_and_a_model(run: Path, server: MLflowServer) -> No
     names = {Path(f.path).name for f in client.list_artifacts(tracked.info.run_id, path)}
     assert names == {p.name for p in (run / "checkpoints" / f"step-{STEPS:08d}").iterdir()}
     assert version.tags == {"checkpoint": f"step-{STEPS:08d}"}
+
+
+def test_mlflow_has_the_amended_config_and_a_parent_that_exists(shared: Path, server: MLflowServer) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server.uri)
+    tracking = [{"name": "mlflow", "uri": server.uri, "project": "changed", "group": "h", "wait_seconds": 60}]
+    short = ("run.max_steps=3", "checkpoint.resume=auto")
+    folder = Path(train(config_of(shared, "longer", tracking, *short)).folder)
+    parent = client.search_runs([client.get_experiment_by_name("changed").experiment_id], "tags.mlflow.runName = 'h'")
+    amend(folder, "now", {"run.max_steps": 5}, 1)
+    train(config_of(shared, "longer", tracking, *short))
+    (tracked,) = client.search_runs([parent[0].info.experiment_id], "tags.mlflow.runName = 'longer'")
+    assert [m.step for m in client.get_metric_history(tracked.info.run_id, "loss")] == [1, 2, 3, 4, 5]
+    assert "run.max_steps: 5" in Path(client.download_artifacts(tracked.info.run_id, "config.yaml")).read_text()
+    client.delete_run(parent[0].info.run_id)
+    train(config_of(shared, "another", tracking, "run.max_steps=1"))
+    (another,) = client.search_runs([parent[0].info.experiment_id], "tags.mlflow.runName = 'another'")
+    new = client.get_run(another.data.tags["mlflow.parentRunId"])
+    assert (new.info.run_name, new.info.lifecycle_stage) == ("h", "active")
 
 
 def test_trackio_has_one_curve(run: Path, shared: Path) -> None:

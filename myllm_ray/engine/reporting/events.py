@@ -5,7 +5,8 @@ Every event is one JSON object:
     {"version": 1, "time": "2026-01-31T12:00:00.000Z", "run": "9f2c…", "rank": 0, "step": 40, "event": "epoch", ...}
 
 `rank` is null for the process that starts the run. On Ray, this process and rank 0 both append to the file; each event
-is one `write` call in append mode, so lines are never mixed. Nothing is written once per step.
+is one `write` call in append mode, so lines are not mixed on a local file system. On NFS, two events that both write at
+the same moment can overwrite each other. Nothing is written once per step.
 
 Two other files contain a part of the same facts, because a program reads them: `interventions.jsonl` is input of a
 resumed run, which skips the steps that it lists, and `attempts.jsonl` is a table with one row per worker group. The

@@ -7,6 +7,8 @@ are children of one parent run.
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import re
 import time
@@ -65,9 +67,11 @@ class MLflowTracker(Tracker):
                 tags["mlflow.source.git.commit"] = str(run.environment["git_commit"])
             saved["id"] = self._client.create_run(experiment, run_name=run.name, tags=tags).info.run_id
             run.save()
-        if "described" not in saved:
-            self._describe(run)
-            saved["described"] = True
+        # An amendment changes the config of a run; the parameters of a run in MLflow can't change.
+        content = hashlib.sha256(json.dumps(run.config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        if saved.get("described") != content:
+            self._describe(run, parameters="described" not in saved)
+            saved["described"] = content
         self._id: str = saved["id"]
         self._client.update_run(self._id, status="RUNNING")
         return int(self._client.get_run(self._id).data.tags.get(_STEP, -1))
@@ -94,22 +98,34 @@ class MLflowTracker(Tracker):
     def _parent(self, run: TrackedRun, experiment: str) -> str:
         """Returns the parent run of the group, which the first run of the group creates."""
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in run.group or "")
-        path = run.folder.parent / f".mlflow-{name}"
+        where = hashlib.sha256(f"{self._client.tracking_uri} {experiment}".encode()).hexdigest()[:8]
+        path = run.folder.parent / f".mlflow-{name}-{where}"
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists():
-                return path.read_text(encoding="utf-8")
+            if path.exists() and self._exists(parent := path.read_text(encoding="utf-8")):
+                return parent
             tags = {_GROUP: run.group}
             parent = str(self._client.create_run(experiment, run_name=run.group, tags=tags).info.run_id)
             self._client.set_terminated(parent)
             write_atomic(path, parent)
             return parent
 
-    def _describe(self, run: TrackedRun) -> None:
+    def _exists(self, run_id: str) -> bool:
+        """Returns whether a run exists and is not deleted."""
+        exceptions: Any = require("mlflow.exceptions", "myllm_ray[tracking]", "mlflow")
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage == "active")
+        except exceptions.MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
+
+    def _describe(self, run: TrackedRun, parameters: bool) -> None:
         """Sends the config as parameters, and both files as artifacts."""
         run_id = self._saved["id"]
         params = [
-            self._entities.Param(_name(key), str(value)[:_PARAM_LENGTH]) for key, value in run.flat_config().items()
+            self._entities.Param(_name(key), str(value)[:_PARAM_LENGTH])
+            for key, value in (run.flat_config().items() if parameters else ())
         ]
         for at in range(0, len(params), _PARAMS_PER_CALL):
             self._client.log_batch(run_id, params=params[at : at + _PARAMS_PER_CALL])
