@@ -19,7 +19,7 @@ from myllm_ray.engine.amendments import recorded
 
 
 @pytest.mark.promise
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_an_active_run_on_ray(tmp_path: Path) -> None:
     """Two workers, amended by the command (batch size, learning rate and length), then one worker is killed."""
     with place(cpus=3) as where:
@@ -42,7 +42,7 @@ def test_an_active_run_on_ray(tmp_path: Path) -> None:
         assert amendment["set"] == {"optimizer.lr": 1e-3, "batch.global_size": 8, "run.max_steps": 18}
         job.until(lambda: job.steps() > at + 1)
         os.kill(job.until(job.workers)[1], 9)
-        assert job.end() == 0, job.said()
+        assert job.end(300) == 0, job.said()
         ends = [attempt["end"] for attempt in attempts_of(job.folder)]
         assert ends[0] == "amended: myllm-ray amend"
         assert ends[1].startswith("failed")
@@ -55,7 +55,7 @@ def test_an_active_run_on_ray(tmp_path: Path) -> None:
             f"run.amendments={json.dumps([amendment])}",
         )
         other = Job(anew, where.address).start()
-        assert other.end() == 0, other.said()
+        assert other.end(300) == 0, other.said()
         assert [attempt["end"] for attempt in attempts_of(other.folder)] == [
             f"amended: run.amendments: step {at}",
             "done",
