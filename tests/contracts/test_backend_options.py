@@ -69,6 +69,7 @@ def assert_same(folders: list[Path], expected: Path) -> None:
         assert losses(folder) == pytest.approx(losses(expected)[-len(losses(folder)) :], rel=1e-5), folder.name
 
 
+@pytest.mark.promise
 def test_options_change_no_loss_and_checkpoints_move_between_them(make_config: MakeConfig) -> None:
     (plain,) = run_all(1, [make_config("run.name=plain", *SIX)])
     folders = run_all(2, [make_config(f"run.name={n}", *o, *SIX) for n, o in OPTIONS.items()])

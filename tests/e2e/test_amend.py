@@ -108,7 +108,12 @@ def test_batches_of_another_size(make_config: MakeConfig) -> None:
         assert f"{fingerprint:016x}" == row["tokens_hash"]
 
 
-MOMENTS: list[tuple[str, int]] = [("KillOnce", 3), ("KillAtCheckpoint", 3), ("KillOnce", 4), ("KillAtCheckpoint", 4)]
+MOMENTS = [
+    pytest.param("KillOnce", 3, marks=pytest.mark.promise),
+    ("KillAtCheckpoint", 3),
+    ("KillOnce", 4),
+    pytest.param("KillAtCheckpoint", 4, marks=pytest.mark.promise),
+]
 
 
 @pytest.mark.parametrize(("kind", "step"), MOMENTS)

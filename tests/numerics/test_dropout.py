@@ -119,6 +119,7 @@ def test_every_backend_and_number_of_workers(make_config: MakeConfig) -> None:
             assert curve(folder) == pytest.approx(expected, rel=1e-5), folder.name
 
 
+@pytest.mark.promise
 def test_one_and_two_workers(make_config: MakeConfig) -> None:
     expected = curve(run_all(1, [cut(make_config, "one", 8)])[0])
     for folder in run_all(

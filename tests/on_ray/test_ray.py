@@ -158,6 +158,7 @@ def test_loop_function_alone(make_config: MakeConfig, tmp_path: Path) -> None:
     assert losses(summary["folder"]) == pytest.approx(losses(expected), rel=1e-5)
 
 
+@pytest.mark.promise
 def test_custom_trainer_example_on_remote_workers(tmp_path: Path) -> None:
     from myllm_ray import load_config
 

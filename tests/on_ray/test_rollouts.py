@@ -35,6 +35,7 @@ COMMON = (
 )
 
 
+@pytest.mark.promise
 def test_a_reward_pool_splits_batches_and_replaces_hung_actors() -> None:
     from myllm_ray.orchestration.actor_pools import RewardActors
 
