@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from myllm_ray.common.files import JSONLines, read_jsonl, write_atomic
+from myllm_ray.common.files import JSONLines, write_atomic
 from myllm_ray.common.types import Position, RunState
 from myllm_ray.engine.callbacks import Callback
 
@@ -58,11 +58,16 @@ class JSONLCallback(Callback):
     def on_train_start(self, state: RunState) -> None:
         if state.folder:
             path = Path(state.folder) / "metrics.jsonl"
-            # Step 0 is the evaluation before training; a run that starts at step 0 writes it again.
-            self._file = JSONLines(path, keep=lambda row: row.get("step", 0) <= state.step and state.step > 0)
             self._ranges, self._summary = MetricRanges(), path.with_name("summary.json")
-            for row in read_jsonl(path):
-                self._ranges.add(row)
+
+            def keep(row: dict[str, Any]) -> bool:
+                # Step 0 is the evaluation before training; a run that starts at step 0 writes it again.
+                kept = row.get("step", 0) <= state.step and state.step > 0
+                if kept:
+                    self._ranges.add(row)  # here, so that a long file is read once
+                return bool(kept)
+
+            self._file = JSONLines(path, keep)
             self._written = time.monotonic()
 
     def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
