@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,24 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
-from myllm_ray import cli
 from myllm_ray.engine.liveness import heartbeat
 from myllm_ray.engine.reporting.jsonl import MetricRanges
-
-
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
-    """Runs `myllm-ray ...` in this process; returns (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["myllm-ray", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as exit_:
-        code = int(exit_.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 def write_run(folder: Path, steps: int = 3, end: str | None = "done", **config: Any) -> Path:

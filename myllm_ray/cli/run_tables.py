@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from myllm_ray.cli.tables import out
+from myllm_ray.common.flatten import flatten
 from myllm_ray.runs.difference import Change, Differences, FirstDifference, shown
 from myllm_ray.runs.explanation import Explanation
-from myllm_ray.runs.folder import flatten
 from myllm_ray.runs.listing import Summary, walk
 from myllm_ray.runs.overview import Overview
 

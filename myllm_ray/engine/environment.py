@@ -121,20 +121,23 @@ def attempt_start(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_attempt(folder: Path, end: str, workers: int = 1, to_step: int | None = None) -> dict[str, Any]:
-    """Appends an attempt to `attempts.jsonl`. The supervisor, if there is one, writes this file itself.
+def write_attempt(
+    folder: Path, end: str, workers: int, to_step: int | None = None, from_step: int | None = None
+) -> dict[str, Any]:
+    """Appends an attempt to `attempts.jsonl`.
 
     Args:
         folder: the run's folder.
         end: how the attempt ended: `done`, or `preempted`, `rewind`, `amended`, `aborted` or `failed` with the reason.
         workers: number of workers.
         to_step: its last step; default: that of the ledger.
+        from_step: its first step; default: that of `record_attempt`.
 
     Returns:
         The fields of the event `attempt`.
     """
     start = attempt_start(folder)
-    first = int(start.get("from_step", 0))
+    first = int(start.get("from_step", 0)) if from_step is None else from_step
     if to_step is None:
         to_step = max([first, *(row.get("step", 0) for row in read_jsonl(folder / "ledger.jsonl"))])
     row = {"workers": workers, "from_step": first, "to_step": to_step, "end": end}

@@ -37,7 +37,7 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from myllm_ray.common.distributed import backend
-from myllm_ray.common.files import JSONLines, read_jsonl
+from myllm_ray.common.files import read_jsonl
 from myllm_ray.common.signals import stop_on_signals
 from myllm_ray.common.types import Exit, Position
 from myllm_ray.config.amendments import effective
@@ -46,7 +46,7 @@ from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine.amendments import take_requests
 from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.manager import read_manifest
-from myllm_ray.engine.environment import attempt_start
+from myllm_ray.engine.environment import write_attempt
 from myllm_ray.engine.liveness.hang_detector import HangDetector, Straggler
 from myllm_ray.engine.liveness.heartbeat import asked, clear, read_heartbeats, request
 from myllm_ray.engine.run_folder import folder_of, resume_point
@@ -88,7 +88,6 @@ class Supervisor:
         self.folder = folder_of(config)
         self.failures = self.restarts = 0
         self.events = startup.events
-        self._attempts = JSONLines(self.folder / "attempts.jsonl", keep=lambda row: True)
 
     def run(self) -> dict[str, Any]:
         """Runs attempts until the run has ended.
@@ -99,23 +98,20 @@ class Supervisor:
         Raises:
             UserError: the error that ended the run.
         """
-        try:
-            with stop_on_signals(self._ask_to_stop):
-                while True:
-                    # A preempted attempt is followed by another one only without a request to stop the whole run.
-                    summary, why = self._attempt()
-                    kind = summary["exit"].kind if summary and summary["exit"] else None
-                    if summary and (kind in (None, "aborted") or asked(self.folder) is not None):
-                        if kind == "amended":  # a stop was requested at the same step
-                            summary["exit"] = Exit("preempted", why)
-                        return self.startup.ended(summary)
-                    if summary and kind == "amended":
-                        self.events.emit("amendment", summary["step"], reason=why)
-                        continue
-                    self.restarts += 1
-                    self.events.emit("restart", reason=why, restarts=self.restarts)
-        finally:
-            self._attempts.close()
+        with stop_on_signals(self._ask_to_stop):
+            while True:
+                # A preempted attempt is followed by another one only without a request to stop the whole run.
+                summary, why = self._attempt()
+                kind = summary["exit"].kind if summary and summary["exit"] else None
+                if summary and (kind in (None, "aborted") or asked(self.folder) is not None):
+                    if kind == "amended":  # a stop was requested at the same step
+                        summary["exit"] = Exit("preempted", why)
+                    return self.startup.ended(summary)
+                if summary and kind == "amended":
+                    self.events.emit("amendment", summary["step"], reason=why)
+                    continue
+                self.restarts += 1
+                self.events.emit("restart", reason=why, restarts=self.restarts)
 
     def _ask_to_stop(self, name: str) -> None:
         log.info("%s: saving a checkpoint, then stopping (a second signal stops at once)", name)
@@ -154,10 +150,7 @@ class Supervisor:
         elif (exit := group.summary["exit"]) is not None:
             how = f"{exit.kind}: {exit.reason}"
         last = self._last_step(step, group.summary)
-        row = {"workers": workers, "from_step": step, "to_step": last, "end": how}
-        environment = {key: value for key, value in attempt_start(self.folder).items() if key == "environment"}
-        self._attempts.write({**row, "time": time.time(), **environment})
-        self.events.emit("attempt", last, **row)
+        self.events.emit("attempt", last, **write_attempt(self.folder, how, workers, last, step))
         if stopped:
             return self._stopped(start), how
         if failure is None:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from myllm_ray.runs.folder import RunFolder, flatten
+from myllm_ray.common.flatten import flatten
+from myllm_ray.runs.folder import RunFolder
 
 WHERE = ("run.name", "run.storage", "run.overwrite", "checkpoint.resume", "data.cache")
 """Keys that say where a run is stored. They differ between any two runs and are not compared."""

@@ -9,9 +9,10 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from myllm_ray.common.flatten import flatten
 from myllm_ray.config.errors import CheckpointError
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.runs.folder import CLOCK, RunFolder, flatten
+from myllm_ray.runs.folder import CLOCK, RunFolder
 from myllm_ray.runs.listing import Activity, Summary, is_higher_better, summarize
 
 

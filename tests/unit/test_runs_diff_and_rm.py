@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import MakeConfig
-from run_folders import beating, call, write_run
+from e2e.test_cli import call
+from run_folders import beating, write_run
 
 from myllm_ray.config import ConfigError
 from myllm_ray.runs.difference import compare, first_batch, first_metric

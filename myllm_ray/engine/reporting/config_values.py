@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from myllm_ray.common.flatten import flatten
 from myllm_ray.config.load import validate
 
 _NONE = object()
@@ -33,7 +34,7 @@ def config_values(raw: Mapping[str, Any]) -> tuple[list[ConfigValue], bool]:
     try:
         config = validate(raw, where="config.yaml", components=False)
     except Exception:  # a trainer of the user that can't be imported here can raise anything
-        return [ConfigValue(key, show(value), None, False) for key, value in flat(raw).items()], False
+        return [ConfigValue(key, show(value), None, False) for key, value in flatten(raw).items()], False
     return list(_walk(config, "")), True
 
 
@@ -77,18 +78,9 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested mappings, and of lists of mappings, by dotted key."""
-    if isinstance(value, Mapping) and value:
-        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}{key}.").items()}
-    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value):
-        return {k: v for n, inner in enumerate(value) for k, v in flat(inner, f"{prefix}{n}.").items()}
-    return {prefix.removesuffix("."): value}
-
-
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     """Returns (key, text of each config's value) for each key whose values differ; a missing value is `–`."""
-    leaves = [flat(config) for config in configs]
+    leaves = [flatten(config) for config in configs]
     keys = dict.fromkeys(key for config in leaves for key in config)
     found = [(key, [show(config[key]) if key in config else "–" for config in leaves]) for key in keys]
     return [(key, shown) for key, shown in found if len(set(shown)) > 1]

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from myllm_ray.common.files import read_jsonl
+from myllm_ray.common.flatten import flatten
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.reporting.attempts import Attempt, interventions
-from myllm_ray.engine.reporting.config_values import config_values, flat, show
+from myllm_ray.engine.reporting.config_values import config_values, show
 from myllm_ray.engine.reporting.curves import Curves
 from myllm_ray.engine.reporting.page import (
     Cell,
@@ -280,7 +281,7 @@ def environment(found: Mapping[str, Any]) -> Section | None:
         return None
     rows = [
         [Cell(key, "strong"), Cell(" ".join(map(str, value)) if isinstance(value, list) else show(value)[:2000])]
-        for key, value in flat(found).items()
+        for key, value in flatten(found).items()
         if value is not None
     ]
     return Section("Environment", [Table("Environment", [("what", False), ("value", False)], rows)])
