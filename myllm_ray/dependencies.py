@@ -192,7 +192,8 @@ def _reward_fields(store: TokenStore, document: int) -> dict[str, Any]:
 
 
 def _other_reference(config: TrainerConfig, name: str) -> ModelSection:
-    return ModelSection(name=name, attention=config.model.attention)
+    resize = config.model.resize_vocabulary  # the reference scores the tokens that the trained model learns
+    return ModelSection(name=name, attention=config.model.attention, resize_vocabulary=resize)
 
 
 def _reward_section(name: str) -> ModelSection:

@@ -21,6 +21,7 @@ from myllm_ray.data.inspect import end_warnings
 from myllm_ray.data.prepare import MapUnits, PreparedData, prepare
 from myllm_ray.data.summary import summarize
 from myllm_ray.data.targets import check_targets, target_warnings
+from myllm_ray.data.templates import NAMED
 from myllm_ray.data.tokenizer import (
     open_tokenizer,
     tokenizer_section,
@@ -63,11 +64,13 @@ def absolute(config: TrainerConfig) -> TrainerConfig:
                 [_absolute(p) for p in source.path] if isinstance(source.path, list) else _absolute(source.path)
             )
     for section, field, key in named_models(config):
-        if Path(getattr(section, field)).expanduser().is_dir():
+        if Path(getattr(section, field)).expanduser().exists():
             setattr(section, field, _absolute(pinned(getattr(section, field), key)))
     config.tokenizer = tokenizer_section(config).model_copy()
     if config.tokenizer.path:
         config.tokenizer.path = _absolute(config.tokenizer.path)
+    if (template := config.tokenizer.chat_template) and template not in NAMED:
+        config.tokenizer.chat_template = _absolute(template)
     if config.checkpoint.resume not in ("auto", "never"):
         config.checkpoint.resume = _absolute(config.checkpoint.resume)
     return config

@@ -1,6 +1,6 @@
 """Resolves the name of a model or tokenizer: a local folder, a run of this package, or a Hugging Face hub id.
 
-The hub is queried once per process for each name.
+A hub id may end with `@revision`: a branch, a tag or a commit. The hub is queried once per process for each name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from myllm_ray.common.extras import require
 from myllm_ray.config.errors import ConfigError
 
 _SECONDS = 10.0
@@ -43,11 +44,25 @@ def tokenizer_folder(checkpoint: Path) -> Path:
     return checkpoint.parent.parent / "tokenizer"
 
 
+def gguf_arguments(name: str) -> dict[str, str]:
+    """Returns the arguments that the `from_pretrained` functions of transformers need for a name, in addition to its
+    folder: `gguf_file` for the name of a GGUF file, else none.
+
+    Raises:
+        UserError: the package `gguf` is not installed.
+    """
+    if not name.endswith(".gguf"):
+        return {}
+    require("gguf", "gguf", f"{name}:")
+    return {"gguf_file": name.rpartition("/")[2]}
+
+
 def pretrained_folder(name: str, key: str, weights: bool = False, code: bool = False) -> Path:
     """Returns the local folder of a model or tokenizer in Hugging Face format, after downloading it if needed.
 
     Args:
-        name: A local folder or a hub id.
+        name: A local folder or GGUF file, or a hub id: `org/model`, `org/model@revision`, or `org/model/file.gguf` for
+            a GGUF file.
         key: The config key, for error messages.
         weights: Whether to download the safetensors files too.
         code: Whether to download the Python files too.
@@ -58,29 +73,42 @@ def pretrained_folder(name: str, key: str, weights: bool = False, code: bool = F
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigError(f"{key}: no folder {name!r} (working directory: {Path.cwd()})")
+    gguf = name.endswith(".gguf")
+    if gguf and path.is_file():
+        return path.parent
+    if name.startswith((".", "/", "~")) or (name.partition("@")[0].count("/") > 1 and not gguf):
+        raise ConfigError(f"{key}: no {'file' if gguf else 'folder'} {name!r} (working directory: {Path.cwd()})")
     return _from_hub(name, key, weights, code)
 
 
 @cache
 def _from_hub(name: str, key: str, weights: bool, code: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    patterns = [*_SMALL, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
+    whole, file = name, ""
+    if name.endswith(".gguf"):
+        whole, _, file = name.rpartition("/")
+    repository, _, revision = whole.partition("@")
+    patterns = [file] if file else [*_SMALL, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
     seconds = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", _SECONDS))
     try:
         # A separate request, because snapshot_download makes the same request first without a timeout.
-        revision = HfApi().model_info(name, timeout=seconds).sha
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=seconds))
+        commit = HfApi().model_info(repository, revision=revision or None, timeout=seconds).sha
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, etag_timeout=seconds))
     except Exception as error:  # errors of requests, of the file system and of the hub share no base class
-        if not isinstance(error, RepositoryNotFoundError):
-            with suppress(Exception):  # without a connection, use an earlier download
-                return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
         reason = " ".join(str(error).partition("For more information")[0].split())[:200] or type(error).__name__
-        if isinstance(error, RepositoryNotFoundError):
+        if isinstance(error, RevisionNotFoundError):
+            reason = f"the repository {repository} has no revision {revision!r}"
+        elif isinstance(error, RepositoryNotFoundError):
             reason = "the hub has no such repository, or it is private (set HF_TOKEN)"
+        else:
+            with suppress(Exception):  # without a connection, use an earlier download
+                return Path(
+                    snapshot_download(
+                        repository, revision=revision or None, allow_patterns=patterns, local_files_only=True
+                    )
+                )
         raise ConfigError(
             f"{key}: no folder {name!r} in {Path.cwd()}, and it can't be loaded as a hub id: {reason}"
         ) from None

@@ -50,8 +50,8 @@ class ModelSection(Section):
 
     name: str | None = Field(
         None,
-        description="hub id, local folder with weights, or folder of a run or of one of its checkpoints, whose "
-        "weights are the starting point",
+        description="hub id (optionally with @revision), local folder with weights, GGUF file, or folder of a run or "
+        "of one of its checkpoints, whose weights are the starting point",
     )
     config: dict[str, Any] | None = Field(
         None, description="a transformers config with `model_type`; the weights are random"
@@ -61,6 +61,9 @@ class ModelSection(Section):
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
     attention: Literal["sdpa", "eager"] = "sdpa"
+    resize_vocabulary: bool = Field(
+        False, description="if the tokenizer has more tokens than the named model: add embeddings, equal to their mean"
+    )
     lora: LoraSection | None = None
     router_loss_weight: float | None = Field(
         None,
@@ -85,11 +88,19 @@ class ModelSection(Section):
 class TokenizerSection(Section):
     """The source of the tokenizer: a folder, a hub id, training on the data, or bytes."""
 
-    path: str | None = Field(None, description="a folder in Hugging Face format")
-    name: str | None = Field(None, description="a Hugging Face hub id")
+    path: str | None = Field(None, description="a folder in Hugging Face format, or a GGUF file")
+    name: str | None = Field(None, description="a Hugging Face hub id, optionally with @revision")
     train: Literal["bpe"] | None = Field(None, description="train a byte-level BPE tokenizer on the training data")
     kind: Literal["bytes"] | None = Field(None, description="bytes: one token per UTF-8 byte")
     vocab_size: PositiveInt = Field(4096, description="for `train`: size of the vocabulary, including special tokens")
+    chat_template: str | None = Field(
+        None,
+        description="chatml, llama3, gemma, or a file with a template in Jinja; replaces the tokenizer's own and adds "
+        "the special tokens that it needs",
+    )
+    add_special_tokens: list[str] = Field(
+        default_factory=list, description="special tokens to add; see model.resize_vocabulary"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> TokenizerSection:

@@ -33,15 +33,15 @@ from myllm_ray.data.plan import Packing, RowPlan
 from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import FORMAT_VERSION, TokenStore, write_store
 from myllm_ray.data.stream import StreamSpec
+from myllm_ray.data.templates import TURN_END, TURN_START
 from myllm_ray.data.tokenize import TokenizeOptions, tokenize_rows
 from myllm_ray.data.tokenizer import (
     TOKENIZER_VERSION,
-    TURN_END,
-    TURN_START,
     fingerprint,
     has_own_template,
     load_tokenizer,
     open_tokenizer,
+    template_of,
     tokenizer_section,
 )
 
@@ -205,10 +205,18 @@ def pad_token_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
+_NEWER = ("chat_template", "add_special_tokens")
+"""Keys of the tokenizer section that are newer than the existing caches."""
+
+
 def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
     """Returns the folder of the config's tokenizer in the cache. Loads or trains the tokenizer if needed."""
     section = tokenizer_section(config)
-    described: list[Any] = [TOKENIZER_VERSION, section.model_dump()]
+    # Without the keys that a config does not give, so that they do not change the names of existing caches.
+    given = section.model_dump()
+    described: list[Any] = [TOKENIZER_VERSION, {k: v for k, v in given.items() if k not in _NEWER or v}]
+    if section.chat_template:
+        described.append(template_of(section.chat_template).text)
     if section.train:
         described += [(_identity(s), reading.signature(_units(s, "data.train"))) for s in config.data.sources]
     folder = cache / f"tokenizer-{_hash(described)}"

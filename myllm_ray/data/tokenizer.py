@@ -8,65 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from myllm_ray.common.pretrained import checkpoint_in, pretrained_folder, tokenizer_folder
+from myllm_ray.common.pretrained import checkpoint_in, gguf_arguments, pretrained_folder, tokenizer_folder
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sections import TokenizerSection
+from myllm_ray.data.chat_template import ChatTemplate
+from myllm_ray.data.messages import BadRow
+from myllm_ray.data.templates import (
+    DEFAULT_CHAT_TEMPLATE,
+    DEFAULT_WITHOUT_TURN_END,
+    NAMED,
+    TRAINED,
+    TURN_END,
+    TURN_START,
+    NamedTemplate,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger(__name__)
 TOKENIZER_VERSION = 2
 """Part of the cache key. Change it when the same config section produces a different tokenizer."""
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 SPECIAL = [END_OF_TEXT, PAD, TURN_START, TURN_END]
-
-_CHATML = """
-{%- if tools %}
-  {{- '<|im_start|>system\n' + (messages[0].content + '\n\n' if messages[0].role == 'system' else '') }}
-  {{- 'You may call these functions, each by a JSON object {"name": ..., "arguments": {...}} \
-in <tool_call></tool_call>:\n<tools>\n' }}
-  {%- for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}
-  {{- '</tools>' + turn_end + '\n' }}
-{%- endif %}
-{%- for message in messages %}
-  {%- if message.role == 'assistant' %}
-    {{- '<|im_start|>assistant\n' }}
-    {%- generation %}
-      {%- if message.reasoning_content %}{{ '<think>\n' + message.reasoning_content + '\n</think>\n\n' }}{% endif %}
-      {{- message.content }}
-      {%- for call in message.tool_calls or [] %}
-        {{- ('\n' if message.content or not loop.first else '') + '<tool_call>\n' }}
-        {{- {'name': call.function.name, 'arguments': call.function.arguments} | tojson + '\n</tool_call>' }}
-      {%- endfor %}
-      {{- turn_end }}
-    {%- endgeneration %}
-    {{- '\n' }}
-  {%- elif message.role == 'tool' %}
-    {{- '<|im_start|>user\n' if loop.first or messages[loop.index0 - 1].role != 'tool' else '\n' }}
-    {{- '<tool_response>\n' + message.content + '\n</tool_response>' }}
-    {{- turn_end + '\n' if loop.last or messages[loop.index0 + 1].role != 'tool' else '' }}
-  {%- elif not (tools and loop.first and message.role == 'system') %}
-    {{- '<|im_start|>' + message.role + '\n' + message.content + turn_end + '\n' }}
-  {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-"""ChatML, with reasoning, tools and tool calls in the layout of Qwen and Hermes."""
-DEFAULT_CHAT_TEMPLATE = f"{{%- set turn_end = '{TURN_END}' %}}{_CHATML}"
-"""The chat template for tokenizers without one."""
-DEFAULT_WITHOUT_TURN_END = "{%- set turn_end = eos_token %}" + _CHATML
-"""The default template for tokenizers in which `TURN_END` is not a token.
-
-The end-of-text token ends a turn instead, because generation can stop only at a token.
-"""
-TRAINED = "{#- The model was trained on chats in this layout. #}"
-"""Prefix of the default template in the checkpoint of a model that was trained on chats in it."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -116,7 +87,7 @@ def tokenizer_section(config: TrainerConfig) -> TokenizerSection:
     checkpoint = checkpoint_in(name)
     if checkpoint is not None:
         return TokenizerSection(path=str(tokenizer_folder(checkpoint)))
-    return TokenizerSection(path=name) if Path(name).expanduser().is_dir() else TokenizerSection(name=name)
+    return TokenizerSection(path=name) if Path(name).expanduser().exists() else TokenizerSection(name=name)
 
 
 def load_tokenizer(section: TokenizerSection, texts: Iterable[str] | None = None) -> Any:
@@ -127,8 +98,27 @@ def load_tokenizer(section: TokenizerSection, texts: Iterable[str] | None = None
         texts: the texts to train on, for `train: bpe`.
 
     Raises:
-        ConfigError: the folder or hub id can't be loaded, or there are no texts to train on.
+        ConfigError: the folder or hub id can't be loaded, there are no texts to train on, or the chat template can't be
+            used for training.
     """
+    tokenizer = _load(section, texts)
+    template = template_of(section.chat_template) if section.chat_template else None
+    wanted = [*section.add_special_tokens, *(template.tokens if template else ())]
+    known = tokenizer.get_vocab()
+    # A token that the tokenizer knows keeps its id and becomes special: the template alone writes it.
+    if wanted:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(dict.fromkeys(wanted))}, False)
+        log.info("%d special tokens were added to the tokenizer", sum(token not in known for token in set(wanted)))
+    if template is not None:
+        tokenizer.chat_template = template.text
+        try:
+            ChatTemplate.of(tokenizer)
+        except BadRow as error:
+            raise ConfigError(f"tokenizer.chat_template: {error}") from None
+    return tokenizer
+
+
+def _load(section: TokenizerSection, texts: Iterable[str] | None) -> Any:
     if section.kind == "bytes":
         return byte_tokenizer()
     if section.train == "bpe":
@@ -142,24 +132,45 @@ def load_tokenizer(section: TokenizerSection, texts: Iterable[str] | None = None
     )
 
 
+def template_of(given: str) -> NamedTemplate:
+    """Returns a chat template by its name or from a file.
+
+    Args:
+        given: `chatml`, `llama3`, `gemma`, or the path of a file with a template in Jinja.
+
+    Raises:
+        ConfigError: there is neither such a name nor such a file.
+    """
+    if given in NAMED:
+        return NAMED[given]
+    try:
+        return NamedTemplate(Path(given).expanduser().read_text(encoding="utf-8"), ())
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(
+            f"tokenizer.chat_template: {given!r} is neither the name of a template ({', '.join(NAMED)}) nor a readable "
+            "file with a template in Jinja"
+        ) from None
+
+
 def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -> Any:
     """Loads a saved tokenizer, and sets a default chat template if it has none.
 
     Args:
-        name: a folder or a hub id.
+        name: a folder, a GGUF file or a hub id.
         key: config key, for error messages.
-        local: if True, `name` must be a folder.
+        local: if True, `name` must be a folder or a file.
 
     Raises:
         ConfigError: the tokenizer can't be loaded, is not a fast tokenizer, or has no end-of-text token.
     """
     from transformers import AutoTokenizer
 
-    if local and not Path(name).expanduser().is_dir():
-        raise ConfigError(f"{key}: no folder {name!r} (working directory: {Path.cwd()})")
+    gguf = gguf_arguments(name)
+    if local and not (Path(name).expanduser().is_file() if gguf else Path(name).expanduser().is_dir()):
+        raise ConfigError(f"{key}: no {'file' if gguf else 'folder'} {name!r} (working directory: {Path.cwd()})")
     folder = pretrained_folder(name, key)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ConfigError(f"{key}: {name!r} can't be loaded as a tokenizer: {reason}") from None

@@ -95,35 +95,6 @@ def _replay(meta: Tensor, calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]
     return real[id(meta)]
 
 
-def folder_source(folder: Path, names: set[str], otherwise: Source) -> Source | None:
-    """Returns a source that reads safetensors files tensor by tensor, or None if a tensor of `names` is missing.
-
-    Args:
-        folder: A folder in Hugging Face format, with one file or with several files and an index.
-        names: The names of the required parameters in the model.
-        otherwise: The source of tensors that the files do not contain (computed buffers).
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    elif (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", "pt") as opened:
-            files = dict.fromkeys(opened.keys(), "model.safetensors")
-    else:
-        return None
-    if not names <= files.keys():
-        return None
-
-    def source(name: str) -> Tensor:
-        if name not in files:
-            return otherwise(name)
-        with safe_open(folder / files[name], "pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-        return tensor.float() if tensor.is_floating_point() else tensor
-
-    return source
-
-
 _PREFIX = "model.model."
 """Prefix of the transformers names in a run's checkpoint: the accelerator's prefix and the wrapper's attribute."""
 

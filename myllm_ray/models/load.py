@@ -19,18 +19,20 @@ from transformers import (
 )
 
 from myllm_ray.common.materialize import Source, attach_source, materialize
-from myllm_ray.common.pretrained import architecture_folder, checkpoint_in, pretrained_folder
+from myllm_ray.common.pretrained import architecture_folder, checkpoint_in, gguf_arguments, pretrained_folder
 from myllm_ray.common.quiet import without_progress_bars
 from myllm_ray.common.seeds import seed_all
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.sections import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
-from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, folder_source, record_initialization
+from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, record_initialization
 from myllm_ray.models.heads import ActorCritic, RewardModel
 from myllm_ray.models.lora import adapter_source, add_adapters
 from myllm_ray.models.routers import router_loss_weight
 from myllm_ray.models.trial_forward import check_forward, one_line
+from myllm_ray.models.vocabulary import new_rows, resize_embeddings, resized_source
+from myllm_ray.models.weights_folder import folder_source, weight_files
 
 WRAPPERS: dict[str, Any] = {
     "causal_lm": CausalLM,
@@ -39,10 +41,7 @@ WRAPPERS: dict[str, Any] = {
     "actor_own_critic": ActorCritic,
 }
 """The wrapper of the transformers model for each kind of model."""
-_TOO_FEW = (
-    "the model has {} token embeddings, the tokenizer {} tokens: use the model's own tokenizer, or leave "
-    "model.config.vocab_size out"
-)
+_TOO_FEW = "the model has {} token embeddings, the tokenizer {} tokens: use the model's own tokenizer, or {}"
 
 
 def build_model(
@@ -93,6 +92,8 @@ def build_deferred(
         ).train()
     skeleton = _skeleton(section, tokenizer, sequence_length, kind)
     source = _source(section, skeleton, seed)
+    if source is not None and section.resize_vocabulary:
+        source = resized_source(source, skeleton)
     if source is not None:
         # The source is recorded before adapters and wrappers are added, which change the names of the tensors.
         if section.lora is not None:
@@ -107,7 +108,7 @@ def build_deferred(
         whole = (
             _from_config(section, tokenizer, sequence_length, kind)
             if section.name is None
-            else _from_name(section, kind)
+            else _from_name(section, kind, len(tokenizer))
         )
     if section.lora is not None:
         add_adapters(whole, section.lora)
@@ -144,7 +145,7 @@ def build_skeleton(
     """Builds the model without weights, on the meta device, to detect config errors before the run starts.
 
     It returns None for a factory, which may have side effects. It raises the same errors as `build_model`, except those
-    about unreadable weights.
+    about values that can't be read.
     """
     if section.factory:
         load_object(section.factory, "model.factory")
@@ -152,6 +153,8 @@ def build_skeleton(
     skeleton = _skeleton(section, tokenizer, sequence_length, kind)
     if section.name is None:
         check_forward(skeleton.config, section.attention, sequence_length)
+    elif checkpoint_in(section.name) is None and (folder := Path(section.name).expanduser()).is_dir():
+        weight_files(folder)  # a damaged file is an error before the run starts; files of the hub are checked later
     with torch.device("meta"):
         if section.lora is not None:
             add_adapters(skeleton, section.lora)
@@ -167,7 +170,7 @@ def _skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, kind:
         model = (
             _from_config(section, tokenizer, sequence_length, kind)
             if section.name is None
-            else _random_by_name(section, kind)
+            else _random_by_name(section, kind, len(tokenizer))
         )
     _check_fit(model, tokenizer, sequence_length)
     return model
@@ -183,6 +186,8 @@ def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Sour
         return random
     if (checkpoint := checkpoint_in(section.name)) is not None:
         return checkpoint_source(CheckpointTensors(checkpoint), skeleton, random)
+    if gguf_arguments(section.name):  # dequantized by transformers, as a whole
+        return None
     folder = pretrained_folder(section.name, "model.name", weights=True, code=section.trust_remote_code)
     # The score head is not required: it is randomly initialized if the folder contains a language model.
     return folder_source(
@@ -215,20 +220,43 @@ def _config_of_name(section: ModelSection) -> Any:
     else:
         folder = pretrained_folder(name, "model.name", code=section.trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code, **(section.config or {}))
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=section.trust_remote_code, **gguf_arguments(name), **(section.config or {})
+        )
     except Exception as error:  # invalid JSON, invalid values, or errors in the folder's own code
         raise ConfigError(f"model.name: {name!r} can't be loaded: {one_line(error)}") from None
 
 
-def _random_by_name(section: ModelSection, kind: str) -> PreTrainedModel:
-    """Builds the model of a name with random weights."""
+def _random_by_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel:
+    """Builds the model of a name with random weights.
+
+    Args:
+        section: The section `model` of the config.
+        kind: See `build_deferred`.
+        tokens: The number of tokens of the tokenizer.
+    """
     config = _config_of_name(section)
+    if section.resize_vocabulary:
+        config.get_text_config().vocab_size = new_rows(config.get_text_config().vocab_size, tokens)
     if kind == "reward_model":
         config.num_labels = 1
-    model: PreTrainedModel = _auto(kind).from_config(
-        config, attn_implementation=section.attention, dtype=torch.float32, trust_remote_code=section.trust_remote_code
-    )
+    try:
+        model: PreTrainedModel = _auto(kind).from_config(
+            config,
+            attn_implementation=section.attention,
+            dtype=torch.float32,
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (ValueError, ImportError) as error:  # an attention or a head that the architecture does not have
+        raise ConfigError(f"model.name: {section.name!r} can't be built: {_attention_hint(error)}") from None
     return model
+
+
+def _attention_hint(error: Exception) -> str:
+    text = str(error)
+    if "attention implementation" in text:
+        return "the architecture has no model.attention: sdpa; use eager"
+    return one_line(error)
 
 
 def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str) -> PreTrainedModel:
@@ -252,7 +280,7 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, ki
             "leave it out to use the tokenizer's size"
         )
     if given["vocab_size"] < len(tokenizer):
-        raise ConfigError(_TOO_FEW.format(given["vocab_size"], len(tokenizer)))
+        raise ConfigError(_TOO_FEW.format(given["vocab_size"], len(tokenizer), "leave model.config.vocab_size out"))
     given.setdefault("eos_token_id", tokenizer.eos_token_id)
     given.setdefault("bos_token_id", tokenizer.bos_token_id)
     given.setdefault("pad_token_id", None)
@@ -266,7 +294,9 @@ def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, ki
         )
         return model
     except Exception as error:  # the code of an architecture may raise any exception for an invalid value
-        raise ConfigError(f"model.config: transformers can't build this {model_type}: {one_line(error)}") from None
+        raise ConfigError(
+            f"model.config: transformers can't build this {model_type}: {_attention_hint(error)}"
+        ) from None
 
 
 def _reads(config: Any, key: str) -> bool:
@@ -279,18 +309,26 @@ def _reads(config: Any, key: str) -> bool:
     return module is not None and f'"{key}"' in inspect.getsource(module)
 
 
-def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
-    """Builds the full model of a name with its weights, for models that cannot be read tensor by tensor."""
+def _from_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel:
+    """Builds the full model of a name with its weights, for models that cannot be read tensor by tensor.
+
+    Args:
+        section: The section `model` of the config.
+        kind: See `build_deferred`.
+        tokens: The number of tokens of the tokenizer.
+    """
     checkpoint = checkpoint_in(section.name)
     if checkpoint is not None:
-        model: PreTrainedModel = _random_by_name(section, kind)
+        model: PreTrainedModel = _random_by_name(section, kind, tokens)
         values: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         source = checkpoint_source(CheckpointTensors(checkpoint), model, values.__getitem__)
+        source = resized_source(source, model) if section.resize_vocabulary else source
         with torch.no_grad():
             for name, tensor in values.items():
                 tensor.copy_(source(name))
         return model
     folder = pretrained_folder(section.name or "", "model.name", weights=True, code=section.trust_remote_code)
+    gguf: dict[str, Any] = {**gguf_arguments(section.name or "")}
     try:
         with without_progress_bars():
             model, info = _auto(kind).from_pretrained(
@@ -298,7 +336,7 @@ def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
                 dtype=torch.float32,
                 attn_implementation=section.attention,
                 trust_remote_code=section.trust_remote_code,
-                use_safetensors=True,
+                **(gguf or {"use_safetensors": True}),
                 **({"num_labels": 1} if kind == "reward_model" else {}),
                 **(section.config or {}),
                 output_loading_info=True,
@@ -311,6 +349,8 @@ def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
         raise ConfigError(
             f"model.name: {section.name!r} lacks {len(missing)} tensors of the model, such as {missing[0]}"
         )
+    if section.resize_vocabulary:
+        resize_embeddings(model, tokens)
     return model
 
 
@@ -336,7 +376,7 @@ def save_architecture(model: nn.Module, section: ModelSection, folder: Path) -> 
 def _check_fit(model: PreTrainedModel, tokenizer: Any, sequence_length: int) -> None:
     rows = int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
     if rows < len(tokenizer):
-        raise ConfigError(_TOO_FEW.format(rows, len(tokenizer)))
+        raise ConfigError(_TOO_FEW.format(rows, len(tokenizer), "set model.resize_vocabulary: true to add embeddings"))
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
         raise ConfigError(f"data.sequence_length={sequence_length} exceeds the model's maximum of {limit} positions")
