@@ -206,8 +206,6 @@ def set_up_accelerator(config: TrainerConfig) -> Accelerator:
     """
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     accelerator.setup()
-    if accelerator.device.type == "cpu":
-        keep_large_blocks()
     return accelerator
 
 
@@ -259,6 +257,9 @@ def _run(
     try:
         # Rank 0 chooses the checkpoint: another rank may not see the newest one on a shared file system yet.
         engine.setup(resume=distributed.from_main(start))
+        if accelerator.device.type == "cpu":
+            # After the weights are loaded: the temporary tensors of the loading would leave holes that are kept.
+            keep_large_blocks()
         if distributed.is_main():
             record_attempt(folder, config.model_dump(mode="json"), engine.state.step)
         held = {

@@ -96,6 +96,10 @@ class TrainerConfig(Section):
                 f"accelerator.name=single trains on one worker, scaling.workers={scaling.most}: "
                 "use ddp, fsdp, accelerate or deepspeed"
             )
+        if self.model.quantize is not None and self.accelerator.compile != "none":
+            raise ValueError(
+                f"accelerator.compile={self.accelerator.compile} can't compile the layers of model.quantize: use none"
+            )
         cls = config_class(self.trainer)
         if not isinstance(self, cls):  # its section would not be validated
             made = type(self).__name__

@@ -65,6 +65,9 @@ class ModelSection(Section):
         False, description="if the tokenizer has more tokens than the named model: add embeddings, equal to their mean"
     )
     lora: LoraSection | None = None
+    quantize: Literal["nf4"] | None = Field(
+        None, description="nf4: hold the frozen linear layers in 4 bits (QLoRA); needs model.lora"
+    )
     router_loss_weight: float | None = Field(
         None,
         ge=0,
@@ -79,6 +82,10 @@ class ModelSection(Section):
         if self.lora is not None and self.factory is not None:
             raise ValueError(
                 "model.lora requires model.name or model.config; with model.factory, add the adapters in the factory"
+            )
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(
+                "model.quantize freezes the linear layers: add adapters (model.lora: {rank: 16}), or leave it out"
             )
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config needs a model_type, such as llama, qwen3, gemma3_text or gpt2")

@@ -29,6 +29,7 @@ from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, record_initialization
 from myllm_ray.models.heads import ActorCritic, RewardModel
 from myllm_ray.models.lora import adapter_source, add_adapters
+from myllm_ray.models.quantization import add_quantization, quantized_source
 from myllm_ray.models.routers import router_loss_weight
 from myllm_ray.models.trial_forward import check_forward, one_line
 from myllm_ray.models.vocabulary import new_rows, resize_embeddings, resized_source
@@ -95,7 +96,10 @@ def build_deferred(
     if source is not None and section.resize_vocabulary:
         source = resized_source(source, skeleton)
     if source is not None:
-        # The source is recorded before adapters and wrappers are added, which change the names of the tensors.
+        # The source is recorded before layers are replaced or wrapped, which changes the names of the tensors.
+        if section.quantize is not None:
+            add_quantization(skeleton)
+            source = quantized_source(source, skeleton)
         if section.lora is not None:
             add_adapters(skeleton, section.lora)
             source = adapter_source(source, seed, skeleton)
@@ -110,6 +114,8 @@ def build_deferred(
             if section.name is None
             else _from_name(section, kind, len(tokenizer))
         )
+    if section.quantize is not None:
+        add_quantization(whole)
     if section.lora is not None:
         add_adapters(whole, section.lora)
     return _wrapped(
@@ -156,6 +162,8 @@ def build_skeleton(
     elif checkpoint_in(section.name) is None and (folder := Path(section.name).expanduser()).is_dir():
         weight_files(folder)  # a damaged file is an error before the run starts; files of the hub are checked later
     with torch.device("meta"):
+        if section.quantize is not None:
+            add_quantization(skeleton)
         if section.lora is not None:
             add_adapters(skeleton, section.lora)
         return _wrapped(section, skeleton, kind, None)

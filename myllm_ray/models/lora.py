@@ -18,6 +18,7 @@ from myllm_ray.common.modules import adapted_modules
 from myllm_ray.common.seeds import derive_seed
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import LoraSection
+from myllm_ray.models.quantization import remove_quantization
 
 
 def add_adapters(model: nn.Module, section: LoraSection) -> None:
@@ -44,7 +45,7 @@ def add_adapters(model: nn.Module, section: LoraSection) -> None:
             {
                 name.rpartition(".")[2]
                 for name, m in model.named_modules()
-                if type(m).__name__ in ("Linear", "Conv1D") and m is not head and name != "score"
+                if type(m).__name__ in ("Linear", "NF4Linear", "Conv1D") and m is not head and name != "score"
             }
         )
     try:
@@ -85,7 +86,11 @@ def adapter_source(base: Source, seed: int, skeleton: nn.Module) -> Source:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Merges the adapters into the weights that they adapt and removes them, in place."""
+    """Merges the adapters into the weights that they adapt and removes them, in place.
+
+    Quantized layers are dequantized first, so the merged model is the one that was trained.
+    """
+    remove_quantization(model)
     for name, module in list(adapted_modules(model)):
         module.merge()
         outer, _, last = name.rpartition(".")
