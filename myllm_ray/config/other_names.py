@@ -39,7 +39,7 @@ _BY_KEY = {
     "gradient_accumulation",
     "data.train.path": "dataset datasets dataset_path dataset_name dataset_dir train_file train_files train_data "
     "train_dataset data_path data_files training_data",
-    "data.train.format": "template chat_template dataset_type dataset_format format_type",
+    "data.train.format": "template dataset_type dataset_format format_type",
     "data.train.fields": "dataset_text_field text_column column_mapping",
     "data.train.limit": "max_samples max_train_samples",
     "data.validation.path": "eval_dataset validation_file eval_file eval_data validation_data test_datasets",
@@ -49,6 +49,10 @@ _BY_KEY = {
     "data.packing": "sample_packing neat_packing pack_sequences",
     "model.name": "model_name_or_path model_name base_model model_id model_path pretrained_model_name_or_path "
     "hf_assets_path initial_load_path",
+    "model.name (as org/model@revision)": "revision model_revision revision_of_model hf_revision",
+    "model.quantize": "load_in_4bit quantization_bit quantization quantization_config bnb_4bit_quant_type "
+    "use_bnb_nested_quant quantize_base",
+    "model.resize_vocabulary": "resize_vocab resize_token_embeddings resize_token_embeddings_to_32x",
     "model.config": "config_name base_model_config model_config",
     "model.attention": "attn_implementation attn_impl flash_attn flash_attention use_flash_attention_2",
     "model.lora": "adapter use_lora use_peft peft peft_config finetuning_type lora_config",
@@ -58,6 +62,8 @@ _BY_KEY = {
     "model.lora.targets": "lora_target lora_target_modules lora_target_linear target_modules",
     "tokenizer.name": "tokenizer_name tokenizer_name_or_path tokenizer_type",
     "tokenizer.path": "tokenizer_path",
+    "tokenizer.chat_template": "chat_template chat_template_jinja chat_template_path default_chat_template",
+    "tokenizer.add_special_tokens": "additional_special_tokens new_special_tokens special_tokens added_tokens",
     "accelerator.name": "deepspeed fsdp strategy distributed_type backend",
     "accelerator.stage": "zero_stage zero_optimization",
     "accelerator.precision": "torch_dtype dtype mixed_precision amp half_precision_backend model_dtype",

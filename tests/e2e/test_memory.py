@@ -12,13 +12,16 @@ import pytest
 
 CHILD = """
 import json, re, resource, sys, threading, time
+import numpy, pyarrow, torch
 from myllm_ray.common.types import Position
 from myllm_ray.config import validate
 from myllm_ray.data.prepare import prepare
 from myllm_ray.data.stream import LocalStream
 from myllm_ray.data.tokenizer import byte_tokenizer
 
-byte_tokenizer()("import what is imported when first used")
+# Import what is imported when first used: torch by the config of the trainer, pandas by pyarrow.
+byte_tokenizer()("")
+pyarrow.array(numpy.zeros(1))
 
 def anonymous():
     "Returns the bytes of memory that are not backed by a file."
@@ -38,7 +41,7 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.01)
 
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)  # an error must end the process
 thread.start()
 config = validate(json.loads(sys.argv[1]))
 spec = prepare(config).train
