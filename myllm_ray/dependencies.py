@@ -168,7 +168,7 @@ class Dependencies:
         other = getattr(self._section, "reference_model", None)
         section = self._config.model if other is None else _other_reference(self._config, other)
         # Without adapters: the output of new adapters is zero, so the reference equals the model before the first step.
-        return without_dropout(section)[0].model_copy(update={"lora": None})
+        return without_dropout(section)[0].model_copy(update={"lora": None, "freeze": []})
 
     def _frozen(self, section: ModelSection, kind: str = "causal_lm") -> nn.Module:
         return build_deferred(section, self._tokenizer, self._config.data.sequence_length, self._config.run.seed, kind)

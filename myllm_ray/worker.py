@@ -191,7 +191,8 @@ def build_engine(
         constants=data_counts(prepared),
         heartbeat=heartbeat,
         manifest={
-            "identity": prepared.identity,
+            # Rank 0 decides what a checkpoint holds: the ranks of a run made again prepare the data separately.
+            "identity": distributed.from_main(prepared.identity),
             "isolation": prepared.isolation and asdict(prepared.isolation),
             "weights": starting_weights(config),
             "config": mask((whole or config).model_dump(mode="json")),

@@ -346,7 +346,7 @@ class Accelerator(ABC):
         """Waits until every rank has reached this call."""
         distributed.barrier()
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, frozen: bool = True) -> dict[str, Tensor]:
         """Returns the fp32 tensors of a checkpoint, by name: `model.<name>` and `optimizer.<name>.<moment>`.
 
         `<name>` is the fully qualified name of a parameter. Keys and global shapes are the same on every backend.
@@ -354,6 +354,9 @@ class Accelerator(ABC):
 
         To load a checkpoint, fill these tensors in place and pass them to `load_state`. `state_is_a_copy` specifies
         whether they are the live tensors.
+
+        Args:
+            frozen: Whether to include the parameters that are not trained.
         """
         # Optimizers create their moments in the first step, but a checkpoint may be loaded before that.
         if not self.optimizer.state:
@@ -362,7 +365,8 @@ class Accelerator(ABC):
         # `named_parameters` yields a tied parameter once, under its first name.
         names = {id(p): name for name, p in self.module.named_parameters()}
         for name, tensor in self.module.named_parameters():
-            tensors[f"model.{name}"] = tensor.data
+            if frozen or tensor.requires_grad:
+                tensors[f"model.{name}"] = tensor.data
         tensors.update(self.buffers())
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():

@@ -96,6 +96,8 @@ class TrainerEngine:
         self.metrics: dict[str, float] = {}
         self._callbacks = tuple(callbacks)
         self._saved_step = -1
+        # The weights of a model that is not trained completely are saved, unless they can be built again.
+        self.saves_frozen = not self.manifest.get("identity", {}).get("base")
         self.skipped_steps = 0
         self._agreed: set[str] = set()
         """Requests that all ranks have received. If one rank acted alone, the others would wait in a collective."""
@@ -134,7 +136,7 @@ class TrainerEngine:
             self._saved_step = self.state.step
         # Allocates the buffers of background checkpoints now, so that the first checkpoint does not take longer.
         if self.checkpoints and self.checkpoints.background and not self.accelerator.state_is_a_copy:
-            self.checkpoints.make_ready(self.accelerator.state())
+            self.checkpoints.make_ready(self.accelerator.state(self.saves_frozen))
 
     def train(self) -> RunState:
         """Trains to the last step, or until a request ends the run, and returns the final state."""
@@ -290,7 +292,8 @@ class TrainerEngine:
         assert self.checkpoints is not None
         self.heartbeat.enter("checkpoint", self.state.step)
         copied = self.accelerator.state_is_a_copy
-        folder = self.checkpoints.save(self.state.step, self.accelerator.state(), manifest_of(self), copied=copied)
+        tensors = self.accelerator.state(self.saves_frozen)
+        folder = self.checkpoints.save(self.state.step, tensors, manifest_of(self), copied=copied)
         self._saved_step = self.state.step
         self._tell_checkpoints()
         return folder

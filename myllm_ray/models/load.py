@@ -28,7 +28,8 @@ from myllm_ray.config.sections import ModelSection
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, folder_source, record_initialization
 from myllm_ray.models.heads import ActorCritic, RewardModel
-from myllm_ray.models.lora import adapter_source, add_adapters
+from myllm_ray.models.lora import adapter_source, add_adapters, fill_adapters
+from myllm_ray.models.lora_targets import freeze
 from myllm_ray.models.routers import router_loss_weight
 from myllm_ray.models.trial_forward import check_forward, one_line
 
@@ -75,6 +76,12 @@ def build_deferred(
     Raises:
         ConfigError: The model cannot be built, or it does not fit the tokenizer or the sequence length.
     """
+    model = _build_deferred(section, tokenizer, sequence_length, seed, kind)
+    freeze(model, section.freeze)
+    return model
+
+
+def _build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int, kind: str) -> nn.Module:
     if section.factory:
         # A factory may draw random numbers in any order, so every rank starts it with the same seed.
         with torch.random.fork_rng(devices=[]):
@@ -97,7 +104,7 @@ def build_deferred(
         # The source is recorded before adapters and wrappers are added, which change the names of the tensors.
         if section.lora is not None:
             add_adapters(skeleton, section.lora)
-            source = adapter_source(source, seed, skeleton)
+            source = adapter_source(source, seed, skeleton, section.lora)
         with torch.device("meta"):
             critic = copy.deepcopy(skeleton.base_model) if kind == "actor_own_critic" else None
             model = _wrapped(section, skeleton, kind, critic)
@@ -111,6 +118,7 @@ def build_deferred(
         )
     if section.lora is not None:
         add_adapters(whole, section.lora)
+        fill_adapters(whole, seed, section.lora)
     return _wrapped(
         section, whole, kind, copy.deepcopy(whole.base_model) if kind == "actor_own_critic" else None
     ).train()
@@ -155,7 +163,9 @@ def build_skeleton(
     with torch.device("meta"):
         if section.lora is not None:
             add_adapters(skeleton, section.lora)
-        return _wrapped(section, skeleton, kind, None)
+        model = _wrapped(section, skeleton, kind, None)
+    freeze(model, section.freeze)
+    return model
 
 
 def _auto(kind: str) -> Any:
@@ -182,12 +192,38 @@ def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Sour
     if section.name is None:
         return random
     if (checkpoint := checkpoint_in(section.name)) is not None:
-        return checkpoint_source(CheckpointTensors(checkpoint), skeleton, random)
+        return checkpoint_source(_opened(checkpoint), skeleton, random)
     folder = pretrained_folder(section.name, "model.name", weights=True, code=section.trust_remote_code)
     # The score head is not required: it is randomly initialized if the folder contains a language model.
     return folder_source(
         folder, {name for name, _ in skeleton.named_parameters() if not name.startswith("score.")}, random
     )
+
+
+def _opened(checkpoint: Path) -> CheckpointTensors:
+    """Returns the weights of a checkpoint; those that it does not hold are built from the config of its run."""
+    tensors = CheckpointTensors(checkpoint)
+    if tensors.base is None:
+        return tensors
+    given, seed = ModelSection.model_validate(tensors.config["model"]), int(tensors.config["run"]["seed"])
+    architecture, kind = given.model_copy(update={"name": str(checkpoint), "config": None}), tensors.base["model"]
+    with torch.device("meta"):
+        model = _random_by_name(architecture, kind)
+    source = _source(given, model, seed)
+    if source is None:
+        with torch.random.fork_rng(devices=[]):
+            seed_all("weights", seed)
+            model = _random_by_name(architecture, kind) if given.name is None else _from_name(given, kind)
+    if given.lora is not None:
+        add_adapters(model, given.lora)
+        if source is None:
+            fill_adapters(model, seed, given.lora)
+        else:
+            source = adapter_source(source, seed, model, given.lora)
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors.initial = source or values.__getitem__
+    tensors.initial_names = {*values} & {*model.state_dict()}
+    return tensors
 
 
 def config_of(section: ModelSection) -> Any:
@@ -285,7 +321,7 @@ def _from_name(section: ModelSection, kind: str) -> PreTrainedModel:
     if checkpoint is not None:
         model: PreTrainedModel = _random_by_name(section, kind)
         values: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        source = checkpoint_source(CheckpointTensors(checkpoint), model, values.__getitem__)
+        source = checkpoint_source(_opened(checkpoint), model, values.__getitem__)
         with torch.no_grad():
             for name, tensor in values.items():
                 tensor.copy_(source(name))

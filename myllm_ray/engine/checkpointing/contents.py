@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from myllm_ray.common.types import Position
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 def manifest_of(engine: TrainerEngine) -> dict[str, Any]:
     """Returns what a resumed run needs in addition to tensors, as JSON: position in the data, states of components."""
-    state = engine.state
+    state, base = engine.state, engine.manifest.get("identity", {}).get("base")
     return {
         "position": {"epoch": state.position.epoch, "row": state.position.row},
         "callbacks": engine.callbacks.state_dict(),
@@ -23,7 +25,14 @@ def manifest_of(engine: TrainerEngine) -> dict[str, Any]:
         "trainer": engine.trainer.state_dict(),
         "loss_scale": engine.accelerator.loss_scale.state_dict(),
         **engine.manifest,
+        # The origin of the weights that the checkpoint does not hold.
+        **({} if engine.saves_frozen else {"base": base}),
     }
+
+
+def _holds_frozen(manifest: dict[str, Any], module: nn.Module) -> bool:
+    """Returns whether a checkpoint holds a parameter that is not trained."""
+    return any(f"model.{name}" in manifest["tensors"] for name, p in module.named_parameters() if not p.requires_grad)
 
 
 def restore(engine: TrainerEngine, folder: Path) -> None:
@@ -35,9 +44,12 @@ def restore(engine: TrainerEngine, folder: Path) -> None:
         CheckpointError: the checkpoint is damaged, or its tensors differ from those of this run.
     """
     assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
-    # Every rank calls this with its own shards: `load` uses collectives.
-    tensors = engine.accelerator.state()
-    manifest = engine.checkpoints.load(folder, tensors)
+    # Every rank calls this with its own shards: `verified`, `state` and `fill` use collectives.
+    manifest = engine.checkpoints.verified(folder)
+    # Frozen weights that the checkpoint holds replace those that this run was built with, and are saved again.
+    engine.saves_frozen = engine.saves_frozen or _holds_frozen(manifest, engine.accelerator.module)
+    tensors = engine.accelerator.state(frozen=engine.saves_frozen)
+    engine.checkpoints.fill(folder, manifest, tensors)
     engine.accelerator.load_state(tensors)
     engine.state.step = int(manifest["step"])
     engine.state.position = Position(**manifest["position"])
