@@ -116,15 +116,18 @@ def leave() -> None:
     os._exit(0)
 
 
-def run_all(world: int, configs: list[TrainerConfig]) -> list[Path]:
-    """Runs the configs in `world` processes (1: in this process, without a group) and returns the run folders."""
+def run_all(world: int, configs: list[TrainerConfig], whole: bool = False) -> list[Path]:
+    """Runs the configs in `world` processes (1: in this process, without a group) and returns the run folders.
+
+    `whole`: checkpoints hold the frozen weights too.
+    """
     configs = [absolute(c) for c in configs]
     jobs = []
     for config in configs:
         check_names(config)
         prepared = prepare(config)
         check_model(config, prepared)
-        prepared = with_base(config, prepared)
+        prepared = prepared if whole else with_base(config, prepared)
         claim(config, prepared.identity)
         jobs.append((config.model_dump(mode="json"), prepared))
         if world == 1:

@@ -25,6 +25,7 @@ from myllm_ray.accelerators.precision import (
     autocast_dtypes,
     check_precision,
     emulation_note,
+    frozen_dtypes,
     hold_in,
 )
 from myllm_ray.accelerators.process_group import init_group, keep_group
@@ -87,6 +88,11 @@ class Accelerator(ABC):
     """Values of `accelerator.stage` that the backend accepts."""
     state_is_a_copy = False
     """Whether `state` returns copies, which training does not modify, instead of the live tensors."""
+    mixes_dtypes = False
+    """Whether parameters of one model may have different dtypes, so that frozen ones can be in half precision."""
+    saves_frozen = True
+    """Whether `state` is called for frozen parameters, which must then stay in fp32. The engine sets it before
+    `prepare`."""
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Maps `optimizer` and `parameters` to the places that the backend can offload them to."""
 
@@ -207,6 +213,8 @@ class Accelerator(ABC):
         # Order: `save_memory` changes the blocks inside the wrapper, and sharding replaces the parameters, so the
         # optimizer is built after `wrap`.
         save_memory(model, self.section)
+        if self.mixes_dtypes and not self.saves_frozen and self.precision != "fp32":
+            hold_in(model, frozen_dtypes(model, DTYPES[self.precision]))
         self.module = model
         self.model = self.wrap(self.module)
         self.optimizer = build_optimizer(self.module)

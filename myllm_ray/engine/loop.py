@@ -29,7 +29,7 @@ from myllm_ray.config.amendments import next_boundary
 from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
 from myllm_ray.engine.batch_weight import WeightCheck
 from myllm_ray.engine.callbacks import Callback, CallbackList
-from myllm_ray.engine.checkpointing.contents import manifest_of, restore
+from myllm_ray.engine.checkpointing.contents import manifest_of, opened, restore
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.checkpointing.writer import WAIT_SECONDS
 from myllm_ray.engine.evaluation import evaluate
@@ -123,6 +123,7 @@ class TrainerEngine:
         self.callbacks = CallbackList(self._callbacks, self.state.is_main)
         self.stability.load_interventions()
         self.schedulers.total_steps = self.state.total_steps
+        manifest = opened(self, resume)
         # The backend calls `build` after it has sharded the model, because the optimizer must refer to the shards.
         self.trainer.model = self.accelerator.prepare(self.trainer.model, self.optimizers.build, self.schedulers.build)
         self.dropout = StepDropout(self.trainer.model, self.settings.run.seed)
@@ -132,7 +133,7 @@ class TrainerEngine:
             self.trainer.bytes_per_token = self.trainer.bytes_per_token.to(self.accelerator.device)
         self.trainer.autocast, self.trainer.generation = self.accelerator.autocast, self.accelerator.generation
         if resume is not None:  # after `prepare`: the tensors are loaded into the shards of this backend
-            restore(self, resume)
+            restore(self, resume, manifest)
             self._saved_step = self.state.step
         # Allocates the buffers of background checkpoints now, so that the first checkpoint does not take longer.
         if self.checkpoints and self.checkpoints.background and not self.accelerator.state_is_a_copy:

@@ -35,19 +35,40 @@ def _holds_frozen(manifest: dict[str, Any], module: nn.Module) -> bool:
     return any(f"model.{name}" in manifest["tensors"] for name, p in module.named_parameters() if not p.requires_grad)
 
 
-def restore(engine: TrainerEngine, folder: Path) -> None:
+def opened(engine: TrainerEngine, folder: Path | None) -> dict[str, Any]:
+    """Returns the manifest of the checkpoint to resume from, verified, and decides whether frozen weights are saved.
+
+    Called on every rank, before the backend places the model: it must keep frozen weights in fp32 if they are saved.
+    Without a checkpoint the result is empty.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    manifest: dict[str, Any] = {}
+    if folder is not None:
+        assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
+        manifest = engine.checkpoints.verified(folder)
+        # Frozen weights that the checkpoint holds replace those that this run was built with, and are saved again.
+        engine.saves_frozen = engine.saves_frozen or _holds_frozen(manifest, engine.trainer.model)
+    engine.accelerator.saves_frozen = engine.saves_frozen
+    return manifest
+
+
+def restore(engine: TrainerEngine, folder: Path, manifest: dict[str, Any]) -> None:
     """Loads a checkpoint into an engine whose model and optimizer are in place.
 
     The learning-rate schedule needs no state but the step. Entries that older versions did not write are optional.
 
+    Args:
+        engine: the engine of this rank.
+        folder: the checkpoint.
+        manifest: the result of `opened`.
+
     Raises:
-        CheckpointError: the checkpoint is damaged, or its tensors differ from those of this run.
+        CheckpointError: the checkpoint can't be read, or its tensors differ from those of this run.
     """
     assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
-    # Every rank calls this with its own shards: `verified`, `state` and `fill` use collectives.
-    manifest = engine.checkpoints.verified(folder)
-    # Frozen weights that the checkpoint holds replace those that this run was built with, and are saved again.
-    engine.saves_frozen = engine.saves_frozen or _holds_frozen(manifest, engine.accelerator.module)
+    # Every rank calls this with its own shards: `state` and `fill` use collectives.
     tensors = engine.accelerator.state(frozen=engine.saves_frozen)
     engine.checkpoints.fill(folder, manifest, tensors)
     engine.accelerator.load_state(tensors)
