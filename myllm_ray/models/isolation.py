@@ -188,12 +188,7 @@ def _small_section(section: ModelSection, sequence_length: int) -> ModelSection:
     windows = {name: min(value, _WINDOW) if value < sequence_length else value for name, value in known.items()}
     return without_dropout(
         small.model_copy(
-            update={
-                "config": {**(small.config or {}), **windows},
-                "lora": None,
-                "freeze": [],
-                "router_loss_weight": None,
-            }
+            update={"config": {**(small.config or {}), **windows}, "lora": None, "router_loss_weight": None}
         )
     )[0]
 

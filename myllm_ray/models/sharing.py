@@ -39,7 +39,7 @@ def shares_prompts(section: ModelSection, sequence_length: int) -> bool:
         return False
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        small, _ = without_dropout(small_model(section))
+        small, _ = without_dropout(small_model(section).model_copy(update={"lora": None}))
         model = materialize(build_deferred(small, _NoTokenizer(), 32, 0)).eval()
         segments = torch.tensor([[0] * 5 + [1] * 4 + [2] * 6 + [-1], [0] * 3 + [1] * 7 + [2] * 2 + [-1] * 4])
         ids = torch.randint(1, 64, segments.shape)

@@ -69,7 +69,7 @@ def restore(engine: TrainerEngine, folder: Path, manifest: dict[str, Any]) -> No
     """
     assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
     # Every rank calls this with its own shards: `state` and `fill` use collectives.
-    tensors = engine.accelerator.state(frozen=engine.saves_frozen)
+    tensors = engine.accelerator.state(frozen=_holds_frozen(manifest, engine.accelerator.module))
     engine.checkpoints.fill(folder, manifest, tensors)
     engine.accelerator.load_state(tensors)
     engine.state.step = int(manifest["step"])
