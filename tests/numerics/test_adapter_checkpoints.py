@@ -18,10 +18,12 @@ from transformers import initialization
 from myllm_ray import base_weights
 from myllm_ray.base_weights import files_sha256, weight_files
 from myllm_ray.config import CheckpointError, ConfigError
+from myllm_ray.config.amendments import value_of
 from myllm_ray.config.sections import ModelSection
 from myllm_ray.data.prepare import prepare
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.engine.checkpointing.manager import read_manifest, read_tensors
+from myllm_ray.engine.checkpointing.writer import manifest_checksum
 from myllm_ray.engine.run_folder import claim
 from myllm_ray.models.export import save_pretrained
 from myllm_ray.models.load import build_model, build_skeleton
@@ -181,6 +183,11 @@ def test_checkpoints_with_all_tensors_are_read(make_config: MakeConfig, tmp_path
     assert "model.model.model.embed_tokens.weight" in manifest["tensors"]
     (new,) = run_all(1, [by_name(make_config, base, "run.name=new", "run.max_steps=4")])
     torch.testing.assert_close(logits(loaded(old)), logits(open_run(old)[0]), rtol=1e-4, atol=1e-5)
+    # Keys of the config that did not exist at that time have their defaults.
+    for added in ("freeze", "lora.rslora", "lora.targets"):
+        section, _, key = f"model.{added}".rpartition(".")
+        del value_of(manifest["config"], section)[key]
+    (step(old) / "manifest.json").write_text(json.dumps({**manifest, "checksum": manifest_checksum(manifest)}))
     resumed = [by_name(make_config, base, f"checkpoint.resume={old}", "run.max_steps=4", "run.name=resumed")]
     (folder,) = run_all(1, resumed)
     assert comparable(folder) == comparable(new)[2:]

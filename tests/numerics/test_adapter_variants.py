@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -231,10 +232,9 @@ def test_every_backend_trains_the_same_adapters(
 
 
 def test_selected_layers() -> None:
-    def adapted(**given: Any) -> set[str]:
-        skeleton = build_skeleton(
-            ModelSection.model_validate({"config": UNTIED, "lora": lora(**given)}), byte_tokenizer(), 64
-        )
+    def adapted(config: dict[str, Any] = UNTIED, **given: Any) -> set[str]:
+        section = ModelSection.model_validate({"config": config, "lora": lora(**given)})
+        skeleton = build_skeleton(section, byte_tokenizer(), 64)
         assert skeleton is not None
         names = {n for n, p in skeleton.named_parameters() if p.requires_grad}
         return {n.removeprefix("model.model.").partition(".lora_")[0] for n in names}
@@ -246,6 +246,10 @@ def test_selected_layers() -> None:
     assert adapted(targets=["q_proj", "v_proj", "k_proj"], exclude=["k_proj"]) == both
     assert adapted(exclude=r".*(mlp|[ko]_proj).*") == both
     assert len(adapted()) == 14
+    # PEFT shortens long lists of names.
+    deep = {**UNTIED, "num_hidden_layers": 12}
+    assert adapted(deep, layers=[1, 10, 11]) == {n for n in adapted(deep) if re.match(r"layers\.(1|10|11)\.", n)}
+    assert len(adapted(deep, layers=[1, 10, 11])) == 21
     assert adapted(targets=["q_proj"], layers=[0], modules_to_save=["lm_head"]) == {
         "layers.0.self_attn.q_proj",
         "model.lm_head.weight",
