@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,17 +161,17 @@ def _file_sha256(path: Path, cache: Path) -> str:
     entry = cache / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
     try:
         stored = json.loads(entry.read_text(encoding="utf-8"))
-        if stored.pop("sha256", None) and stored == key:
-            return str(json.loads(entry.read_text(encoding="utf-8"))["sha256"])
-    except (OSError, ValueError, AttributeError):
-        pass
+        found = stored.pop("sha256")
+        if stored == key:
+            return str(found)
+    except (OSError, ValueError, AttributeError, KeyError):
+        pass  # no entry, or a damaged one
     with open(path, "rb") as file:
         key["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+    # Only into a folder of prepared data that exists here: the run may come from another machine.
+    with suppress(OSError):  # a read-only folder: the file is hashed again next time
+        cache.mkdir(exist_ok=True)
         write_json(entry, key)
-    except OSError:  # a read-only folder: the file is hashed again next time
-        pass
     return str(key["sha256"])
 
 

@@ -106,7 +106,8 @@ def adapter_source(base: Source, seed: int, skeleton: nn.Module, section: LoraSe
                 return rest.T.contiguous() if stem in transposed else rest
             return base(name.replace(".base_layer.", "."))
         if part.startswith("magnitude_vector."):
-            return torch.linalg.norm(weight(stem), dim=1)
+            norms: Tensor = torch.linalg.norm(weight(stem), dim=1)
+            return norms
         if section.initialization == "pissa":
             return principal(stem)[0 if part.startswith("A.") else 1]
         if part.startswith("B."):
@@ -185,8 +186,8 @@ def merged(weight: Tensor, read: Source, stem: str, section: LoraSection, transp
     if not section.dora:
         return total
     rows = total.T if transposed else total
-    factor = read(f"{stem}.lora_magnitude_vector.default.weight") / torch.linalg.norm(rows, dim=1)
-    rows = rows * factor[:, None]
+    norms: Tensor = torch.linalg.norm(rows, dim=1)
+    rows = rows * (read(f"{stem}.lora_magnitude_vector.default.weight") / norms)[:, None]
     return rows.T.contiguous() if transposed else rows
 
 

@@ -45,8 +45,9 @@ def modules_to_adapt(model: nn.Module, section: LoraSection) -> list[str]:
         chosen = [n for n in chosen if _block(n) in section.layers]
     if not chosen:
         raise ConfigError("model.lora: no layer is left to adapt; change targets, exclude or layers")
+    holders = _holders(model)
     for name in chosen:
-        if sharing := _sharing(model, model.get_submodule(name)):
+        if sharing := _sharing(holders, model.get_submodule(name), name):
             raise ConfigError(
                 f"model.lora.targets: {name} shares its weight with {sharing[0]}, which its adapter would change too; "
                 "leave it out, or train both in full with model.lora.modules_to_save"
@@ -70,11 +71,12 @@ def parameters_to_save(model: nn.Module, section: LoraSection, adapted: Iterable
     owning = {n: m for n, m in model.named_modules() if n and next(m.parameters(), None) is not None}
     names = _matching(list(owning), section.modules_to_save, key, model) if section.modules_to_save else []
     inside = {n for n in owning for name in names if n == name or n.startswith(f"{name}.")}
+    holders = _holders(model)
     for name in names:
         if both := next((n for n in adapted if n == name or n.startswith(f"{name}.")), None):
             raise ConfigError(f"{key}: {name} is trained in full, and {both} has an adapter: exclude it (exclude)")
-        for inner in owning[name].modules():
-            if other := next((n for n in _sharing(model, inner) if n not in inside), None):
+        for inner_name, inner in owning[name].named_modules(prefix=name):
+            if other := next((n for n in _sharing(holders, inner, inner_name) if n not in inside), None):
                 raise ConfigError(
                     f"{key}: {name} shares its weight with {other} in this model; list both, "
                     f"[{name.rpartition('.')[2]}, {other.rpartition('.')[2]}], to train the shared weight"
@@ -137,8 +139,15 @@ def _block(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def _sharing(model: nn.Module, module: nn.Module) -> list[str]:
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """Returns the names of the modules that hold each parameter, by the parameter's id."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    return holders
+
+
+def _sharing(holders: Mapping[int, list[str]], module: nn.Module, name: str) -> list[str]:
     """Returns the names of the other modules that hold one of the module's own parameters."""
-    own = {id(p) for p in module.parameters(recurse=False)}
-    held: Mapping[str, nn.Module] = dict(model.named_modules())
-    return [n for n, m in held.items() if m is not module and own & {id(p) for p in m.parameters(recurse=False)}]
+    return [n for p in module.parameters(recurse=False) for n in holders[id(p)] if n != name]
