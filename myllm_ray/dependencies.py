@@ -20,9 +20,10 @@ from myllm_ray.data.prepare import PreparedData
 from myllm_ray.data.store import TokenStore
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.engine.checkpointing.manager import read_manifest
+from myllm_ray.models.architecture import config_of
 from myllm_ray.models.generate import HFSampler
 from myllm_ray.models.generation_config import base_generation_config, ends_of
-from myllm_ray.models.load import build_deferred, config_of
+from myllm_ray.models.load import build_deferred
 from myllm_ray.models.sharing import shares_prompts
 from myllm_ray.models.shrink import without_dropout
 from myllm_ray.reference_table import reference_table
@@ -168,7 +169,9 @@ class Dependencies:
         other = getattr(self._section, "reference_model", None)
         section = self._config.model if other is None else _other_reference(self._config, other)
         # Without adapters: the output of new adapters is zero, so the reference equals the model before the first step.
-        return without_dropout(section)[0].model_copy(update={"lora": None})
+        # With quantization they stay, because they determine which layers are quantized.
+        adapters = {} if section.quantize is not None else {"lora": None}
+        return without_dropout(section)[0].model_copy(update={**adapters, "freeze": []})
 
     def _frozen(self, section: ModelSection, kind: str = "causal_lm") -> nn.Module:
         return build_deferred(section, self._tokenizer, self._config.data.sequence_length, self._config.run.seed, kind)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.base_weights import base_identity, check_bases
 from myllm_ray.common.determinism import check_determinism
 from myllm_ray.common.files import write_json
 from myllm_ray.common.progress import Task
@@ -118,11 +119,21 @@ def prepare_run(
     prepared = prepare_data(config, map_units)
     phase("building the model")
     check_model(config, prepared)
+    prepared = with_base(config, prepared)
     if warn:
         warn_of_data(prepared)
     claim(config, prepared.identity, plan_of(config, prepared))
     _write_data_summary(config, prepared)
     return prepared
+
+
+def with_base(config: TrainerConfig, prepared: PreparedData) -> PreparedData:
+    """Returns prepared data with the identity of the frozen weights, so that checkpoints need not hold them.
+
+    Raises:
+        UserError: the base can't be found or read.
+    """
+    return replace(prepared, base=base_identity(config, open_tokenizer(prepared.tokenizer_folder)))
 
 
 def plan_of(config: TrainerConfig, prepared: PreparedData) -> dict[str, Any]:
@@ -190,6 +201,7 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
         if prepared.validation is not None:
             check_targets(prepared.validation, "data.validation", config.evaluation.max_batches or 2**40, each=False)
     check_starting_weights(config)
+    check_bases(config)
     _warn_of_dropout(config)
     skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
     if skeleton is not None:

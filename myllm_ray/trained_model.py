@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from myllm_ray.base_weights import check_base
 from myllm_ray.config.errors import CheckpointError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
@@ -23,9 +24,10 @@ from myllm_ray.data.tokenizer import (
 )
 from myllm_ray.dependencies import kind_of_model, model_section
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, read_manifest
+from myllm_ray.models.architecture import config_of
 from myllm_ray.models.export import dtype_of_base
 from myllm_ray.models.generation_config import base_generation_config, ends_of, trained_generation_config
-from myllm_ray.models.load import build_model, config_of
+from myllm_ray.models.load import build_model
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def open_trained(path: str | Path) -> TrainedModel:
         The trained model.
 
     Raises:
-        CheckpointError: There is no complete checkpoint.
+        CheckpointError: There is no complete checkpoint, or the base of its adapters is missing or has changed.
         ConfigError: A folder in Hugging Face format can't be loaded.
     """
     path = Path(path)
@@ -86,6 +88,7 @@ def open_trained(path: str | Path) -> TrainedModel:
     newest = manager.latest() if manager.folder.name == "checkpoints" and manager.folder.parent == path else path
     if newest is None or (damage := find_damage(newest)):
         raise CheckpointError(f"{path} contains no complete checkpoint" + (f": {damage}" if newest else ""))
+    check_base(newest)
     config = validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json", components=False)
     beside = newest / "tokenizer"  # only checkpoints in Ray's storage contain a tokenizer folder
     folder = beside if beside.is_dir() else newest.parent.parent / "tokenizer"

@@ -51,7 +51,8 @@ from myllm_ray.engine.reporting.events import EventLog, recorded_warnings
 from myllm_ray.engine.reporting.monitor import RunMonitor
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
-from myllm_ray.models.load import build_deferred, save_architecture
+from myllm_ray.models.architecture import save_architecture
+from myllm_ray.models.load import build_deferred
 from myllm_ray.preparation import absolute, build_callbacks, check_names, of_segment, prepare_run
 from myllm_ray.trained_model import save_tokenizer
 from myllm_ray.trainers.base import BaseTrainer
@@ -191,7 +192,8 @@ def build_engine(
         constants=data_counts(prepared),
         heartbeat=heartbeat,
         manifest={
-            "identity": prepared.identity,
+            # Rank 0 decides what a checkpoint holds: the ranks of a run made again prepare the data separately.
+            "identity": distributed.from_main(prepared.identity),
             "isolation": prepared.isolation and asdict(prepared.isolation),
             "weights": starting_weights(config),
             "config": mask((whole or config).model_dump(mode="json")),

@@ -21,7 +21,7 @@ from myllm_ray.config.errors import UserError
 from myllm_ray.config.sections import Section
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.engine.run_folder import claim, folder_of
-from myllm_ray.preparation import absolute, check_model, check_names
+from myllm_ray.preparation import absolute, check_model, check_names, with_base
 from myllm_ray.worker import run_worker
 
 Job = tuple[dict[str, Any], PreparedData]
@@ -66,6 +66,7 @@ def start(make_config: MakeConfig, files: tuple[Path, Path, Path], overrides: li
         check_names(config)
         prepared = prepare(config)
         check_model(config, prepared)
+        prepared = with_base(config, prepared)
         claim(config, prepared.identity)
         return config.model_dump(mode="json"), prepared
     except UserError as error:

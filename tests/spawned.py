@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from myllm_ray.config import TrainerConfig, validate
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.engine.run_folder import claim
-from myllm_ray.preparation import absolute, check_model, check_names
+from myllm_ray.preparation import absolute, check_model, check_names, with_base
 from myllm_ray.worker import run_worker
 
 BACKENDS: dict[str, list[str]] = {
@@ -116,14 +116,18 @@ def leave() -> None:
     os._exit(0)
 
 
-def run_all(world: int, configs: list[TrainerConfig]) -> list[Path]:
-    """Runs the configs in `world` processes (1: in this process, without a group) and returns the run folders."""
+def run_all(world: int, configs: list[TrainerConfig], whole: bool = False) -> list[Path]:
+    """Runs the configs in `world` processes (1: in this process, without a group) and returns the run folders.
+
+    `whole`: checkpoints hold the frozen weights too.
+    """
     configs = [absolute(c) for c in configs]
     jobs = []
     for config in configs:
         check_names(config)
         prepared = prepare(config)
         check_model(config, prepared)
+        prepared = prepared if whole else with_base(config, prepared)
         claim(config, prepared.identity)
         jobs.append((config.model_dump(mode="json"), prepared))
         if world == 1:

@@ -25,6 +25,7 @@ from myllm_ray.accelerators.precision import (
     autocast_dtypes,
     check_precision,
     emulation_note,
+    frozen_dtypes,
     hold_in,
 )
 from myllm_ray.accelerators.process_group import init_group, keep_group
@@ -87,6 +88,11 @@ class Accelerator(ABC):
     """Values of `accelerator.stage` that the backend accepts."""
     state_is_a_copy = False
     """Whether `state` returns copies, which training does not modify, instead of the live tensors."""
+    mixes_dtypes = False
+    """Whether parameters of one model may have different dtypes, so that frozen ones can be in half precision."""
+    saves_frozen = True
+    """Whether `state` is called for frozen parameters, which must then stay in fp32. The engine sets it before
+    `prepare`."""
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Maps `optimizer` and `parameters` to the places that the backend can offload them to."""
 
@@ -207,6 +213,8 @@ class Accelerator(ABC):
         # Order: `save_memory` changes the blocks inside the wrapper, and sharding replaces the parameters, so the
         # optimizer is built after `wrap`.
         save_memory(model, self.section)
+        if self.mixes_dtypes and not self.saves_frozen and self.precision != "fp32":
+            hold_in(model, frozen_dtypes(model, DTYPES[self.precision]))
         self.module = model
         self.model = self.wrap(self.module)
         self.optimizer = build_optimizer(self.module)
@@ -346,7 +354,7 @@ class Accelerator(ABC):
         """Waits until every rank has reached this call."""
         distributed.barrier()
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, frozen: bool = True) -> dict[str, Tensor]:
         """Returns the fp32 tensors of a checkpoint, by name: `model.<name>` and `optimizer.<name>.<moment>`.
 
         `<name>` is the fully qualified name of a parameter. Keys and global shapes are the same on every backend.
@@ -354,6 +362,9 @@ class Accelerator(ABC):
 
         To load a checkpoint, fill these tensors in place and pass them to `load_state`. `state_is_a_copy` specifies
         whether they are the live tensors.
+
+        Args:
+            frozen: Whether to include the parameters that are not trained.
         """
         # Optimizers create their moments in the first step, but a checkpoint may be loaded before that.
         if not self.optimizer.state:
@@ -362,7 +373,8 @@ class Accelerator(ABC):
         # `named_parameters` yields a tied parameter once, under its first name.
         names = {id(p): name for name, p in self.module.named_parameters()}
         for name, tensor in self.module.named_parameters():
-            tensors[f"model.{name}"] = tensor.data
+            if frozen or tensor.requires_grad:
+                tensors[f"model.{name}"] = tensor.data
         tensors.update(self.buffers())
         for parameter, moments in self.optimizer.state.items():
             for key, value in moments.items():

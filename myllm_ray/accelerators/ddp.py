@@ -21,6 +21,7 @@ class DDPAccelerator(Accelerator):
     """
 
     distributed = True
+    mixes_dtypes = True
 
     def __init__(self, config: Any = None):
         super().__init__(config)

@@ -312,11 +312,11 @@ class DeepSpeedAccelerator(Accelerator):
                     table.clear()
                     table.update(before[key])
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, frozen: bool = True) -> dict[str, Tensor]:
         if self.stage == 0:
-            return super().state()
+            return super().state(frozen)
         return {
-            **self.zero.tensors(),
+            **self.zero.tensors(frozen),
             **{name: buffer.detach().cpu().clone() for name, buffer in self.buffers().items()},
         }
 

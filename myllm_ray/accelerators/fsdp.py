@@ -178,9 +178,9 @@ class FSDPAccelerator(Accelerator):
             )
         return self._gathered()
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, frozen: bool = True) -> dict[str, Tensor]:
         # After a forward pass without a backward pass, such as an evaluation, parameters may still be gathered.
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return super().state()
+        return super().state(frozen)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.materialize import Source, attach_source, source_of
+from myllm_ray.common.modules import adapted_modules
 from myllm_ray.config.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,6 +90,25 @@ def autocast_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dty
             ):
                 found[name] = dtype
     return found
+
+
+def frozen_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Returns the weights of `autocast_dtypes` that are not trained, as a mapping of names to `dtype`.
+
+    Stored in `dtype`, they result in the same forward and backward pass, bit for bit. Layers with DoRA are not
+    included, because the norms of their weights are computed in fp32.
+
+    Args:
+        model: The model, possibly on the meta device.
+        dtype: The dtype of autocast.
+    """
+    cast = autocast_dtypes(model, dtype)
+    dora = tuple(f"{name}." for name, m in adapted_modules(model) if len(getattr(m, "lora_magnitude_vector", ())))
+    return {
+        name: dtype
+        for name, parameter in model.named_parameters()
+        if name in cast and not parameter.requires_grad and not name.startswith(dora)
+    }
 
 
 def hold_in(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -14,6 +14,8 @@ from myllm_ray.config.sections import AcceleratorSection
 class SingleGPUAccelerator(Accelerator):
     """Trains on one device, without a process group. Despite its name, it also supports the CPU."""
 
+    mixes_dtypes = True
+
     @classmethod
     def like(cls, section: AcceleratorSection) -> Self:
         """Returns a backend for one device with the precision of another backend, without its sharding and offloading.

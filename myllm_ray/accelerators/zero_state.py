@@ -37,17 +37,21 @@ class ZeroState:
         self.api, self.gathered = deepspeed.utils, deepspeed.zero.GatheredParameters
         self.module, self.optimizer, self.stage, self.device = module, optimizer, stage, device
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, frozen: bool = True) -> dict[str, Tensor]:
         """Returns copies of the state: `model.<name>` and `optimizer.<name>.<moment>`.
 
         This is a collective: every rank has to call it.
+
+        Args:
+            frozen: Whether to include the parameters that are not trained.
         """
         self._make_moments()
         moments, scalars = self._moments()
         tensors: dict[str, Tensor] = {}
         # Each iteration gathers tensors from all ranks, in the same order on every rank.
         for name, parameter in self.module.named_parameters():
-            tensors[f"model.{name}"] = _share(self._master(parameter))
+            if frozen or parameter.requires_grad:
+                tensors[f"model.{name}"] = _share(self._master(parameter))
             if parameter.requires_grad:
                 for key in moments:
                     tensors[f"optimizer.{name}.{key}"] = _share(self.api.safe_get_full_optimizer_state(parameter, key))
@@ -62,6 +66,8 @@ class ZeroState:
         self.set_masters(lambda name: self._whole(tensors[f"model.{name}"]))
         # Master weights and the parameters that the model computes with are separate tensors, so both are set.
         for name, parameter in self.module.named_parameters():
+            if f"model.{name}" not in tensors:  # a frozen parameter, which already has the value of the base
+                continue
             with self._open([parameter]), torch.no_grad():
                 parameter.copy_(self._whole(tensors[f"model.{name}"]))
             if parameter.requires_grad:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -18,13 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-
-class Section(BaseModel):
-    """Base of all sections. Unknown keys are an error, so that a misspelt key does not train with a default value."""
-
-    model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, protected_namespaces=(), serialize_by_alias=True
-    )
+from myllm_ray.config.lora_section import LoraSection, check_pattern
+from myllm_ray.config.section import Section
 
 
 def _exactly_one(section: Section, names: tuple[str, ...]) -> None:
@@ -32,17 +25,6 @@ def _exactly_one(section: Section, names: tuple[str, ...]) -> None:
     given = [n for n in names if getattr(section, n) is not None]
     if len(given) != 1:
         raise ValueError(f"give exactly one of {', '.join(names)} (got {', '.join(given) or 'none'})")
-
-
-class LoraSection(Section):
-    """LoRA adapters: trains low-rank updates of frozen matrices (requires the extra `lora`)."""
-
-    rank: PositiveInt = 8
-    alpha: PositiveFloat = 16.0
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="all-linear, or the last parts of the names of the layers, such as [q_proj, v_proj]"
-    )
 
 
 class ModelSection(Section):
@@ -68,6 +50,10 @@ class ModelSection(Section):
     quantize: Literal["nf4"] | None = Field(
         None, description="nf4: hold the frozen linear layers in 4 bits (QLoRA); needs model.lora"
     )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="regular expressions (`re.search`); parameters whose names match one of them are not trained",
+    )
     router_loss_weight: float | None = Field(
         None,
         ge=0,
@@ -84,9 +70,13 @@ class ModelSection(Section):
                 "model.lora requires model.name or model.config; with model.factory, add the adapters in the factory"
             )
         if self.quantize is not None and self.lora is None:
-            raise ValueError(
-                "model.quantize freezes the linear layers: add adapters (model.lora: {rank: 16}), or leave it out"
-            )
+            raise ValueError("model.quantize freezes the linear layers: add adapters (model.lora: {rank: 16})")
+        if self.quantize is not None and self.lora is not None:
+            other = "dora" if self.lora.dora else "initialization: pissa" if self.lora.initialization == "pissa" else ""
+            if other:
+                raise ValueError(f"model.lora.{other} needs weights that are not quantized: leave model.quantize out")
+        for pattern in self.freeze:
+            check_pattern(pattern, "freeze")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config needs a model_type, such as llama, qwen3, gemma3_text or gpt2")
         return self

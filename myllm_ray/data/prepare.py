@@ -68,6 +68,8 @@ class PreparedData:
     """Whether the model isolates the documents of a row. None: not checked; rows are packed as configured."""
     packs_answers: bool = True
     """Whether trainers with rollouts pack several answers into one row."""
+    base: dict[str, Any] | None = None
+    """The identity of the frozen weights (`base_weights.base_identity`). None: checkpoints hold all weights."""
 
     @property
     def packing(self) -> str:
@@ -81,12 +83,13 @@ class PreparedData:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The properties that must not change when a run is resumed: the tokens and the order of the rows."""
+        """The properties that must not change when a run is resumed: tokens, order of the rows, frozen weights."""
         return {
             "tokens": self.train.plan.store.content_hash,
             "rows": self.train.plan.key,
             "batch.global_size": self.train.global_size,
             "packing": self.packing,
+            **({"base": self.base} if self.base is not None else {}),
         }
 
 

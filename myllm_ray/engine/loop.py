@@ -29,7 +29,7 @@ from myllm_ray.config.amendments import next_boundary
 from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
 from myllm_ray.engine.batch_weight import WeightCheck
 from myllm_ray.engine.callbacks import Callback, CallbackList
-from myllm_ray.engine.checkpointing.contents import manifest_of, restore
+from myllm_ray.engine.checkpointing.contents import manifest_of, opened, restore
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.checkpointing.writer import WAIT_SECONDS
 from myllm_ray.engine.evaluation import evaluate
@@ -96,6 +96,8 @@ class TrainerEngine:
         self.metrics: dict[str, float] = {}
         self._callbacks = tuple(callbacks)
         self._saved_step = -1
+        # The weights of a model that is not trained completely are saved, unless they can be built again.
+        self.saves_frozen = not self.manifest.get("identity", {}).get("base")
         self.skipped_steps = 0
         self._agreed: set[str] = set()
         """Requests that all ranks have received. If one rank acted alone, the others would wait in a collective."""
@@ -121,6 +123,7 @@ class TrainerEngine:
         self.callbacks = CallbackList(self._callbacks, self.state.is_main)
         self.stability.load_interventions()
         self.schedulers.total_steps = self.state.total_steps
+        manifest = opened(self, resume)
         # The backend calls `build` after it has sharded the model, because the optimizer must refer to the shards.
         self.trainer.model = self.accelerator.prepare(self.trainer.model, self.optimizers.build, self.schedulers.build)
         self.dropout = StepDropout(self.trainer.model, self.settings.run.seed)
@@ -130,11 +133,11 @@ class TrainerEngine:
             self.trainer.bytes_per_token = self.trainer.bytes_per_token.to(self.accelerator.device)
         self.trainer.autocast, self.trainer.generation = self.accelerator.autocast, self.accelerator.generation
         if resume is not None:  # after `prepare`: the tensors are loaded into the shards of this backend
-            restore(self, resume)
+            restore(self, resume, manifest)
             self._saved_step = self.state.step
         # Allocates the buffers of background checkpoints now, so that the first checkpoint does not take longer.
         if self.checkpoints and self.checkpoints.background and not self.accelerator.state_is_a_copy:
-            self.checkpoints.make_ready(self.accelerator.state())
+            self.checkpoints.make_ready(self.accelerator.state(self.saves_frozen))
 
     def train(self) -> RunState:
         """Trains to the last step, or until a request ends the run, and returns the final state."""
@@ -290,7 +293,8 @@ class TrainerEngine:
         assert self.checkpoints is not None
         self.heartbeat.enter("checkpoint", self.state.step)
         copied = self.accelerator.state_is_a_copy
-        folder = self.checkpoints.save(self.state.step, self.accelerator.state(), manifest_of(self), copied=copied)
+        tensors = self.accelerator.state(self.saves_frozen)
+        folder = self.checkpoints.save(self.state.step, tensors, manifest_of(self), copied=copied)
         self._saved_step = self.state.step
         self._tell_checkpoints()
         return folder

@@ -13,16 +13,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic_core import PydanticUndefined
+
 from myllm_ray.common.files import why_not_writable, write_atomic, write_json
 from myllm_ray.common.secrets import mask, mask_text
 from myllm_ray.config.amendments import effective
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import to_yaml
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.config.section import Section
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, read_manifest, versions
 from myllm_ray.engine.checkpointing.remote_store import RemoteCheckpointStore
 from myllm_ray.engine.checkpointing.resume_notices import changes, resume_notices
-from myllm_ray.engine.checkpointing.starting_weights import check_same_weights
+from myllm_ray.engine.checkpointing.starting_weights import check_same_base, check_same_weights
 from myllm_ray.engine.environment import describe
 from myllm_ray.engine.liveness import heartbeat
 
@@ -169,10 +172,11 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
         raise CheckpointError(f"can't resume from {checkpoint}: it was not written by a run from a config file")
     then, now = saved["config"], mask(config.model_dump(mode="json"))
     for section in _SAME:
-        change = next(changes(section, then.get(section), now[section]), None)
+        change = next(changes(section, _complete(then.get(section), getattr(config, section)), now[section]), None)
         if change:
             raise CheckpointError(f"can't resume from {checkpoint}: {change}; {_what_to_do(checkpoint, config)}")
     check_same_weights(checkpoint, saved, config)
+    check_same_base(checkpoint, saved, identity.get("base"))
     if then["run"]["seed"] != config.run.seed:
         raise CheckpointError(
             f"can't resume from {checkpoint}: run.seed was {then['run']['seed']}, now it is {config.run.seed}"
@@ -198,6 +202,17 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
                 f"can't resume from {checkpoint}: {what} has changed{f' ({change})' if change else ''}, so its "
                 f"position in the data is no longer valid; {_what_to_do(checkpoint, config)}"
             )
+
+
+def _complete(then: Any, now: Any) -> Any:
+    """Returns a section of an earlier config, with the defaults of keys that did not exist at that time."""
+    if not isinstance(now, Section) or not isinstance(then, dict):
+        return then
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in type(now).model_fields.items()}
+    return {
+        **{name: value for name, value in defaults.items() if value is not PydanticUndefined},
+        **{name: _complete(value, getattr(now, name, None)) for name, value in then.items()},
+    }
 
 
 def check_past(checkpoint: Path, step: int, then: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:

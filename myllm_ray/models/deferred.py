@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from myllm_ray.common.materialize import Source
 from myllm_ray.common.seeds import derive_seed
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.lora_section import LoraSection
+from myllm_ray.models.lora import merged
 
 
 class _Recorder(TorchDispatchMode):
@@ -104,7 +106,8 @@ class CheckpointTensors:
 
     Each rank of the run wrote its shards of a tensor. The header of each file contains the offsets of the shards in the
     full tensor (Hugging Face storage of torch.distributed.checkpoint). LoRA adapters are merged into the weights that
-    they adapt.
+    they adapt. If `base` is not None, the checkpoint holds only the trained weights; the caller then sets `initial` and
+    `initial_names`, the initial weights of the run.
 
     Args:
         checkpoint: The folder of the checkpoint.
@@ -115,13 +118,20 @@ class CheckpointTensors:
             does not describe.
     """
 
+    initial: Source
+    """The initial weights of the run, with adapters that are not merged, for tensors that are not in the checkpoint."""
+
     def __init__(self, checkpoint: Path, key: str = "model.name"):
         manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
         self.checkpoint, self.key = checkpoint, key
         self.shapes = {
             name.removeprefix(_PREFIX): shape for name, shape in manifest["tensors"].items() if name.startswith(_PREFIX)
         }
-        self.lora: dict[str, Any] | None = manifest.get("config", {}).get("model", {}).get("lora")
+        self.base: dict[str, Any] | None = manifest.get("base")
+        self.initial_names: set[str] = set()
+        self.config: dict[str, Any] = manifest.get("config", {})
+        lora = self.config.get("model", {}).get("lora")
+        self.lora = None if lora is None else LoraSection.model_validate(lora)
         if not self.shapes:
             raise ConfigError(
                 f"{key}: {checkpoint} does not contain a transformers model: only a custom factory can build it"
@@ -140,7 +150,12 @@ class CheckpointTensors:
     @property
     def names(self) -> set[str]:
         """The transformers names of the tensors, with adapters merged."""
-        return {name.replace(".base_layer.", ".") for name in self.shapes if ".lora_" not in name}
+        return {name.replace(".base_layer.", ".") for name in self._held if ".lora_" not in name}
+
+    @property
+    def _held(self) -> set[str]:
+        """The names of all tensors, with adapters that are not merged."""
+        return {*self.shapes, *self.initial_names}
 
     def read(self, name: str, transposed: bool = False) -> Tensor:
         """Returns one full tensor; floating-point tensors are converted to fp32.
@@ -150,16 +165,16 @@ class CheckpointTensors:
             transposed: Whether the layer stores its weight as (inputs, outputs), as the `Conv1D` of GPT-2 does.
         """
         stem, _, leaf = name.rpartition(".")
-        if f"{stem}.base_layer.{leaf}" not in self.shapes:
-            return self._whole(name)
-        weight = self._whole(f"{stem}.base_layer.{leaf}")
+        if f"{stem}.base_layer.{leaf}" not in self._held:
+            return self._value(name)
+        weight = self._value(f"{stem}.base_layer.{leaf}")
         if leaf != "weight":
             return weight
         assert self.lora is not None
-        # PEFT's update, alpha / rank · B A, has the layout of nn.Linear: (outputs, inputs).
-        change = self._whole(f"{stem}.lora_B.default.weight") @ self._whole(f"{stem}.lora_A.default.weight")
-        scale: float = self.lora["alpha"] / self.lora["rank"]
-        return weight + (change.T if transposed else change) * scale
+        return merged(weight, self._value, stem, self.lora, transposed)
+
+    def _value(self, name: str) -> Tensor:
+        return self._whole(name) if name in self.shapes else self.initial(name)
 
     def _whole(self, name: str) -> Tensor:
         parts: list[tuple[Tensor, list[int]]] = []

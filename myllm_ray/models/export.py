@@ -15,9 +15,9 @@ from myllm_ray.common.progress import Task
 from myllm_ray.common.quiet import quieten, without_progress_bars
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import ModelSection
+from myllm_ray.models.architecture import config_of
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.heads import RewardModel
-from myllm_ray.models.load import config_of
 from myllm_ray.models.lora import merge_adapters
 
 

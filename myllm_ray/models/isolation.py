@@ -30,7 +30,8 @@ from myllm_ray.common.types import Isolation, Micro, Samples, TokenScores
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.sections import ModelSection
-from myllm_ray.models.load import build_deferred, config_of
+from myllm_ray.models.architecture import config_of
+from myllm_ray.models.load import build_deferred
 from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.ops.log_probs import log_probs_from_logits
 from myllm_ray.ops.rollouts import packed_answers, training_rows

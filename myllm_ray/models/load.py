@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from myllm_ray.common.materialize import Source, attach_source, materialize
-from myllm_ray.common.pretrained import architecture_folder, checkpoint_in, gguf_arguments, pretrained_folder
+from myllm_ray.common.pretrained import checkpoint_in, gguf_arguments, pretrained_folder
 from myllm_ray.common.quiet import without_progress_bars
 from myllm_ray.common.seeds import seed_all
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.sections import ModelSection
+from myllm_ray.models.architecture import auto_class, check_fit, config_of_name, from_config, random_by_name
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, record_initialization
 from myllm_ray.models.heads import ActorCritic, RewardModel
-from myllm_ray.models.lora import adapter_source, add_adapters
-from myllm_ray.models.quantization import add_quantization, quantized_source
+from myllm_ray.models.lora import adapter_source, add_adapters, fill_adapters
+from myllm_ray.models.lora_targets import freeze
+from myllm_ray.models.quantization import add_quantization, quantized_source, remove_quantization
 from myllm_ray.models.routers import router_loss_weight
 from myllm_ray.models.trial_forward import check_forward, one_line
-from myllm_ray.models.vocabulary import new_rows, resize_embeddings, resized_source
+from myllm_ray.models.vocabulary import check_trained, resize_embeddings, resized_source
 from myllm_ray.models.weights_folder import folder_source, weight_files
 
 WRAPPERS: dict[str, Any] = {
@@ -42,7 +38,6 @@ WRAPPERS: dict[str, Any] = {
     "actor_own_critic": ActorCritic,
 }
 """The wrapper of the transformers model for each kind of model."""
-_TOO_FEW = "the model has {} token embeddings, the tokenizer {} tokens: use the model's own tokenizer, or {}"
 
 
 def build_model(
@@ -75,6 +70,12 @@ def build_deferred(
     Raises:
         ConfigError: The model cannot be built, or it does not fit the tokenizer or the sequence length.
     """
+    model = _build_deferred(section, tokenizer, sequence_length, seed, kind)
+    freeze(model, section.freeze)
+    return model
+
+
+def _build_deferred(section: ModelSection, tokenizer: Any, sequence_length: int, seed: int, kind: str) -> nn.Module:
     if section.factory:
         # A factory may draw random numbers in any order, so every rank starts it with the same seed.
         with torch.random.fork_rng(devices=[]):
@@ -87,7 +88,7 @@ def build_deferred(
                     f"{section.factory} returns a {type(model).__name__}"
                 )
             return cast(nn.Module, model.train())
-        _check_fit(model, tokenizer, sequence_length)
+        check_fit(model, tokenizer, sequence_length)
         return _wrapped(
             section, model, kind, copy.deepcopy(model.base_model) if kind == "actor_own_critic" else None
         ).train()
@@ -97,12 +98,12 @@ def build_deferred(
         source = resized_source(source, skeleton)
     if source is not None:
         # The source is recorded before layers are replaced or wrapped, which changes the names of the tensors.
+        if section.lora is not None:
+            add_adapters(skeleton, section.lora)
+            source = adapter_source(source, seed, skeleton, section.lora)
         if section.quantize is not None:
             add_quantization(skeleton)
             source = quantized_source(source, skeleton)
-        if section.lora is not None:
-            add_adapters(skeleton, section.lora)
-            source = adapter_source(source, seed, skeleton)
         with torch.device("meta"):
             critic = copy.deepcopy(skeleton.base_model) if kind == "actor_own_critic" else None
             model = _wrapped(section, skeleton, kind, critic)
@@ -110,14 +111,15 @@ def build_deferred(
     with torch.random.fork_rng(devices=[]):
         seed_all("weights", seed)
         whole = (
-            _from_config(section, tokenizer, sequence_length, kind)
+            from_config(section, tokenizer, sequence_length, kind)
             if section.name is None
             else _from_name(section, kind, len(tokenizer))
         )
-    if section.quantize is not None:
-        add_quantization(whole)
     if section.lora is not None:
         add_adapters(whole, section.lora)
+        fill_adapters(whole, seed, section.lora)
+    if section.quantize is not None:
+        add_quantization(whole)
     return _wrapped(
         section, whole, kind, copy.deepcopy(whole.base_model) if kind == "actor_own_critic" else None
     ).train()
@@ -162,25 +164,25 @@ def build_skeleton(
     elif checkpoint_in(section.name) is None and (folder := Path(section.name).expanduser()).is_dir():
         weight_files(folder)  # a damaged file is an error before the run starts; files of the hub are checked later
     with torch.device("meta"):
-        if section.quantize is not None:
-            add_quantization(skeleton)
         if section.lora is not None:
             add_adapters(skeleton, section.lora)
-        return _wrapped(section, skeleton, kind, None)
-
-
-def _auto(kind: str) -> Any:
-    return AutoModelForSequenceClassification if kind == "reward_model" else AutoModelForCausalLM
+        if section.quantize is not None:
+            add_quantization(skeleton)
+        if section.resize_vocabulary and section.lora is not None:
+            check_trained(skeleton, int(config_of_name(section).get_text_config().vocab_size))
+        model = _wrapped(section, skeleton, kind, None)
+    freeze(model, section.freeze)
+    return model
 
 
 def _skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str) -> PreTrainedModel:
     with torch.device("meta"):
         model = (
-            _from_config(section, tokenizer, sequence_length, kind)
+            from_config(section, tokenizer, sequence_length, kind)
             if section.name is None
-            else _random_by_name(section, kind, len(tokenizer))
+            else random_by_name(section, kind, len(tokenizer))
         )
-    _check_fit(model, tokenizer, sequence_length)
+    check_fit(model, tokenizer, sequence_length)
     return model
 
 
@@ -193,7 +195,7 @@ def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Sour
     if section.name is None:
         return random
     if (checkpoint := checkpoint_in(section.name)) is not None:
-        return checkpoint_source(CheckpointTensors(checkpoint), skeleton, random)
+        return checkpoint_source(_opened(checkpoint), skeleton, random)
     if gguf_arguments(section.name):  # dequantized by transformers, as a whole
         return None
     folder = pretrained_folder(section.name, "model.name", weights=True, code=section.trust_remote_code)
@@ -203,118 +205,37 @@ def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Sour
     )
 
 
-def config_of(section: ModelSection) -> Any:
-    """Returns the transformers config of a model section without a factory."""
-    if section.name is not None:
-        return _config_of_name(section)
-    given = dict(section.config or {})
-    return AutoConfig.for_model(given.pop("model_type"), **given)
-
-
-def _config_of_name(section: ModelSection) -> Any:
-    """Returns the config of a folder, a run or a hub id, updated with `section.config`.
-
-    `without_dropout` sets values in `section.config` for a model with a name.
-    """
-    name = section.name or ""
-    checkpoint = checkpoint_in(name)
-    if checkpoint is not None:
-        folder = architecture_folder(checkpoint)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"model.name: {checkpoint} is a checkpoint, but {folder} does not contain the config of its model: "
-                "use the run's folder, or export the run"
-            )
-    else:
-        folder = pretrained_folder(name, "model.name", code=section.trust_remote_code)
-    try:
-        return AutoConfig.from_pretrained(
-            folder, trust_remote_code=section.trust_remote_code, **gguf_arguments(name), **(section.config or {})
-        )
-    except Exception as error:  # invalid JSON, invalid values, or errors in the folder's own code
-        raise ConfigError(f"model.name: {name!r} can't be loaded: {one_line(error)}") from None
-
-
-def _random_by_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel:
-    """Builds the model of a name with random weights.
-
-    Args:
-        section: The section `model` of the config.
-        kind: See `build_deferred`.
-        tokens: The number of tokens of the tokenizer.
-    """
-    config = _config_of_name(section)
-    if section.resize_vocabulary:
-        config.get_text_config().vocab_size = new_rows(config.get_text_config().vocab_size, tokens)
-    if kind == "reward_model":
-        config.num_labels = 1
-    try:
-        model: PreTrainedModel = _auto(kind).from_config(
-            config,
-            attn_implementation=section.attention,
-            dtype=torch.float32,
-            trust_remote_code=section.trust_remote_code,
-        )
-    except (ValueError, ImportError) as error:  # an attention or a head that the architecture does not have
-        raise ConfigError(f"model.name: {section.name!r} can't be built: {_attention_hint(error)}") from None
-    return model
-
-
-def _attention_hint(error: Exception) -> str:
-    text = str(error)
-    if "attention implementation" in text:
-        return "the architecture has no model.attention: sdpa; use eager"
-    return one_line(error)
-
-
-def _from_config(section: ModelSection, tokenizer: Any, sequence_length: int, kind: str) -> PreTrainedModel:
-    given = dict(section.config or {})
-    model_type = given.pop("model_type")
-    try:
-        default = AutoConfig.for_model(model_type)
-    except (ValueError, TypeError):
-        raise ConfigError(
-            f"model.config.model_type: transformers has no model type {model_type!r}; examples are llama, qwen3, "
-            "gemma3_text and gpt2"
-        ) from None
-    for key in given:
-        if not hasattr(default, key) and not _reads(default, key):
-            close = difflib.get_close_matches(key, [k for k in vars(default) if not k.startswith("_")], 1)
-            hint = f"did you mean {close[0]}?" if close else f"{type(default).__name__} has no such setting"
-            raise ConfigError(f"unknown key model.config.{key}: {hint}")
-    if not isinstance(given.setdefault("vocab_size", len(tokenizer)), int):
-        raise ConfigError(
-            f"model.config.vocab_size={given['vocab_size']!r} is not an integer; "
-            "leave it out to use the tokenizer's size"
-        )
-    if given["vocab_size"] < len(tokenizer):
-        raise ConfigError(_TOO_FEW.format(given["vocab_size"], len(tokenizer), "leave model.config.vocab_size out"))
-    given.setdefault("eos_token_id", tokenizer.eos_token_id)
-    given.setdefault("bos_token_id", tokenizer.bos_token_id)
-    given.setdefault("pad_token_id", None)
-    positions = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    if sequence_length > getattr(default, positions, sequence_length):
-        given.setdefault(positions, sequence_length)
-    try:
-        config = AutoConfig.for_model(model_type, **given, **({"num_labels": 1} if kind == "reward_model" else {}))
-        model: PreTrainedModel = _auto(kind).from_config(
-            config, attn_implementation=section.attention, dtype=torch.float32
-        )
-        return model
-    except Exception as error:  # the code of an architecture may raise any exception for an invalid value
-        raise ConfigError(
-            f"model.config: transformers can't build this {model_type}: {_attention_hint(error)}"
-        ) from None
-
-
-def _reads(config: Any, key: str) -> bool:
-    """Returns whether the code of a model reads a key that its config class does not declare.
-
-    An example is `head_dim` of Qwen3-MoE.
-    """
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    module = inspect.getmodule(model_class) if model_class is not None else None
-    return module is not None and f'"{key}"' in inspect.getsource(module)
+def _opened(checkpoint: Path) -> CheckpointTensors:
+    """Returns the weights of a checkpoint; those that it does not hold are built from the config of its run."""
+    tensors = CheckpointTensors(checkpoint)
+    if tensors.base is None:
+        return tensors
+    given, seed = ModelSection.model_validate(tensors.config["model"]), int(tensors.config["run"]["seed"])
+    architecture, kind = given.model_copy(update={"name": str(checkpoint), "config": None}), tensors.base["model"]
+    with torch.device("meta"):
+        model = random_by_name(architecture, kind, 0)
+    source = _source(given, model, seed)
+    if source is None:
+        tokens = int(model.config.get_text_config().vocab_size)  # of the model after it was resized
+        with torch.random.fork_rng(devices=[]):
+            seed_all("weights", seed)
+            model = random_by_name(architecture, kind, 0) if given.name is None else _from_name(given, kind, tokens)
+    elif given.resize_vocabulary:
+        source = resized_source(source, model)
+    if given.lora is not None:
+        add_adapters(model, given.lora)
+        if source is None:
+            fill_adapters(model, seed, given.lora)
+        else:
+            source = adapter_source(source, seed, model, given.lora)
+    tensors.initial_names = {*model.state_dict()} & {n for n, _ in (*model.named_parameters(), *model.named_buffers())}
+    if given.quantize is not None:
+        add_quantization(model)
+        source = source and quantized_source(source, model)
+        remove_quantization(model)  # `initial` has the names of the model without quantization
+    values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors.initial = source or values.__getitem__
+    return tensors
 
 
 def _from_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel:
@@ -327,9 +248,9 @@ def _from_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel
     """
     checkpoint = checkpoint_in(section.name)
     if checkpoint is not None:
-        model: PreTrainedModel = _random_by_name(section, kind, tokens)
+        model: PreTrainedModel = random_by_name(section, kind, tokens)
         values: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        source = checkpoint_source(CheckpointTensors(checkpoint), model, values.__getitem__)
+        source = checkpoint_source(_opened(checkpoint), model, values.__getitem__)
         source = resized_source(source, model) if section.resize_vocabulary else source
         with torch.no_grad():
             for name, tensor in values.items():
@@ -339,7 +260,7 @@ def _from_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel
     gguf: dict[str, Any] = {**gguf_arguments(section.name or "")}
     try:
         with without_progress_bars():
-            model, info = _auto(kind).from_pretrained(
+            model, info = auto_class(kind).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 attn_implementation=section.attention,
@@ -360,31 +281,3 @@ def _from_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel
     if section.resize_vocabulary:
         resize_embeddings(model, tokens)
     return model
-
-
-def save_architecture(model: nn.Module, section: ModelSection, folder: Path) -> None:
-    """Writes the config of a wrapped transformers model, so that another run can start from the checkpoints.
-
-    The `dtype` in the config is that of the weights that training started from. For other models nothing is written.
-
-    Args:
-        model: The wrapped model.
-        section: The section `model` of the config.
-        folder: The folder to write to, next to the run's checkpoints.
-    """
-    config = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig):
-        return
-    config = copy.deepcopy(config)
-    if section.name is not None:
-        config.dtype = config_of(section).dtype
-    config.save_pretrained(folder)
-
-
-def _check_fit(model: PreTrainedModel, tokenizer: Any, sequence_length: int) -> None:
-    rows = int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
-    if rows < len(tokenizer):
-        raise ConfigError(_TOO_FEW.format(rows, len(tokenizer), "set model.resize_vocabulary: true to add embeddings"))
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and sequence_length > limit:
-        raise ConfigError(f"data.sequence_length={sequence_length} exceeds the model's maximum of {limit} positions")

@@ -8,7 +8,6 @@ are buffers of integers that checkpoints do not contain: a resume quantizes the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -113,14 +112,13 @@ def dequantize(packed: Tensor, scales: Tensor, nested: Tensor, shape: torch.Size
     return weight
 
 
-def add_quantization(model: nn.Module, kept: Iterable[str] = ()) -> None:
-    """Replaces the linear layers of a transformers model by `NF4Linear`, in place.
+def add_quantization(model: nn.Module) -> None:
+    """Replaces the frozen linear layers of a transformers model by `NF4Linear`, in place.
 
-    The output head, the head of a reward model and the layers in `kept` keep their weights.
+    The output head and layers that are trained in full keep their weights.
 
     Args:
-        model: The model, with its weights or on the meta device.
-        kept: Last parts of the names of layers that are trained in full.
+        model: The model with adapters, with its weights or on the meta device.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -128,12 +126,18 @@ def add_quantization(model: nn.Module, kept: Iterable[str] = ()) -> None:
     """
     _functional()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    total = sum(p.numel() for p in model.parameters())
-    embeddings = sum(p.numel() for p in model.get_input_embeddings().parameters())  # type: ignore[operator]
+    kept = {id(m) for of in (head, model.get_input_embeddings()) if of is not None for m in of.modules()}  # type: ignore[operator]
+    inside = sum(
+        p.numel()
+        for module in model.modules()
+        if id(module) not in kept
+        for p in module.parameters(recurse=False)
+        if not p.requires_grad
+    )
     quantized = 0
     for name, module in list(model.named_modules()):
         outer, _, last = name.rpartition(".")
-        if type(module) is not nn.Linear or module is head or last == "score" or last in kept:
+        if type(module) is not nn.Linear or id(module) in kept or module.weight.requires_grad:
             continue
         quantized += module.weight.numel()
         replacement = NF4Linear(module)
@@ -141,16 +145,15 @@ def add_quantization(model: nn.Module, kept: Iterable[str] = ()) -> None:
             for part, value in quantize(module.weight.data).items():
                 setattr(replacement, part, value)
         setattr(model.get_submodule(outer), last, replacement)
-    inside = total - embeddings
     if not quantized:
         raise ConfigError(
-            f"model.quantize: {type(model).__name__} has no nn.Linear layers to quantize (GPT-2 has Conv1D layers): "
-            "leave model.quantize out"
+            f"model.quantize: {type(model).__name__} has no frozen nn.Linear layers to quantize (GPT-2 has Conv1D "
+            "layers): leave model.quantize out"
         )
     if quantized < _LEAST_SHARE * inside:
         log.warning(
-            "model.quantize: only %.0f %% of the parameters outside the embeddings are in linear layers, and are "
-            "quantized; stacked experts and convolutions keep their precision",
+            "model.quantize: only %.0f %% of the frozen parameters outside the embeddings are in linear layers, which "
+            "are quantized; stacked experts and convolutions keep their precision",
             100 * quantized / inside,
         )
 
@@ -160,18 +163,22 @@ def quantized_source(base: Source, skeleton: nn.Module) -> Source:
 
     Args:
         base: The source of the model without quantization.
-        skeleton: The model with `NF4Linear` layers, before adapters are added.
+        skeleton: The model with `NF4Linear` layers.
     """
     layers = {name for name, module in skeleton.named_modules() if isinstance(module, NF4Linear)}
     last: dict[str, dict[str, Tensor]] = {}
+    shapes: dict[str, torch.Size] = {}
 
     def source(name: str) -> Tensor:
         layer, _, part = name.rpartition(".")
-        if layer not in layers or part not in _PARTS:
+        if layer not in layers or part not in (*_PARTS, "weight"):
             return base(name)
         if layer not in last:  # the three buffers of a layer are requested one after the other
             last.clear()
-            last[layer] = quantize(base(f"{layer}.weight"))
+            weight = base(f"{layer}.weight")
+            last[layer], shapes[layer] = quantize(weight), weight.shape
+        if part == "weight":  # of a model whose layers are dequantized
+            return dequantize(**last[layer], shape=shapes[layer], dtype=torch.float32)
         return last[layer][part]
 
     return source

@@ -6,7 +6,8 @@ import torch
 
 from myllm_ray.common.materialize import materialize
 from myllm_ray.config.sections import ModelSection
-from myllm_ray.models.load import build_deferred, config_of
+from myllm_ray.models.architecture import config_of
+from myllm_ray.models.load import build_deferred
 from myllm_ray.models.shrink import small_model, without_dropout
 from myllm_ray.ops.pairs import answers, one_answer_per_row, shared_prompt_mask
 
@@ -39,7 +40,7 @@ def shares_prompts(section: ModelSection, sequence_length: int) -> bool:
         return False
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        small, _ = without_dropout(small_model(section))
+        small, _ = without_dropout(small_model(section).model_copy(update={"lora": None}))
         model = materialize(build_deferred(small, _NoTokenizer(), 32, 0)).eval()
         segments = torch.tensor([[0] * 5 + [1] * 4 + [2] * 6 + [-1], [0] * 3 + [1] * 7 + [2] * 2 + [-1] * 4])
         ids = torch.randint(1, 64, segments.shape)

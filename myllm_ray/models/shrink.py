@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from myllm_ray.config.sections import ModelSection
-from myllm_ray.models.load import config_of
+from myllm_ray.models.architecture import config_of
 
 _LAYERS = (
     "num_hidden_layers",
@@ -149,7 +149,15 @@ def small_model(section: ModelSection) -> ModelSection:
     given.update(small_sizes(whole))
     if getattr(whole, "tie_word_embeddings", False):
         given["tie_word_embeddings"] = True
-    return section.model_copy(update={"name": None, "config": given})
+    # The small model has fewer blocks, so indices and patterns may match nothing in it.
+    lora = section.lora and section.lora.model_copy(
+        update={
+            "layers": None,
+            "targets": "all-linear" if isinstance(section.lora.targets, str) else section.lora.targets,
+            "exclude": [] if isinstance(section.lora.exclude, str) else section.lora.exclude,
+        }
+    )
+    return section.model_copy(update={"name": None, "config": given, "lora": lora, "freeze": [], "quantize": None})
 
 
 def _settings(whole: Any) -> dict[str, Any]:

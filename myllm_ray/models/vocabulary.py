@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.materialize import Source
+from myllm_ray.config.errors import ConfigError
 
 MULTIPLE = 64
 _BLOCK = 4096
@@ -60,6 +61,26 @@ def resize_embeddings(model: Any, tokens: int) -> None:
     with torch.no_grad():
         for tensor in _vocabulary_tensors(model).values():
             tensor.copy_(with_mean_rows(tensor[:before], rows))
+
+
+def check_trained(model: Any, before: int) -> None:
+    """Checks that added rows of the embeddings are trained, because all new tokens have the same embedding otherwise.
+
+    Args:
+        model: The resized transformers model with adapters, possibly on the meta device.
+        before: The number of embeddings before the model was resized.
+
+    Raises:
+        ConfigError: The embedding has new rows and is frozen.
+    """
+    embedding = model.get_input_embeddings()
+    if len(embedding.weight) > before and not embedding.weight.requires_grad:
+        frozen = [m for m in (embedding, model.get_output_embeddings()) if m is not None]
+        names = [name.rpartition(".")[2] for name, module in model.named_modules() if module in frozen]
+        raise ConfigError(
+            f"model.resize_vocabulary: the embeddings of the new tokens would stay frozen: set "
+            f"model.lora.modules_to_save: [{', '.join(names)}]"
+        )
 
 
 def with_mean_rows(tensor: Tensor, rows: int) -> Tensor:

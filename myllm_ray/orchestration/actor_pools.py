@@ -99,7 +99,9 @@ class _Generator:
         self.accelerator = SingleGPUAccelerator.like(config.accelerator)
         self.accelerator.setup()
         tokenizer = open_tokenizer(prepared.tokenizer_folder)
-        model = build_deferred(model_section(config), tokenizer, config.data.sequence_length, config.run.seed)
+        # Nothing is trained here, and patterns of `freeze` may name the critic.
+        section = model_section(config).model_copy(update={"freeze": []})
+        model = build_deferred(section, tokenizer, config.data.sequence_length, config.run.seed)
         self.sampler = HFSampler(tokenizer, config.rollout, stop_tokens(config.model, tokenizer))
         self.model = materialize(model, self.accelerator.device).requires_grad_(False).eval()
 

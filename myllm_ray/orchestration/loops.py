@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,19 +168,21 @@ def _prepare_alone(config: TrainerConfig) -> tuple[TrainerConfig, PreparedData]:
     from myllm_ray.preparation import prepare_run
 
     problem: Exception | None = None
-    isolation = None
+    found: PreparedData | None = None
     if distributed.is_main():
         try:
             config = with_recorded(config)
-            isolation = prepare_run(config).isolation
+            found = prepare_run(config)
         except Exception as error:  # raised below on every rank: otherwise the others would wait in the broadcast
             problem = error
     problem = distributed.from_main(problem)
     if problem is not None:
         raise problem
-    # Every rank reads the cache that rank 0 has written. The isolation is broadcast, because it decides about packing.
+    # Every rank reads the cache that rank 0 has written. The isolation is broadcast, because it decides about packing,
+    # and the identity of the base, because it decides what checkpoints hold.
     config = distributed.from_main(config)
-    return config, prepare(config, isolation=distributed.from_main(isolation))
+    isolation, base = distributed.from_main(None if found is None else (found.isolation, found.base))
+    return config, replace(prepare(config, isolation=isolation), base=base)
 
 
 def loop_of(trainer: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from myllm_ray.base_weights import check_base
 from myllm_ray.common.determinism import determinism
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.common.types import Batch, Micro, Position, RunState
@@ -245,6 +246,7 @@ def _start(run: Path, config: TrainerConfig, step: int) -> Path | None:
         if step_of(path) <= before:
             damage = find_damage(path)
             if damage is None:
+                check_base(path, "replay: ")
                 return path
             log.warning("checkpoint skipped: %s", damage)
     resume = config.checkpoint.resume

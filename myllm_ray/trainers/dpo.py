@@ -167,6 +167,11 @@ class DPOTrainer(PreferenceTrainer):
         def check_run(self, config: TrainerConfig) -> None:
             if self.reference == "adapter_off" and config.model.lora is None:
                 raise ValueError("dpo.reference=adapter_off needs adapters that can be disabled: set model.lora")
+            if self.reference == "adapter_off" and config.model.lora and not config.model.lora.base_is_unchanged:
+                raise ValueError(
+                    "dpo.reference=adapter_off: without its adapters, the model is not its base (modules_to_save and "
+                    "initialization: pissa change other weights); use dpo.reference=copy"
+                )
             if self.loss == "kto" and config.batch.global_size < 2:
                 raise ValueError(
                     "dpo.loss=kto compares answers with those of other prompts: batch.global_size must be at least 2"

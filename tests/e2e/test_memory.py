@@ -94,6 +94,6 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     small, large = stream(tmp_path, 5, 0), stream(tmp_path, 20, 0)
     assert large["tokens"] > 3.5 * small["tokens"]
     assert large["grown"] < small["grown"] + 16 * MEGABYTE, (small, large)
-    limit = 80
-    limited = stream(tmp_path, 26, limit)
+    limit = 112
+    limited = stream(tmp_path, 36, limit)
     assert 4 * limited["tokens"] > 1.2 * limit * MEGABYTE, "the prepared data is larger than the limit"

@@ -70,6 +70,14 @@ def check(found: Replay, run: Path) -> None:
             assert sum(d.targets for d in row.documents) == row.weight
 
 
+def test_a_step_of_adapters(make_config: MakeConfig) -> None:
+    """The checkpoint to begin with holds only the adapters."""
+    config = make_config("run.max_steps=4", "checkpoint.every_steps=2", "model.lora={rank: 4}", "data.validation=null")
+    run_local(config)
+    run = Path(config.run.storage) / config.run.name
+    check(replay(run, 4), run)
+
+
 @pytest.fixture
 def poisoned(make_config: MakeConfig, tmp_path: Path) -> Any:
     return make_config(

@@ -65,8 +65,10 @@ def test_the_base_is_the_reference(make_config: MakeConfig) -> None:
             ModelSection.model_validate({"config": dict(LLAMA), "lora": {"rank": 4}}), byte_tokenizer(), 64, 0
         ).named_parameters()
     )
+    trained = open_run(switched)[0]
     for name, value in initial.items():
-        assert torch.equal(found[f"model.{name}"], value) == (not value.requires_grad), name
+        assert torch.equal(trained.get_parameter(name), value) == (not value.requires_grad), name
+    assert {n for n in found if n.startswith("model.")} == {f"model.{n}" for n, p in initial.items() if p.requires_grad}
     for folder in run_all(
         2, [make_config(f"run.name={name}", LORA, *DPO, *BACKENDS[name]) for name in ("ddp", "fsdp")]
     ):

@@ -13,13 +13,15 @@ from spawned import BACKENDS, SHARED, run_all
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from myllm_ray.config import ConfigError, TrainerConfig, load_config
+from myllm_ray.config import CheckpointError, ConfigError, TrainerConfig, load_config
 from myllm_ray.config.sections import ModelSection
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.models.export import save_pretrained
 from myllm_ray.models.load import build_model
+from myllm_ray.models.lora import merge_adapters
 from myllm_ray.models.quantization import NF4Linear, quantize
 from myllm_ray.trained_model import open_run
+from myllm_ray.worker import run_local
 
 CONFIGS = ROOT / "configs"
 QLORA = ("model.lora={rank: 4, alpha: 8}", "model.quantize=nf4", "optimizer.lr=1e-2")
@@ -112,6 +114,29 @@ def test_a_killed_run_resumes_with_the_same_weights(make_config: MakeConfig) -> 
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 
+def test_a_new_run_starts_from_the_weights_that_were_trained(make_config: MakeConfig) -> None:
+    """Its base is the quantized one with the adapters merged; a resume without the quantization is refused."""
+    common = (*QLORA, "data.validation=null", "run.max_steps=2")
+    (first,) = run_all(1, [make_config("run.name=first", *common)])
+    trained, _ = open_run(first)
+    merge_adapters(trained.model)  # type: ignore[arg-type]
+    again: Any = build_model(ModelSection(name=str(first)), byte_tokenizer(), 64, 0)
+    for name, parameter in trained.model.named_parameters():  # type: ignore[union-attr]
+        torch.testing.assert_close(again.model.get_parameter(name), parameter, rtol=1e-6, atol=1e-7)
+    checkpoint = first / "checkpoints" / "step-00000002"
+    with pytest.raises(CheckpointError, match=r"quantize"):
+        run_local(make_config("run.name=b", *common, "model.quantize=null", f"checkpoint.resume={checkpoint}"))
+
+
+def test_layers_that_are_trained_in_full_are_not_quantized() -> None:
+    lora = {"rank": 2, "targets": ["q_proj"], "modules_to_save": ["down_proj"]}
+    section = ModelSection.model_validate({"config": dict(LLAMA), "lora": lora, "quantize": "nf4"})
+    model = build_model(section, byte_tokenizer(), 64, 0)
+    kinds = {name.rpartition(".")[2]: type(m) for name, m in model.named_modules() if "layers.0." in name}
+    assert kinds["down_proj"] is nn.Linear
+    assert kinds["k_proj"] is kinds["base_layer"] is NF4Linear
+
+
 def test_a_model_that_is_loaded_as_a_whole() -> None:
     mamba: dict[str, Any] = {"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2, "state_size": 4}
     section = {"config": mamba, "attention": "eager", "lora": {"targets": ["in_proj"]}, "quantize": "nf4"}
@@ -126,8 +151,11 @@ def test_bad_input(make_config: MakeConfig) -> None:
         make_config(*QLORA, "accelerator.compile=blocks")
     with pytest.raises(ValueError, match=r"model\.quantize freezes the linear layers: add adapters"):
         ModelSection.model_validate({"config": dict(LLAMA), "quantize": "nf4"})
+    for other in ({"dora": True}, {"initialization": "pissa"}):
+        with pytest.raises(ValueError, match=r"model\.lora\.(dora|initialization: pissa) needs weights that are not"):
+            ModelSection.model_validate({"config": dict(LLAMA), "lora": other, "quantize": "nf4"})
     gpt2 = {"config": {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 1}, "lora": {}, "quantize": "nf4"}
-    with pytest.raises(ConfigError, match=r"model\.quantize: GPT2LMHeadModel has no nn\.Linear layers"):
+    with pytest.raises(ConfigError, match=r"model\.quantize: GPT2LMHeadModel has no frozen nn\.Linear layers"):
         build_model(ModelSection.model_validate(gpt2), byte_tokenizer(), 64, 0)
 
 

@@ -78,6 +78,20 @@ def test_an_attention_that_the_architecture_lacks_is_one_line(tmp_path: Path) ->
         build_skeleton(ModelSection(name=str(folder)), byte_tokenizer(), 16)
 
 
+@pytest.mark.parametrize("shape", ["tied", "untied"])
+def test_adapters_need_the_new_embeddings_to_be_trained(shape: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base", SHAPES[shape])
+    tokenizer = load_tokenizer(TokenizerSection(path=str(folder), add_special_tokens=["<a>"]))
+    given: dict[str, Any] = {"name": str(folder), "resize_vocabulary": True, "lora": {"rank": 2}}
+    with pytest.raises(
+        ConfigError, match=r"new tokens would stay frozen: set .*modules_to_save: \[embed_tokens, lm_head\]"
+    ):
+        build_skeleton(ModelSection.model_validate(given), tokenizer, 16)
+    given["lora"]["modules_to_save"] = ["embed_tokens", "lm_head"]
+    model = build_model(ModelSection.model_validate(given), tokenizer, 16, 0)
+    assert model.get_submodule("model.model.embed_tokens").weight.requires_grad
+
+
 def test_a_model_with_enough_embeddings_is_not_resized(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base", LLAMA)
     model: Any = build_model(ModelSection(name=str(folder), resize_vocabulary=True), byte_tokenizer(), 16, 0)

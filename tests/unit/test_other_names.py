@@ -53,6 +53,8 @@ def resolve_names(config: TrainerConfig) -> None:
         ("model_name_or_path=x", "use model.name"),
         ("model.lora.r=4", "use model.lora.rank"),
         ("lora_r=4", "use model.lora.rank"),
+        ("model.lora.use_dora=true", "use model.lora.dora"),
+        ("model.lora.layers_to_transform=[1]", "use model.lora.layers"),
         ("optimizer.warmup_steps=3", "use scheduler.warmup_steps"),
         ("workers=2", "use scaling.workers"),
         ("stage=sft", "use trainer .*accelerator.stage"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from myllm_ray.common.types import Position
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 def manifest_of(engine: TrainerEngine) -> dict[str, Any]:
     """Returns what a resumed run needs in addition to tensors, as JSON: position in the data, states of components."""
-    state = engine.state
+    state, base = engine.state, engine.manifest.get("identity", {}).get("base")
     return {
         "position": {"epoch": state.position.epoch, "row": state.position.row},
         "callbacks": engine.callbacks.state_dict(),
@@ -23,21 +25,52 @@ def manifest_of(engine: TrainerEngine) -> dict[str, Any]:
         "trainer": engine.trainer.state_dict(),
         "loss_scale": engine.accelerator.loss_scale.state_dict(),
         **engine.manifest,
+        # The origin of the weights that the checkpoint does not hold.
+        **({} if engine.saves_frozen else {"base": base}),
     }
 
 
-def restore(engine: TrainerEngine, folder: Path) -> None:
+def _holds_frozen(manifest: dict[str, Any], module: nn.Module) -> bool:
+    """Returns whether a checkpoint holds a parameter that is not trained."""
+    return any(f"model.{name}" in manifest["tensors"] for name, p in module.named_parameters() if not p.requires_grad)
+
+
+def opened(engine: TrainerEngine, folder: Path | None) -> dict[str, Any]:
+    """Returns the manifest of the checkpoint to resume from, verified, and decides whether frozen weights are saved.
+
+    Called on every rank, before the backend places the model: it must keep frozen weights in fp32 if they are saved.
+    Without a checkpoint the result is empty.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    manifest: dict[str, Any] = {}
+    if folder is not None:
+        assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
+        manifest = engine.checkpoints.verified(folder)
+        # Frozen weights that the checkpoint holds replace those that this run was built with, and are saved again.
+        engine.saves_frozen = engine.saves_frozen or _holds_frozen(manifest, engine.trainer.model)
+    engine.accelerator.saves_frozen = engine.saves_frozen
+    return manifest
+
+
+def restore(engine: TrainerEngine, folder: Path, manifest: dict[str, Any]) -> None:
     """Loads a checkpoint into an engine whose model and optimizer are in place.
 
     The learning-rate schedule needs no state but the step. Entries that older versions did not write are optional.
 
+    Args:
+        engine: the engine of this rank.
+        folder: the checkpoint.
+        manifest: the result of `opened`.
+
     Raises:
-        CheckpointError: the checkpoint is damaged, or its tensors differ from those of this run.
+        CheckpointError: the checkpoint can't be read, or its tensors differ from those of this run.
     """
     assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
-    # Every rank calls this with its own shards: `load` uses collectives.
-    tensors = engine.accelerator.state()
-    manifest = engine.checkpoints.load(folder, tensors)
+    # Every rank calls this with its own shards: `state` and `fill` use collectives.
+    tensors = engine.accelerator.state(frozen=_holds_frozen(manifest, engine.accelerator.module))
+    engine.checkpoints.fill(folder, manifest, tensors)
     engine.accelerator.load_state(tensors)
     engine.state.step = int(manifest["step"])
     engine.state.position = Position(**manifest["position"])

@@ -146,16 +146,38 @@ class CheckpointManager:
         Raises:
             CheckpointError: the checkpoint is incomplete or damaged, or names or shapes of its tensors differ.
         """
+        manifest = self.verified(folder)
+        self.fill(folder, manifest, tensors)
+        return manifest
+
+    def verified(self, folder: Path) -> dict[str, Any]:
+        """Returns the manifest of a checkpoint after its checksums were verified. Every rank calls this.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or damaged.
+        """
         # One rank verifies the checksums: all ranks then raise the same error, and the files are hashed once.
         manifest, problem = distributed.from_main(self._read_on_main(folder))
         if problem:
             raise CheckpointError(problem)
+        return dict(manifest)
+
+    def fill(self, folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Copies a checkpoint into existing tensors, in place. Every rank calls this; see `load`.
+
+        Args:
+            folder: the checkpoint.
+            manifest: the result of `verified`.
+            tensors: tensors by fully-qualified name; sharded ones are DTensors.
+
+        Raises:
+            CheckpointError: the files can't be read, or names or shapes of the tensors differ.
+        """
         # Names and shapes are global, not those of the shards, so this check gives the same result on every rank.
         saved, now = manifest["tensors"], {name: list(t.shape) for name, t in tensors.items()}
         if saved != now:
             raise CheckpointError(f"{folder} does not match this run: {_difference(saved, now)}")
         _read(folder, tensors, alone=not distributed.is_distributed())
-        return dict(manifest)
 
     def load_model(self, folder: Path, model: nn.Module) -> None:
         """Copies only the weights into a model of this process, for sampling, export or evaluation."""

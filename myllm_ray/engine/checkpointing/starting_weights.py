@@ -88,3 +88,37 @@ def check_same_weights(checkpoint: Path, saved: dict[str, Any], config: TrainerC
                 f"can't resume from {checkpoint}: {key} was the checkpoint {then['path']} of step {then['step']}, "
                 "which holds other weights now; use that checkpoint unchanged, or start a new run (run.name)"
             )
+
+
+def check_same_base(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any] | None) -> None:
+    """Checks that the weights that a checkpoint does not hold are those of the run that resumes.
+
+    Args:
+        checkpoint: folder of the checkpoint to resume from, for the error message.
+        saved: its manifest.
+        now: identity of the frozen weights of the run that resumes (`base_weights.base_identity`); None: not known.
+
+    Raises:
+        CheckpointError: the weights differ.
+    """
+    then = saved.get("base")
+    if then is None or now is None or differences(then, now) is None:
+        return
+    raise CheckpointError(
+        f"can't resume from {checkpoint}: it holds only the trained weights, and their base has changed "
+        f"({differences(then, now)}); use the base that it was trained on, or start a new run (run.name)"
+    )
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Returns how two identities of frozen weights differ, in a few words, or None if the weights are the same.
+
+    Names, paths and revisions may differ: a folder may be moved, and a new revision may have the same weights.
+    """
+    for key in ("source", "model", "checksum", "sha256", "seed"):
+        if then.get(key) != now.get(key):
+            was, is_now = (f"{i['source']} {i.get('name', '')} {str(i.get(key))[:12]}" for i in (then, now))
+            revisions = [i["revision"] for i in (then, now) if i.get("revision")]
+            hub = f", revisions {' and '.join(r[:12] for r in revisions)}" if len(revisions) == 2 else ""
+            return f"{key}: {' '.join(was.split())} then, {' '.join(is_now.split())} now{hub}"
+    return None
