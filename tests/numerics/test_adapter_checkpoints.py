@@ -205,12 +205,13 @@ def test_checkpoints_with_all_tensors_are_read(make_config: MakeConfig, tmp_path
 def test_frozen_parameters(make_config: MakeConfig, backends: list[str], steps: int) -> None:
     """Freezing without LoRA: every backend trains the same run, and its checkpoint moves to the next backend."""
     model = {"config": {**LLAMA, "tie_word_embeddings": False}, "freeze": ["embed_tokens", r"layers\.0\."]}
-    common = (*SHORT, f"run.max_steps={steps}", "batch.micro_size=1", "checkpoint.every_steps=1", "optimizer.lr=1e-3")
+    common = (*SHORT, f"run.max_steps={steps}", "batch.micro_size=1", "optimizer.lr=1e-3")
 
     def config(name: str, backend: str, *overrides: str) -> Any:
-        return make_config(*common, f"run.name={name}", *BACKENDS[backend], *overrides, model=model)
+        every = ("checkpoint.every_steps=1", "checkpoint.keep_last=null")
+        return make_config(*common, *every, f"run.name={name}", *BACKENDS[backend], *overrides, model=model)
 
-    (plain,) = run_all(1, [config("plain", "single", "checkpoint.keep_last=null")])
+    (plain,) = run_all(1, [config("plain", "single")])
     folders = dict(zip(backends, run_all(2, [config(b, b) for b in backends]), strict=True))
     moved = [
         config(f"moved-{b}", b, f"checkpoint.resume={step(folders[other], 1)}")
