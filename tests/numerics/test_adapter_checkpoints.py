@@ -159,6 +159,16 @@ def test_another_base_is_refused(make_config: MakeConfig, tmp_path: Path) -> Non
     open_run(folder)
 
 
+def test_a_base_that_lacks_a_file_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    base = export(tmp_path / "base")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    for text in (json.dumps(index), "{"):
+        (base / "model.safetensors.index.json").write_text(text)
+        config = absolute(by_name(make_config, base))
+        with pytest.raises(ConfigError, match=r"model\.name: the safetensors files of .* can't be read"):
+            base_weights.base_identity(config, byte_tokenizer())
+
+
 def test_another_initialization_is_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of transformers or torch that initializes random weights differently changes the base."""
     config = make_config(*SHORT, model={"config": LLAMA, "lora": LORA})
