@@ -21,7 +21,7 @@ from myllm_ray.common.files import write_json
 from myllm_ray.common.materialize import source_of
 from myllm_ray.common.pretrained import checkpoint_in, gguf_arguments, pretrained_folder
 from myllm_ray.common.progress import Task
-from myllm_ray.config.errors import CheckpointError, UserError
+from myllm_ray.config.errors import CheckpointError, ConfigError, UserError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.data.tokenizer import open_tokenizer
@@ -69,12 +69,11 @@ def base_identity(config: TrainerConfig, tokenizer: Any) -> dict[str, Any] | Non
         # A folder in the cache of the hub is named by its commit.
         revision = folder.name if folder.parent.name == "snapshots" else None
         cache = Path(config.data.cache or Path(config.run.storage) / ".data") / "weights"
-        found = {
-            "source": "files",
-            "name": section.name,
-            "revision": revision,
-            "sha256": files_sha256(files, cache),
-        }
+        try:
+            checksum = files_sha256(files, cache)
+        except OSError as error:
+            raise ConfigError(f"model.name: the weights of {folder} can't be read: {error}") from None
+        found = {"source": "files", "name": section.name, "revision": revision, "sha256": checksum}
     # Quantized weights are other weights. The key is absent without quantization, as in earlier manifests.
     quantize = {} if section.quantize is None else {"quantize": section.quantize}
     return {**found, **quantize, "model": kind}

@@ -139,23 +139,32 @@ def test_every_trainer(make_config: MakeConfig, trainers: list[str], backends: l
             torch.testing.assert_close(logits(stage.model), logits(opened.model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["single", pytest.param("ddp", marks=pytest.mark.promise)])
-def test_frozen_weights_in_half_precision_change_no_bit(make_config: MakeConfig, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "trainer"),
+    [
+        ("single", "sft"),
+        *(
+            pytest.param(backend, trainer, marks=pytest.mark.promise)
+            for backend, trainer in (("ddp", "sft"), *(("single", t) for t in ("reward", "dpo", "ppo-own", "grpo")))
+        ),
+    ],
+)
+def test_frozen_weights_in_half_precision_change_no_bit(make_config: MakeConfig, backend: str, trainer: str) -> None:
     """A run whose checkpoints hold frozen weights keeps them in fp32; the other run holds them in bf16."""
     made = {}
     for name, extra in (("plain", {}), ("dora", {"dora": True})):
         model = {"config": {**LLAMA, "tie_word_embeddings": False}, "lora": {**LORA, **extra}}
-        given = (*COMMON, "run.max_steps=3", "accelerator.precision=bf16", *BACKENDS[backend])
+        given = (*COMMON, "data.sequence_length=32", "run.max_steps=2", "accelerator.precision=bf16")
         world = 1 if backend == "single" else 2
         for whole in (True, False):
-            config = make_config(*given, f"run.name={name}-{whole}", model=model)
-            (made[name, whole],) = run_all(world, [config], whole=whole)
+            overrides = (*given, *BACKENDS[backend], *TRAINERS[trainer], f"run.name={name}-{whole}")
+            (made[name, whole],) = run_all(world, [make_config(*overrides, model=model)], whole=whole)
     for name in ("plain", "dora"):
         assert comparable(made[name, True]) == comparable(made[name, False])
-        held = [read_manifest(made[name, whole] / "checkpoints" / "step-00000003") for whole in (True, False)]
+        held = [read_manifest(made[name, whole] / "checkpoints" / "step-00000002") for whole in (True, False)]
         assert len(held[0]["tensors"]) > len(held[1]["tensors"])
-        trained = read_tensors(made[name, False] / "checkpoints" / "step-00000003")
-        same = read_tensors(made[name, True] / "checkpoints" / "step-00000003")
+        trained = read_tensors(made[name, False] / "checkpoints" / "step-00000002")
+        same = read_tensors(made[name, True] / "checkpoints" / "step-00000002")
         assert all(torch.equal(same[k], v) for k, v in trained.items())
 
 

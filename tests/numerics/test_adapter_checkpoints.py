@@ -159,6 +159,16 @@ def test_another_base_is_refused(make_config: MakeConfig, tmp_path: Path) -> Non
     open_run(folder)
 
 
+def test_a_base_that_lacks_a_file_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    base = export(tmp_path / "base")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    for text in (json.dumps(index), "{"):
+        (base / "model.safetensors.index.json").write_text(text)
+        config = absolute(by_name(make_config, base))
+        with pytest.raises(ConfigError, match=r"model\.name: .*(is missing|is damaged)"):
+            base_weights.base_identity(config, byte_tokenizer())
+
+
 def test_another_initialization_is_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of transformers or torch that initializes random weights differently changes the base."""
     config = make_config(*SHORT, model={"config": LLAMA, "lora": LORA})
@@ -205,12 +215,13 @@ def test_checkpoints_with_all_tensors_are_read(make_config: MakeConfig, tmp_path
 def test_frozen_parameters(make_config: MakeConfig, backends: list[str], steps: int) -> None:
     """Freezing without LoRA: every backend trains the same run, and its checkpoint moves to the next backend."""
     model = {"config": {**LLAMA, "tie_word_embeddings": False}, "freeze": ["embed_tokens", r"layers\.0\."]}
-    common = (*SHORT, f"run.max_steps={steps}", "batch.micro_size=1", "checkpoint.every_steps=1", "optimizer.lr=1e-3")
+    common = (*SHORT, f"run.max_steps={steps}", "batch.micro_size=1", "optimizer.lr=1e-3")
 
     def config(name: str, backend: str, *overrides: str) -> Any:
-        return make_config(*common, f"run.name={name}", *BACKENDS[backend], *overrides, model=model)
+        every = ("checkpoint.every_steps=1", "checkpoint.keep_last=null")
+        return make_config(*common, *every, f"run.name={name}", *BACKENDS[backend], *overrides, model=model)
 
-    (plain,) = run_all(1, [config("plain", "single", "checkpoint.keep_last=null")])
+    (plain,) = run_all(1, [config("plain", "single")])
     folders = dict(zip(backends, run_all(2, [config(b, b) for b in backends]), strict=True))
     moved = [
         config(f"moved-{b}", b, f"checkpoint.resume={step(folders[other], 1)}")
