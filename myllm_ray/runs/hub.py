@@ -25,7 +25,7 @@ def check_push(repository: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise ConfigError("--push needs the hub, and HF_HUB_OFFLINE is set: unset it, or export without --push")
     if get_token() is None:
-        raise ConfigError("--push needs credentials: set HF_TOKEN, or log in with `hf auth login`")
+        raise ConfigError("--push needs a login to the hub: set HF_TOKEN, or run `hf auth login`")
 
 
 def check_adapter_base(run: Path) -> None:
@@ -58,7 +58,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
     api = HfApi()
     try:
         with Task("uploading"), without_progress_bars():
-            created = api.create_repo(repository, private=private, exist_ok=True)
+            created = api.create_repo(repository, private=private or None, exist_ok=True)
             api.upload_folder(
                 folder_path=folder, repo_id=created.repo_id, commit_message="Export of a run of myllm_ray"
             )
@@ -71,4 +71,6 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Returns the messages of an error and of its cause in one line."""
+    texts = [" ".join(str(e).split())[:300] or type(e).__name__ for e in (error, error.__cause__) if e is not None]
+    return ": ".join(text.rstrip(".:") for text in texts)
