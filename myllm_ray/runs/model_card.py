@@ -25,6 +25,7 @@ from myllm_ray.engine.reporting.curves import Curves, read_curves
 
 _POINTS = 10
 _EVALUATIONS = 50
+_CURVES = ("loss", "validation_loss", "reward")
 _PATH = re.compile(r"(?<![\w.:/~\-<])(?:~?/|[A-Za-z]:\\)(?:[^\s/\\'\"`,;|]+[/\\])*([^\s/\\'\"`,;|:]+)")
 """An absolute path, or one in the home folder, inside a text; the group is its last part. URLs do not match."""
 _HUB_NAME = re.compile(r"[\w.\-]+(?:/[\w.\-]+)?")
@@ -71,7 +72,7 @@ def model_card(checkpoint: Path | None, folder: Path, form: str, dtype: str, lic
         _summary(manifest, config, base, form, dtype, front),
         _use(form, config),
         _data(manifest, config, run),
-        _curve(read_curves(run / "metrics.jsonl"), manifest.get("step")),
+        _curve(read_curves(run / "metrics.jsonl", only=_CURVES), manifest.get("step")),
         _evaluations(run),
         _config(config),
         _reproduction(manifest, config, run),
@@ -91,8 +92,7 @@ def _front(manifest: Mapping[str, Any], base: str | None, form: str, license: st
     given = {"license": license} if license else _license_of(base)
     front: dict[str, Any] = {k: v for k, v in given.items() if v}
     if base is not None and _on_hub(base):
-        relation = {"adapter": "adapter", "gguf": "quantized"}.get(form, "finetune")
-        front |= {"base_model": base, "base_model_relation": relation}
+        front |= {"base_model": base, "base_model_relation": "adapter" if form == "adapter" else "finetune"}
     front["library_name"] = _LIBRARIES.get(form, "transformers")
     trainer = str(config.get("trainer", ""))
     front["pipeline_tag"] = "text-classification" if trainer == "reward" else "text-generation"
@@ -178,7 +178,7 @@ def _data(manifest: Mapping[str, Any], config: Any, run: Path) -> str:
 
 def _curve(curves: Curves, last: int | None) -> str:
     """A few points of the losses, up to the exported step."""
-    names = [name for name in ("loss", "validation_loss", "reward") if name in curves.series]
+    names = [name for name in _CURVES if name in curves.series]
     if not names or last is None:
         return ""
     values = {name: dict(zip(*(a.tolist() for a in curves.points(name)), strict=True)) for name in names}
