@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import LLAMA, instruction_rows
 from fake_hub import FakeHub
+from run_folders import with_averages
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -21,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from e2e.test_cli import call
 from myllm_ray.config import validate
 from myllm_ray.data.tokenizer import byte_tokenizer
-from myllm_ray.engine.checkpointing.writer import manifest_checksum, sha256
 from myllm_ray.models import export as weights
 from myllm_ray.models import verification
 from myllm_ray.models.gguf import file as gguf_file
@@ -181,31 +181,6 @@ def test_gguf(export: Export, adapted: Path, tmp_path: Path) -> None:
     code, _, err = export(adapted, tmp_path / "b", "--to", "gguf", "--verify", "tensors")
     assert code == 0, err
     assert (tmp_path / "b" / "adapted-BF16.gguf").is_file(), "the dtype of the base model"
-
-
-def with_averages(run: Path, target: Path) -> Path:
-    """Copies a run and adds the averages of its trained parameters to its checkpoint: twice the weights."""
-    shutil.copytree(run, target)
-    checkpoint = next((target / "checkpoints").iterdir())
-    path = checkpoint / "manifest.json"
-    manifest = json.loads(path.read_text())
-    for name in manifest["files"]:
-        with safe_open(checkpoint / name, "pt") as file:
-            metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-        sharding = json.loads(metadata["DCP_SHARDING_INFO"])
-        for n in [n for n in tensors if n.startswith("model.")]:
-            added = "ema." + n.removeprefix("model.")
-            tensors[added] = tensors[n] * 2
-            sharding[added] = sharding[n]
-            manifest["tensors"][added] = manifest["tensors"][n]
-        save_file(tensors, checkpoint / name, metadata={**metadata, "DCP_SHARDING_INFO": json.dumps(sharding)})
-        manifest["files"][name] = {
-            "sha256": sha256(checkpoint / name),
-            "bytes": (checkpoint / name).stat().st_size,
-        }
-    manifest["checksum"] = manifest_checksum(manifest)
-    path.write_text(json.dumps(manifest))
-    return target
 
 
 def test_averages(export: Export, plain: Path, tmp_path: Path) -> None:

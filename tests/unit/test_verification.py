@@ -47,7 +47,7 @@ def test_a_folder_that_cannot_be_loaded(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **MIXTURE), dtype=torch.float32)
     write_model(model, byte_tokenizer(), tmp_path / "o")
     (tmp_path / "o" / "model.safetensors").write_bytes(b"12")
-    with pytest.raises(UserError, match="the exported folder can't be loaded: .*; nothing is kept"):
+    with pytest.raises(UserError, match=r"the exported folder can't be loaded: .*; nothing is kept"):
         verify_logits(model, tmp_path / "o")
 
 
