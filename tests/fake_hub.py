@@ -86,7 +86,8 @@ class FakeHub:
         if "/commit/" in path:
             for line in body.splitlines():
                 self._commit(json.loads(line))
-            return {"commitUrl": f"{self.url}/commit/1", "commitOid": "1" * 40, "hookOutput": ""}
+            name = path.removeprefix("/api/models/").partition("/commit/")[0]
+            return {"commitUrl": f"{self.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40, "hookOutput": ""}
         return {"id": "x", "sha": "0" * 40, "private": False, "siblings": []}
 
     def _commit(self, line: dict[str, Any]) -> None:

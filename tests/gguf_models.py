@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import torch
@@ -127,8 +128,12 @@ def sentencepiece(prefix: bool) -> Any:
     return wrap(raw)
 
 
+KINDS = ("bytes", "bpe", "smollm", "qwen2", "llama3", "llama3-merges", "sentencepiece", "gemma")
+
+
+@cache
 def tokenizers_by_name() -> dict[str, Any]:
-    """Returns one tokenizer of each kind that a GGUF file can express."""
+    """Returns one tokenizer of each of `KINDS`, which a GGUF file can express."""
     from myllm_ray.models.gguf.tokenizer import _LLAMA3, _QWEN2
 
     return {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_models import CONFIGS, TEXTS, ends, model_of, tokenizers_by_name
+from gguf_models import CONFIGS, KINDS, TEXTS, ends, model_of, tokenizers_by_name
 
 from myllm_ray.data.tokenizer import DEFAULT_CHAT_TEMPLATE, byte_tokenizer
 from myllm_ray.models.gguf.file import write_gguf
@@ -19,7 +19,6 @@ from myllm_ray.models.gguf.file import write_gguf
 pytestmark = pytest.mark.slow
 pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("xllamacpp", reason="llama.cpp's bindings are not installed (pip install xllamacpp)")
-TOKENIZERS = tokenizers_by_name()
 _TOKENS = 20
 _BANNED = torch.arange(128, 263)  # llama.cpp reports log-probabilities only of tokens that end a character
 
@@ -105,9 +104,9 @@ def test_other_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
         assert complete(post, ids)["tokens"] == greedy(model, ids)[0]
 
 
-@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_tokens_are_the_same(tmp_path: Path, kind: str) -> None:
-    tokenizer = TOKENIZERS[kind]
+    tokenizer = tokenizers_by_name()[kind]
     _, path = write(tmp_path, "llama", tokenizer)
     chat = f"<|im_start|>user\n{TEXTS[0]}<|im_end|>\n<|endoftext|>"
     with serving(path) as post:

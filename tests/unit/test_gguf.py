@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gguf_models import CONFIGS, GPT2_SPLIT, byte_level, ends, model_of, sentencepiece, split, tokenizers_by_name
-from tokenizers import AddedToken, normalizers, pre_tokenizers
+from gguf_models import CONFIGS, GPT2_SPLIT, KINDS, byte_level, ends, model_of, sentencepiece, split, tokenizers_by_name
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from transformers import GenerationConfig
 
 from myllm_ray.config import ConfigError
@@ -102,7 +103,7 @@ def test_settings_that_llama_cpp_ignores_are_refused(name: str, change: dict[str
         check_gguf(model, tokenizer, ends(tokenizer))
 
 
-@pytest.mark.parametrize("kind", sorted(tokenizers_by_name()))
+@pytest.mark.parametrize("kind", KINDS)
 def test_known_tokenizers_are_accepted(kind: str) -> None:
     tokenizer = tokenizers_by_name()[kind]
     check_gguf(model_of("llama", 400), tokenizer, ends(tokenizer))
@@ -110,10 +111,6 @@ def test_known_tokenizers_are_accepted(kind: str) -> None:
 
 def incomplete() -> Any:
     """A SentencePiece-like BPE that lacks a merge, so llama.cpp would merge more than it does."""
-    import json
-
-    from tokenizers import Tokenizer
-
     tokenizer = sentencepiece(prefix=True)
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     raw["model"]["merges"] = raw["model"]["merges"][:-1]
