@@ -81,7 +81,7 @@ def model_card(checkpoint: Path | None, folder: Path, form: str, dtype: str, lic
     text = f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body}\n"
     try:
         ModelCard(text)  # parses the metadata, as the hub does
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ConfigError(f"the model card has invalid metadata: {' '.join(str(error).split())[:200]}") from None
     return text
 
@@ -125,7 +125,7 @@ def _license_of(base: str | None) -> dict[str, Any]:
         path = try_to_load_from_cache(base, "README.md")
     try:
         data = ModelCard.load(path).data.to_dict() if path and Path(str(path)).is_file() else {}
-    except (OSError, ValueError, TypeError):  # the card of the base model is not valid
+    except (OSError, ValueError, TypeError, yaml.YAMLError):  # the card of the base model is not valid
         return {}
     return {key: data.get(key) for key in ("license", "license_name", "license_link")}
 
