@@ -23,6 +23,7 @@ from myllm_ray.data.tokenizer import (
     trained_template,
 )
 from myllm_ray.dependencies import kind_of_model, model_section
+from myllm_ray.engine.checkpointing.averages import check_averages, load_averages
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, read_manifest
 from myllm_ray.models.architecture import config_of
 from myllm_ray.models.export import dtype_of_base
@@ -35,7 +36,8 @@ class TrainedModel:
     """A trained model with its tokenizer and generation config.
 
     `dtype` is the dtype of the weights from which training started. `on_chats` is true if the tokenizer comes with a
-    chat template, or if the model was trained on chats.
+    chat template, or if the model was trained on chats. `checkpoint` is the checkpoint that was loaded; None for a
+    folder in Hugging Face format.
     """
 
     model: torch.nn.Module
@@ -43,6 +45,7 @@ class TrainedModel:
     generation: GenerationConfig
     dtype: torch.dtype
     on_chats: bool
+    checkpoint: Path | None = None
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -67,28 +70,34 @@ def open_run(path: str | Path) -> tuple[torch.nn.Module, Any]:
     return opened.model, opened.tokenizer
 
 
-def open_trained(path: str | Path) -> TrainedModel:
+def open_trained(path: str | Path, ema: bool = False) -> TrainedModel:
     """Loads a trained model with its tokenizer and generation config.
 
     Args:
         path: The folder of a run, whose newest checkpoint is loaded, of one of its checkpoints, or of a model in
             Hugging Face format.
+        ema: Whether to load the moving averages of the weights instead of the weights.
 
     Returns:
         The trained model.
 
     Raises:
-        CheckpointError: There is no complete checkpoint, or the base of its adapters is missing or has changed.
+        CheckpointError: There is no complete checkpoint, the base of its adapters is missing or has changed, or with
+            `ema`, it contains no averages.
         ConfigError: A folder in Hugging Face format can't be loaded.
     """
     path = Path(path)
     if (path / "config.json").is_file():
+        if ema:
+            raise CheckpointError(f"{path} is an exported model, which has no averaged weights (ema): give the run")
         return _open_exported(path)
     manager = CheckpointManager(folder=path / "checkpoints" if (path / "checkpoints").is_dir() else path.parent)
     newest = manager.latest() if manager.folder.name == "checkpoints" and manager.folder.parent == path else path
     if newest is None or (damage := find_damage(newest)):
         raise CheckpointError(f"{path} contains no complete checkpoint" + (f": {damage}" if newest else ""))
     check_base(newest)
+    if ema:
+        check_averages(newest)
     config = validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json", components=False)
     beside = newest / "tokenizer"  # only checkpoints in Ray's storage contain a tokenizer folder
     folder = beside if beside.is_dir() else newest.parent.parent / "tokenizer"
@@ -97,11 +106,13 @@ def open_trained(path: str | Path) -> TrainedModel:
         model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config)
     )
     manager.load_model(newest, model)
+    if ema:
+        load_averages(newest, model)
     base = base_generation_config(str(folder)) or base_generation_config(config.model.name)
     generation = trained_generation_config(base, tokenizer, end_tokens(tokenizer, ends_of(base)))
     chats = has_own_template(tokenizer) or any(source.format == "chat" for source in config.data.sources)
     tokenizer.chat_template = trained_template(tokenizer, chats)
-    return TrainedModel(model, tokenizer, generation, dtype_of_base(config.model), chats)
+    return TrainedModel(model, tokenizer, generation, dtype_of_base(config.model), chats, newest)
 
 
 def _open_exported(path: Path) -> TrainedModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from myllm_ray.engine.checkpointing.writer import manifest_checksum, sha256
 from myllm_ray.engine.liveness import heartbeat
 from myllm_ray.engine.reporting.jsonl import MetricRanges
 
@@ -67,3 +71,28 @@ def beating(run: Path) -> Iterator[None]:
     finally:
         end.set()
         thread.join()
+
+
+def with_averages(run: Path, target: Path) -> Path:
+    """Copies a run and adds the averages of its trained parameters to its checkpoint: twice the weights."""
+    shutil.copytree(run, target)
+    checkpoint = next((target / "checkpoints").iterdir())
+    path = checkpoint / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name in manifest["files"]:
+        with safe_open(checkpoint / name, "pt") as file:
+            metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+        sharding = json.loads(metadata["DCP_SHARDING_INFO"])
+        for n in [n for n in tensors if n.startswith("model.")]:
+            added = "ema." + n.removeprefix("model.")
+            tensors[added] = tensors[n] * 2
+            sharding[added] = sharding[n]
+            manifest["tensors"][added] = manifest["tensors"][n]
+        save_file(tensors, checkpoint / name, metadata={**metadata, "DCP_SHARDING_INFO": json.dumps(sharding)})
+        manifest["files"][name] = {
+            "sha256": sha256(checkpoint / name),
+            "bytes": (checkpoint / name).stat().st_size,
+        }
+    manifest["checksum"] = manifest_checksum(manifest)
+    path.write_text(json.dumps(manifest))
+    return target

@@ -1,4 +1,4 @@
-"""Commands that use a trained model: sample, export."""
+"""Commands that use a trained model: sample."""
 
 from __future__ import annotations
 
@@ -63,26 +63,3 @@ def sample(
     ):
         out.rule(align="left", title="answer" if chat else "completion")
         out.print(Text.assemble((given, "dim"), "\n" if chat else "", (text, "bold")))
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="a run's folder, or a checkpoint in it")],
-    folder: Annotated[Path, typer.Argument(help="where to write")],
-) -> None:
-    """Write the trained model as a Hugging Face folder.
-
-    The weights have the dtype of the weights from which training started.
-    """
-    from myllm_ray.engine.reporting.console import progress_shown
-    from myllm_ray.models.export import save_pretrained
-    from myllm_ray.trained_model import open_trained
-
-    with progress_shown():
-        opened = open_trained(run)
-    with progress_shown():
-        save_pretrained(opened.model, opened.tokenizer, folder, opened.generation, opened.dtype)
-    ends = ", ".join(opened.tokenizer.convert_ids_to_tokens(list(opened.end_tokens)))
-    out.print(
-        f"wrote {folder}: weights in {str(opened.dtype).removeprefix('torch.')}; answers end at {ends}", markup=False
-    )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from myllm_ray import train
-from myllm_ray.cli.models import export
+from myllm_ray.cli.export import export
 from myllm_ray.config import validate
 
 pytestmark = pytest.mark.slow

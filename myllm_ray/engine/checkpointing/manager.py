@@ -270,6 +270,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills tensors in place with those of a checkpoint that have their names, in this process.
+
+    Raises:
+        CheckpointError: The files can't be read.
+    """
+    _read(folder, tensors)
+
+
 def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = True) -> None:
     """Fills tensors in place from the safetensors files of a folder. Other files are not read.
 
