@@ -36,8 +36,7 @@ class GrowingLayer(DynamicLayer):
             self._allocate(max(stop, 2 * self.capacity))
         self.key_buffer[:, :, self.used : stop] = key_states
         self.value_buffer[:, :, self.used : stop] = value_states
-        self._use(stop)
-        return self.keys, self.values
+        return self._use(stop)
 
     def get_seq_length(self) -> int:
         return self.used
@@ -67,7 +66,7 @@ class GrowingLayer(DynamicLayer):
         if not others.is_initialized:
             return
         if not self.is_initialized:
-            self.lazy_initialization(others.keys[:0], others.values[:0])
+            self.lazy_initialization(others.key_buffer[:0], others.value_buffer[:0])
         used = max(self.used, others.used)
         capacity, rows = max(self.capacity, others.capacity), len(self.key_buffer)
         for name in ("key_buffer", "value_buffer"):
@@ -85,6 +84,8 @@ class GrowingLayer(DynamicLayer):
         self.value_buffer = torch.nn.functional.pad(self.value_buffer, (0, 0, 0, added))
         self.capacity = capacity
 
-    def _use(self, tokens: int) -> None:
+    def _use(self, tokens: int) -> tuple[Tensor, Tensor]:
         self.used = tokens
-        self.keys, self.values = self.key_buffer[:, :, :tokens], self.value_buffer[:, :, :tokens]
+        keys, values = self.key_buffer[:, :, :tokens], self.value_buffer[:, :, :tokens]
+        self.keys, self.values = keys, values
+        return keys, values

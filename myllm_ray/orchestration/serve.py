@@ -45,8 +45,15 @@ class Replica:
         self._opened.close()
 
 
-def serve_on_ray(service: Service, host: str, port: int, replicas: int, ready: Callable[[], None]) -> None:
-    """Serves a model on Ray until Ctrl-C or SIGTERM.
+def serve_on_ray(
+    service: Service,
+    host: str,
+    port: int,
+    replicas: int,
+    ready: Callable[[], None],
+    stop: threading.Event | None = None,
+) -> None:
+    """Serves a model on Ray until Ctrl-C, SIGTERM, or `stop` is set.
 
     It uses the cluster at `RAY_ADDRESS`, else a local Ray that ends with the server. The HTTP proxy runs on the head
     node.
@@ -57,6 +64,7 @@ def serve_on_ray(service: Service, host: str, port: int, replicas: int, ready: C
         port: Its port.
         replicas: The number of replicas. Each reserves one GPU if the cluster has GPUs.
         ready: Is called when requests are answered.
+        stop: Ends the server from another thread.
 
     Raises:
         ConfigError: The cluster can't be reached or is too small, it runs Ray Serve already, or a replica or the proxy
@@ -71,13 +79,13 @@ def serve_on_ray(service: Service, host: str, port: int, replicas: int, ready: C
                 "this Ray cluster runs Ray Serve already, with its own address: use --workers 0, or another cluster"
             )
         options = _actor_options(service, replicas, os.cpu_count() or 1 if started else replicas)
-        stop = threading.Event()
-        with stop_on_signals(lambda _: stop.set()):
+        ended = stop or threading.Event()
+        with stop_on_signals(lambda _: ended.set()):
             try:
                 _start(service, host, port, replicas, options)
-                if not stop.is_set():
+                if not ended.is_set():
                     ready()
-                stop.wait()
+                ended.wait()
             finally:
                 with suppress(Exception):  # Ray may have ended already
                     serve.shutdown()

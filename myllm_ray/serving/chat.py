@@ -75,7 +75,8 @@ class Chat:
         write: Callable[[str], None],
         note: Callable[[str], None],
     ):
-        self.params, self.seed, self.system = dict(params), seed, None
+        self.params, self.seed = dict(params), seed
+        self.system: str | None = None
         self.open_other, self.write, self.note = open_other, write, note
         self.speakers = [Speaker(served, served.sampling(self.params, "chat"))]
         self.turn = 0

@@ -186,7 +186,7 @@ def serve_here(service: Service, listening: socket.socket, ready: Callable[[], N
         with progress_shown():
             app = stack.enter_context(opened_app(service))
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=_SECONDS
+            app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=_SECONDS
         )
         server = _Server(config)
 

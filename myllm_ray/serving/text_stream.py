@@ -56,10 +56,11 @@ class TextStream:
         return rest
 
     def _new_text(self) -> str:
-        """Returns the text of the tokens after the context; empty if they only change what was decoded before."""
+        """Returns the text of the tokens after the context."""
         before = self._decode(self._tokens[self._first : self._read])
-        whole = self._decode(self._tokens[self._first :])
-        return whole[len(before) :] if whole.startswith(before) else ""
+        # Invalid bytes can change the text of the context (SentencePiece decodes a run of byte tokens as a whole). It
+        # is shown already, so only what makes the text longer is new.
+        return self._decode(self._tokens[self._first :])[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
