@@ -34,7 +34,7 @@ class Replica:
 
     def __init__(self, service: Service):
         self._opened = ExitStack()
-        self._application = self._opened.enter_context(opened_app(service))
+        self._application = self._opened.enter_context(opened_app(service)).asgi()
 
     def __serve_build_asgi_app__(self) -> Any:
         """Returns the application; Ray Serve calls it after the constructor."""

@@ -64,6 +64,12 @@ class Application:
 
     def __init__(self, engine: Engine, served: ServedModel, key_digest: bytes | None = None):
         self.engine, self.served, self.key_digest = engine, served, key_digest
+        self._closing = False
+
+    def close(self) -> None:
+        """Ends the engine. Requests in progress are answered with an error."""
+        self._closing = True
+        self.engine.close()
 
     def asgi(self) -> Starlette:
         """Returns the ASGI application."""
@@ -94,10 +100,17 @@ class Application:
             except Busy as error:
                 return JSONResponse(error_body(str(error), 429), 429)
             except Exception as error:
-                log.exception("a request failed")
-                return JSONResponse(error_body(f"the server failed: {type(error).__name__}: {error}", 500), 500)
+                message, status = self._failure(error)
+                return JSONResponse(error_body(message, status), status)
 
         return guarded
+
+    def _failure(self, error: Exception) -> tuple[str, int]:
+        """Returns the message and the HTTP status of an exception, and logs it unless the server is about to end."""
+        if self._closing:
+            return "the server ends", 503
+        log.error("a request failed", exc_info=error)
+        return f"the server failed: {type(error).__name__}: {error}", 500
 
     def _check_key(self, request: Request) -> None:
         if self.key_digest is None:
@@ -204,8 +217,7 @@ class Application:
                 if (last := reply.last_piece()) is not None:
                     queue.put_nowait(last)
             except Exception as error:  # the status is sent already: the error is an event
-                log.exception("a request failed")
-                queue.put_nowait(error_body(f"the server failed: {type(error).__name__}: {error}", 500))
+                queue.put_nowait(error_body(*self._failure(error)))
             finally:
                 queue.put_nowait(None)
 

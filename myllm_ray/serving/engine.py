@@ -119,6 +119,8 @@ class LocalEngine:
         sampler = sampling.sampler(self.served.tokenizer, self.served.end_tokens)
         answer = _Answer(list(prompt), sampler, np.random.Generator(np.random.PCG64(seed)), top, emit)
         with self._changed:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
             if len(self._waiting) >= MOST_WAITING:
                 raise Busy(f"{MOST_WAITING} answers wait already: try again later")
             self._waiting.append(answer)
@@ -163,7 +165,7 @@ class LocalEngine:
                     answer.emit(error)
                 self._active, self._decoder = [], BatchDecoder(self.served.model)
         for answer in [*self._active, *self._waiting]:
-            answer.emit(RuntimeError("the server has ended"))
+            answer.emit(RuntimeError("the engine is closed"))
 
     def _admit(self) -> None:
         """Starts waiting answers, in the order of their arrival."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
-from starlette.applications import Starlette
 
 from myllm_ray.common.pretrained import pretrained_folder
 from myllm_ray.common.signals import stop_on_signals
@@ -85,8 +84,8 @@ def service_of(model: str, name: str | None, engine: str, device: str | None, ke
 
 
 @contextmanager
-def opened_app(service: Service) -> Iterator[Starlette]:
-    """Opens the model of a service and yields its ASGI application; closes the engine at the end.
+def opened_app(service: Service) -> Iterator[Application]:
+    """Opens the model of a service and yields its application, which is closed at the end.
 
     Raises:
         CheckpointError: There is no complete checkpoint.
@@ -100,10 +99,11 @@ def opened_app(service: Service) -> Iterator[Starlette]:
         else:
             loaded = LoadedModel(open_trained(service.model), service.name, chosen_device(service.device))
             served, engine = loaded, LocalEngine(loaded)
+        app = Application(engine, served, service.key_digest)
         try:
-            yield Application(engine, served, service.key_digest).asgi()
+            yield app
         finally:
-            engine.close()
+            app.close()
 
 
 def _in_hf_format(service: Service, folder: Path) -> tuple[ServedModel, Path, str]:
@@ -186,7 +186,12 @@ def serve_here(service: Service, listening: socket.socket, ready: Callable[[], N
         with progress_shown():
             app = stack.enter_context(opened_app(service))
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=_SECONDS
+            app.asgi(),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=_SECONDS,
         )
         server = _Server(config)
 
@@ -196,6 +201,10 @@ def serve_here(service: Service, listening: socket.socket, ready: Callable[[], N
                 await asyncio.sleep(0.01)
             if server.started:
                 ready()
+            while not (server.should_exit or waiting.done()):
+                await asyncio.sleep(0.1)
+            # uvicorn waits for the answers in progress, which end with the engine.
+            await asyncio.to_thread(app.close)
             await waiting
 
         with suppress(KeyboardInterrupt):  # the second Ctrl-C

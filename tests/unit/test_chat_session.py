@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import LLAMA
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_models import REFUSES_SYSTEM, write_model
 
 from myllm_ray.config import ConfigError, UserError
 from myllm_ray.data.formats import chat as chat_format
 from myllm_ray.data.messages import Messages
-from myllm_ray.data.tokenizer import DEFAULT_CHAT_TEMPLATE, TRAINED, byte_tokenizer
+from myllm_ray.data.tokenizer import DEFAULT_CHAT_TEMPLATE, TRAINED
 from myllm_ray.models.decoding import SequenceDecoder
 from myllm_ray.models.generate import sample
 from myllm_ray.serving.chat import Chat
@@ -25,28 +23,6 @@ from myllm_ray.serving.served_model import LoadedModel
 from myllm_ray.trained_model import open_trained
 
 SHORT = {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.95}
-REFUSES_SYSTEM = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
-    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def write_model(folder: Path, template: str | None, seed: int = 0, positions: int = 512) -> Path:
-    """Writes a tiny Llama with random weights and one token per byte."""
-    torch.manual_seed(seed)
-    config = {k: v for k, v in LLAMA.items() if k != "model_type"}
-    tokenizer = byte_tokenizer()
-    made = AutoConfig.for_model("llama", **config, vocab_size=len(tokenizer), max_position_embeddings=positions)
-    model: Any = AutoModelForCausalLM.from_config(made)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.3)
-    model.save_pretrained(folder)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
