@@ -168,20 +168,18 @@ class LocalEngine:
             answer.emit(RuntimeError("the engine is closed"))
 
     def _admit(self) -> None:
-        """Starts waiting answers, in the order of their arrival."""
-        while len(self._active) < self.most_together:
-            with self._changed:
-                if not self._waiting:
-                    return
-                answer = self._waiting.popleft()
-            if answer.cancelled:
-                continue
-            try:
-                answer.logits = self._decoder.add(answer.prompt)
-            except Exception as error:
-                answer.emit(error)
-                raise
-            self._active.append(answer)
+        """Starts the answer that has waited longest, if there is room for it.
+
+        It starts one only, so that the answers in progress get a token between two prompts.
+        """
+        if len(self._active) == self.most_together:
+            return
+        with self._changed:
+            if not self._waiting:
+                return
+            answer = self._waiting.popleft()
+        self._active.append(answer)  # an exception in the next line ends all of them
+        answer.logits = self._decoder.add(answer.prompt)
 
     def _step(self) -> None:
         """Draws one token of each answer, and computes the logits after them."""

@@ -415,6 +415,22 @@ def test_bad_input_of_the_command(
             assert len(err.splitlines()) == 1, err
 
 
+def test_a_server_open_to_others_without_a_key_warns(
+    talker: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("myllm_ray.serving.server.serve_here", lambda service, listening, ready: ready())
+    monkeypatch.setenv("SERVE_KEY", "a key")
+    for arguments, warns in (
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key-env", "SERVE_KEY"], False),
+        ([], False),
+    ):
+        code, out, err = call(capsys, monkeypatch, "serve", talker, "--port", 0, *arguments)
+        assert code == 0
+        assert "/v1 (engine: local); Ctrl-C stops it" in out
+        assert err.startswith("warning: 0.0.0.0 is reachable from other machines") == warns, err
+
+
 def test_which_hosts_are_local() -> None:
     assert is_loopback("127.0.0.1")
     assert is_loopback("localhost")
