@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import MakeConfig
@@ -46,7 +46,7 @@ class SamplingParams:
 class FakeLLM:
     """Writes `WRITTEN`, two tokens at a time."""
 
-    made: list[FakeLLM] = []
+    made: ClassVar[list[FakeLLM]] = []
 
     def __init__(self, arguments: dict[str, Any]):
         self.arguments, self.ended, self.closed = arguments, list[str](), False
