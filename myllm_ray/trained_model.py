@@ -1,4 +1,4 @@
-"""Loading of trained models from a run, a checkpoint or an exported folder, for sampling and export."""
+"""Loading of trained models from a run, a checkpoint, an exported folder or the hub, for sampling and export."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from myllm_ray.base_weights import check_base
+from myllm_ray.common.pretrained import checkpoint_in, pretrained_folder
 from myllm_ray.config.errors import CheckpointError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
@@ -28,7 +29,7 @@ from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damag
 from myllm_ray.models.architecture import config_of
 from myllm_ray.models.export import dtype_of_base
 from myllm_ray.models.generation_config import base_generation_config, ends_of, trained_generation_config
-from myllm_ray.models.load import build_model
+from myllm_ray.models.load import build_deferred, build_model
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def open_run(path: str | Path) -> tuple[torch.nn.Module, Any]:
     """Loads the trained model and its tokenizer; a short form of `open_trained`.
 
     Args:
-        path: The folder of a run, of one of its checkpoints, or of an exported model.
+        path: As in `open_trained`.
 
     Returns:
         The model and the tokenizer.
@@ -70,12 +71,13 @@ def open_run(path: str | Path) -> tuple[torch.nn.Module, Any]:
     return opened.model, opened.tokenizer
 
 
-def open_trained(path: str | Path, ema: bool = False) -> TrainedModel:
+def open_trained(path: str | Path, weights: bool = True, ema: bool = False) -> TrainedModel:
     """Loads a trained model with its tokenizer and generation config.
 
     Args:
-        path: The folder of a run, whose newest checkpoint is loaded, of one of its checkpoints, or of a model in
-            Hugging Face format.
+        path: The folder of a run, whose newest checkpoint is loaded, of one of its checkpoints, of a model in Hugging
+            Face format, or the hub id of such a model.
+        weights: Whether to load the weights; otherwise the model is on the meta device.
         ema: Whether to load the moving averages of the weights instead of the weights.
 
     Returns:
@@ -84,29 +86,25 @@ def open_trained(path: str | Path, ema: bool = False) -> TrainedModel:
     Raises:
         CheckpointError: There is no complete checkpoint, the base of its adapters is missing or has changed, or with
             `ema`, it contains no averages.
-        ConfigError: A folder in Hugging Face format can't be loaded.
+        ConfigError: A model in Hugging Face format can't be found or loaded.
     """
-    path = Path(path)
+    path = _located(path)
     if (path / "config.json").is_file():
         if ema:
             raise CheckpointError(f"{path} is an exported model, which has no averaged weights (ema): give the run")
-        return _open_exported(path)
-    manager = CheckpointManager(folder=path / "checkpoints" if (path / "checkpoints").is_dir() else path.parent)
-    newest = manager.latest() if manager.folder.name == "checkpoints" and manager.folder.parent == path else path
-    if newest is None or (damage := find_damage(newest)):
-        raise CheckpointError(f"{path} contains no complete checkpoint" + (f": {damage}" if newest else ""))
-    check_base(newest)
+        return _open_exported(path, weights)
+    manager, newest, config = _checkpoint(path)
     if ema:
         check_averages(newest)
-    config = validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json", components=False)
     beside = newest / "tokenizer"  # only checkpoints in Ray's storage contain a tokenizer folder
     folder = beside if beside.is_dir() else newest.parent.parent / "tokenizer"
     tokenizer = open_tokenizer(str(folder))
-    model = build_model(
-        model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config)
-    )
-    manager.load_model(newest, model)
-    if ema:
+    build = build_model if weights else build_deferred
+    model = build(model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
+    if weights:
+        check_base(newest)
+        manager.load_model(newest, model)
+    if weights and ema:
         load_averages(newest, model)
     base = base_generation_config(str(folder)) or base_generation_config(config.model.name)
     generation = trained_generation_config(base, tokenizer, end_tokens(tokenizer, ends_of(base)))
@@ -115,13 +113,51 @@ def open_trained(path: str | Path, ema: bool = False) -> TrainedModel:
     return TrainedModel(model, tokenizer, generation, dtype_of_base(config.model), chats, newest)
 
 
-def _open_exported(path: Path) -> TrainedModel:
+def kind_of_trained(path: str | Path) -> str:
+    """Returns the kind of a trained model (`models.load.build_deferred`). Does not read its weights.
+
+    Args:
+        path: As in `open_trained`.
+
+    Raises:
+        CheckpointError: There is no checkpoint. Whether it is complete is not checked.
+        ConfigError: A model in Hugging Face format can't be found or loaded.
+    """
+    path = _located(path)
+    if (path / "config.json").is_file():
+        return _kind_of_exported(ModelSection(name=str(path)))
+    found = checkpoint_in(str(path))
+    if found is None:
+        raise CheckpointError(f"{path} contains no complete checkpoint and no config.json of a model")
+    return kind_of_model(validate(read_manifest(found)["config"], where=f"{found}/manifest.json", components=False))
+
+
+def _located(path: str | Path) -> Path:
+    """Returns the local folder of a trained model. A name that is no local path is a hub id, which is downloaded."""
+    local = Path(path).expanduser()
+    return local if local.exists() else pretrained_folder(str(path), "model", weights=True)
+
+
+def _checkpoint(path: Path) -> tuple[CheckpointManager, Path, TrainerConfig]:
+    """Returns the manager of a path's checkpoint, the checkpoint, and the config of its run."""
+    manager = CheckpointManager(folder=path / "checkpoints" if (path / "checkpoints").is_dir() else path.parent)
+    newest = manager.latest() if manager.folder.name == "checkpoints" and manager.folder.parent == path else path
+    if newest is None or (damage := find_damage(newest)):
+        raise CheckpointError(f"{path} contains no complete checkpoint" + (f": {damage}" if newest else ""))
+    return manager, newest, validate(read_manifest(newest)["config"], where=f"{newest}/manifest.json", components=False)
+
+
+def _kind_of_exported(section: ModelSection) -> str:
+    heads = getattr(config_of(section), "architectures", None) or []
+    return "reward_model" if any(head.endswith("ForSequenceClassification") for head in heads) else "causal_lm"
+
+
+def _open_exported(path: Path, weights: bool) -> TrainedModel:
     """Loads a model from a folder in Hugging Face format."""
     tokenizer = open_tokenizer(str(path))
     section = ModelSection(name=str(path))
-    heads = getattr(config_of(section), "architectures", None) or []
-    kind = "reward_model" if any(head.endswith("ForSequenceClassification") for head in heads) else "causal_lm"
-    model = build_model(section, tokenizer, 2, 0, kind)
+    build = build_model if weights else build_deferred
+    model = build(section, tokenizer, 2, 0, _kind_of_exported(section))
     base = base_generation_config(str(path))
     generation = trained_generation_config(base, tokenizer, end_tokens(tokenizer, ends_of(base)))
     return TrainedModel(model, tokenizer, generation, dtype_of_base(section), has_own_template(tokenizer))

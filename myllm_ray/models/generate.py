@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.stopping_criteria import StopStringCriteria
 
@@ -21,46 +20,11 @@ from myllm_ray.common.seeds import derive_seed
 from myllm_ray.common.types import Samples
 from myllm_ray.config.trainers import RolloutSection
 from myllm_ray.models.causal_lm import CausalLM
+from myllm_ray.models.growing_cache import GrowingLayer
 
 _BLOCK = 256
 _COMPACT = 0.75
 """Finished answers are removed from the batch when at most this share of its rows is still generating."""
-
-
-class _GrowingLayer(DynamicLayer):
-    """Cache layer with preallocated buffers for keys and values.
-
-    The cache layer of transformers concatenates, which copies all keys and values at every token.
-
-    Args:
-        capacity: The number of tokens to allocate.
-    """
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self.capacity, self.used = capacity, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        shape = (*key_states.shape[:2], self.capacity)
-        self.key_buffer = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.value_buffer = value_states.new_zeros(*shape, value_states.shape[-1])
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        stop = self.used + key_states.shape[-2]
-        self.key_buffer[:, :, self.used : stop] = key_states
-        self.value_buffer[:, :, self.used : stop] = value_states
-        self.used = stop
-        self.keys, self.values = self.key_buffer[:, :, :stop], self.value_buffer[:, :, :stop]
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.used
-
-    def select(self, rows: Tensor) -> None:
-        self.key_buffer, self.value_buffer = self.key_buffer[rows], self.value_buffer[rows]
 
 
 def draw(probabilities: Tensor, draws: Tensor) -> Tensor:
@@ -153,7 +117,7 @@ class HFSampler:
             np.stack([np.random.Generator(np.random.PCG64(seed)).random(most) for seed in seeds])
         ).to(device)
         cache = DynamicCache()
-        layers = [_GrowingLayer(width + most) for _ in range(model.config.get_text_config().num_hidden_layers)]
+        layers = [GrowingLayer(width + most) for _ in range(model.config.get_text_config().num_hidden_layers)]
         cache.layers = list(layers)
         # Prompts are aligned to the right, so that all answers start in the same column.
         lengths = mask.sum(1)
@@ -174,7 +138,7 @@ class HFSampler:
         lengths, ended = torch.full((rows,), most, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
         alive = torch.arange(rows, device=device)  # indices of the rows that are still in the batch
         for step in range(most):
-            chosen = self._choose(logits, tokens[alive, :step], draws[alive, step])
+            chosen = self.choose(logits, draws[alive, step])
             chosen = torch.where(ended[alive], self.end_tokens[0], chosen)
             tokens[alive, step] = chosen
             done = self._ended(chosen, tokens[alive, : step + 1], ends) & ~ended[alive]
@@ -205,10 +169,19 @@ class HFSampler:
         )
         return logits
 
-    def _choose(self, logits: Tensor, written: Tensor, draws: Tensor) -> Tensor:
-        """Returns one token for each row, drawn by inverse transform sampling."""
+    def choose(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """Returns one token for each row, drawn by inverse transform sampling.
+
+        Args:
+            logits: (rows, V).
+            draws: (rows,) uniform random numbers in [0, 1).
+
+        Returns:
+            (rows,) token ids.
+        """
         scores = logits.float() if self.temperature == 1 else logits.float() / self.temperature
-        scores = self.warpers(cast(Any, written), cast(Any, scores)) if len(self.warpers) else scores
+        # These warpers read the scores only, not the tokens before them.
+        scores = self.warpers(cast(Any, None), cast(Any, scores)) if len(self.warpers) else scores
         return draw(torch.softmax(scores, -1), draws)
 
     def _ended(self, chosen: Tensor, written: Tensor, ends: Tensor) -> Tensor:

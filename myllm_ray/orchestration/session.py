@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 5.0
 
 
-def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = None) -> bool:
+def connect(config: TrainerConfig | None, verbose: bool = False, cpus: float | None = None) -> bool:
     """Connects to Ray: to the cluster at `RAY_ADDRESS` (set in every `ray job`), else to a new local one.
 
     Does nothing if this process is connected already.
 
     Args:
-        config: the run's config.
+        config: the run's config; None only with `cpus`.
         verbose: show Ray's own logs.
         cpus: least number of CPUs of a new local Ray; default: what one run of the config needs, which is then also
             checked against the cluster.
@@ -48,6 +48,11 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
         ConfigError: the cluster can't be reached, refuses the token, or is too small for the run.
     """
     started = False
+    if cpus is None:
+        assert config is not None, "connect needs a config or a number of CPUs"
+        cpus, run = cpus_needed(config, config.scaling.most), config
+    else:
+        run = None
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         options: dict[str, Any] = {
@@ -55,7 +60,7 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
             "logging_level": logging.INFO if verbose else logging.ERROR,
         }
         if not address:
-            least = math.ceil(cpus_needed(config, config.scaling.most) if cpus is None else cpus)
+            least = math.ceil(cpus)
             # More logical CPUs than cores are allowed, so that a laptop with 2 cores can run 2 workers and the data
             # tasks.
             options |= {
@@ -82,8 +87,8 @@ def connect(config: TrainerConfig, verbose: bool = False, cpus: float | None = N
         for name in ("ray.train", "ray.data", "ray.tune", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
         _shorten_error_messages()
-    if cpus is None:
-        check_size(config)
+    if run is not None:
+        check_size(run)
     return started
 
 
