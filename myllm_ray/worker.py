@@ -51,6 +51,7 @@ from myllm_ray.engine.reporting.events import EventLog, recorded_warnings
 from myllm_ray.engine.reporting.monitor import RunMonitor
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.evaluate.training import build_tasks
 from myllm_ray.models.load import build_deferred, save_architecture
 from myllm_ray.preparation import absolute, build_callbacks, check_names, of_segment, prepare_run
 from myllm_ray.trained_model import save_tokenizer
@@ -190,6 +191,7 @@ def build_engine(
         folder=None if folder is None else str(folder),
         constants=data_counts(prepared),
         heartbeat=heartbeat,
+        tasks=build_tasks(config, prepared, tokenizer),
         manifest={
             "identity": prepared.identity,
             "isolation": prepared.isolation and asdict(prepared.isolation),

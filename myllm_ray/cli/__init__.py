@@ -14,7 +14,7 @@ from myllm_ray.cli import train  # noqa: F401
 from myllm_ray.cli import amend  # noqa: F401
 
 # isort: split
-from myllm_ray.cli import check, models, replay, report, runs  # noqa: F401
+from myllm_ray.cli import check, evaluate, models, replay, report, runs  # noqa: F401
 from myllm_ray.cli.app import app
 from myllm_ray.common.logs import show_progress
 from myllm_ray.common.secrets import mask_text

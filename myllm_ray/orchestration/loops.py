@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,7 @@ def _prepare_alone(config: TrainerConfig) -> tuple[TrainerConfig, PreparedData]:
         The config, with the amendments that the run's folder records, and the data.
     """
     from myllm_ray.common import distributed
+    from myllm_ray.data.evaluation_rows import task_rows
     from myllm_ray.data.prepare import prepare
     from myllm_ray.engine.amendments import with_recorded
     from myllm_ray.preparation import prepare_run
@@ -179,7 +181,8 @@ def _prepare_alone(config: TrainerConfig) -> tuple[TrainerConfig, PreparedData]:
         raise problem
     # Every rank reads the cache that rank 0 has written. The isolation is broadcast, because it decides about packing.
     config = distributed.from_main(config)
-    return config, prepare(config, isolation=distributed.from_main(isolation))
+    prepared = prepare(config, isolation=distributed.from_main(isolation))
+    return config, replace(prepared, tasks=task_rows(config, prepared.tokenizer_folder))
 
 
 def loop_of(trainer: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
