@@ -276,6 +276,7 @@ class TrainerEngine:
     def _evaluates(self) -> bool:
         return self.validation is not None or self.tasks is not None
 
+    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Evaluates on the held-out data and on the tasks; see `evaluation.evaluate_all`."""
         enter, most = partial(self.heartbeat.enter, "evaluation", self.state.step), self.settings.evaluation.max_batches
