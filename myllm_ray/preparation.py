@@ -89,7 +89,9 @@ def check_names(config: TrainerConfig) -> None:
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     if not config.scaling.gpus_per_worker:  # otherwise the workers check it: this machine may have no GPU
         accelerator.check()
-    check_determinism(config.model_dump(mode="json"), samples="sampler" in trainer_class_of(config).dependencies)
+    answers = any(task.metrics or task.task for task in config.evaluation.tasks)
+    samples = answers or "sampler" in trainer_class_of(config).dependencies
+    check_determinism(config.model_dump(mode="json"), samples=samples)
     build_callbacks(config)
     SchedulerManager(config=config)
     check_segments(config)

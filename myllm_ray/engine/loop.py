@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.common import distributed
 from myllm_ray.common.seeds import seed_all
@@ -89,6 +91,7 @@ class TrainerEngine:
         if on_request and not as_mapping(config).get("checkpoint"):
             self.settings.checkpoint.at_end = False
         self.stream, self.validation, self.tasks = stream, validation, tasks
+        self._evaluates = validation is not None or tasks is not None
         self.manifest, self.constants = manifest or {}, constants or {}
         self.heartbeat = heartbeat or Heartbeat()
         self.stability = Stability(self.settings.stability, folder)
@@ -271,10 +274,6 @@ class TrainerEngine:
         self.last_rate = self.schedulers.learning_rate
         self.schedulers.step()
         return StepResult(0.0, skipped=True), None
-
-    @property
-    def _evaluates(self) -> bool:
-        return self.validation is not None or self.tasks is not None
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

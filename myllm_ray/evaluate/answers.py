@@ -144,33 +144,29 @@ class Scorer:
         self.name = name if name == EXACT_MATCH else self._reward.name
 
     def check(self, store: TokenStore) -> None:
-        """Checks that the first data row has the field that the metric needs.
+        """Checks that every data row has the field that the metric needs, before answers are sampled.
 
         Raises:
             DataError: the field is missing.
         """
-        if self.path != EXACT_MATCH:
-            return
-        fields = reward_fields(store, 0)
-        if fields.get(ANSWER) is None:
-            names = ", ".join(sorted(n for n in fields if n not in ("prompts", "prompt_texts", "tools")))
-            raise DataError(
-                f"{self.key}: {EXACT_MATCH} needs the field {ANSWER!r} in each row; the first row has, in addition to "
-                f"its prompt, {names or 'no field'} (fields renames columns: {ANSWER}=COLUMN)"
-            )
+        for document in range(len(store) if self.path == EXACT_MATCH else 0):
+            fields = reward_fields(store, document)
+            if fields.get(ANSWER) is None:
+                names = ", ".join(sorted(n for n in fields if n not in ("prompts", "prompt_texts", "tools")))
+                raise DataError(
+                    f"{self.key}: {EXACT_MATCH} needs the field {ANSWER!r} in each row; row {document} has, in "
+                    f"addition to its prompt, {names or 'no field'} (fields renames columns: {ANSWER}=COLUMN)"
+                )
 
     def __call__(self, answers: Sequence[Answer], store: TokenStore) -> list[float]:
         """Returns one finite number per answer.
 
         Raises:
             ConfigError: the function raises, or returns something else.
-            DataError: a data row has no expected answer.
         """
         if not answers:
             return []
         columns = gather_columns(partial(reward_fields, store), [a.document for a in answers])
-        if self.path == EXACT_MATCH and (missing := [a.document for a in answers if not _has_answer(store, a)]):
-            raise DataError(f"{self.key}: {EXACT_MATCH}: row {missing[0]} has no field {ANSWER!r}")
         prompts = columns.pop("prompts")
         columns.update(prompt_ids=[a.prompt_ids for a in answers], completion_ids=[a.ids for a in answers])
         try:
@@ -178,10 +174,6 @@ class Scorer:
             return self._reward.checked(values, len(answers))
         except RewardFailure as error:
             raise ConfigError(f"{self.key}: {self.path} {error}") from error.__cause__
-
-
-def _has_answer(store: TokenStore, answer: Answer) -> bool:
-    return reward_fields(store, answer.document).get(ANSWER) is not None
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -194,9 +194,8 @@ class Evaluation:
             "time": time.time(),
             "seconds": round(time.monotonic() - started, 3),
         }
-        if path is not None:
-            results.write(path, result)
-        return {**result, "file": None if path is None else str(path)}
+        kept = path is not None and results.write(path, result)
+        return {**result, "file": str(path) if kept else None}
 
     def rows(self, subject: Subject, opened: TrainedModel) -> RowPlan:
         """Returns the rows of the data, tokenized for a model.

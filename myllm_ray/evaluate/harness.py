@@ -176,7 +176,7 @@ def evaluate_tasks(
         limit: number of documents of each task; None: all.
         autocast: returns the context of the forward passes.
         several_ranks: divide the requests over the ranks. Every rank calls this function, and rank 0 returns the
-            metrics, the others nothing.
+            metrics. A task with fewer documents than ranks is evaluated by each rank.
         errors: whether to compute standard errors, which takes long for some metrics of texts.
         on_batch: called before each forward pass.
 
@@ -190,6 +190,9 @@ def evaluate_tasks(
         from lm_eval.evaluator import evaluate
 
         seed_all("harness", _SEED)
+        # The harness fails on a rank without documents.
+        fewest = min(len(task.eval_docs) for task in loaded["tasks"].values())
+        several_ranks &= min(fewest, limit or fewest) >= distributed.world_size()
         lm = _adapter(inner.model, copy.deepcopy(tokenizer), batch_size, several_ranks, on_batch)
         try:
             iterations = _BOOTSTRAP if errors else 0

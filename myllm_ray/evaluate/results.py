@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from myllm_ray.common.files import write_json
-from myllm_ray.config.errors import ConfigError
 from myllm_ray.evaluate.subjects import Subject, stem
 
+log = logging.getLogger(__name__)
 VERSION = 1
 """Part of the key. Change it when the same evaluation gives another result."""
 
@@ -48,19 +49,20 @@ def read(path: Path | None) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("version") == VERSION else None
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result atomically.
+def write(path: Path, result: dict[str, Any]) -> bool:
+    """Writes a result atomically, and returns whether that succeeded.
 
-    Raises:
-        ConfigError: the file can't be written.
+    A failure is a warning: the result has been computed, and the caller prints it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
     except OSError as error:
-        raise ConfigError(
-            f"{path}: the result can't be written: {error.strerror or error} (--output FOLDER writes it elsewhere)"
-        ) from None
+        log.warning(
+            "%s: the result can't be written: %s (--output FOLDER writes it elsewhere)", path, error.strerror or error
+        )
+        return False
+    return True
 
 
 def finite(value: Any) -> Any:

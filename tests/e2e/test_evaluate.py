@@ -176,6 +176,10 @@ def test_results_are_kept_by_checkpoint_data_and_settings(
     changed = evaluated(capsys, monkeypatch, *arguments)[0]
     assert changed["file"] != first["file"]
     assert changed["metrics"]["loss"] != first["metrics"]["loss"]
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    unkept = evaluated(capsys, monkeypatch, *arguments[:3], "--output", blocked / "kept")[0]
+    assert (unkept["file"], unkept["metrics"]) == (None, changed["metrics"]), "a computed result is not lost"
     path.write_text("not JSON")
     data.write_text((place / "text.jsonl").read_text())
     assert evaluated(capsys, monkeypatch, *arguments)[0]["metrics"] == first["metrics"]
@@ -272,7 +276,7 @@ def test_the_judge_gives_the_rewards_of_its_trainer(place: Path) -> None:
         (("--data", "{place}/text.jsonl", "--field", "text"), "write NAME=COLUMN"),
         (
             ("--data", "{place}/pairs.json", "--format", "prompt", "--metric", "exact_match"),
-            "exact_match needs the field 'answer' in each row; the first row has, in addition to its prompt, chosen",
+            "exact_match needs the field 'answer' in each row; row 0 has, in addition to its prompt, chosen",
         ),
         (
             ("--data", "{place}/prompts.jsonl", "--format", "prompt", "--metric", "e2e.test_evaluate:broken"),
