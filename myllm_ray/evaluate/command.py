@@ -312,7 +312,7 @@ def check_device(name: str) -> None:
     """Checks that there is such a device.
 
     Raises:
-        ConfigError: there is none on this machine.
+        ConfigError: there is no such device on this machine.
     """
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device: unknown device {name!r}; choose from auto, cpu, cuda")
