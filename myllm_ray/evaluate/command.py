@@ -322,6 +322,6 @@ def check_device(name: str) -> None:
 
 def _positions(model: torch.nn.Module) -> int:
     """Returns the largest number of positions of a model; 2**20 if its config does not state it."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(text, "max_position_embeddings", None) or 2**20)

@@ -239,7 +239,7 @@ def shrink(config: TrainerConfig, steps: int) -> tuple[TrainerConfig, str]:
             "at_end": True,
         }
     )
-    never = {"every_steps": None, "at_start": False, "at_end": False, "tasks": []}
+    never: dict[str, Any] = {"every_steps": None, "at_start": False, "at_end": False, "tasks": []}
     small.evaluation = small.evaluation.model_copy(update=never)
     small.logging.every_steps = 1
     small.callbacks, small.tracking = ["jsonl"], []
