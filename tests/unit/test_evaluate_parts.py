@@ -34,7 +34,8 @@ def test_batches_have_every_row_once_and_the_longest_first(tmp_path: Path) -> No
     store = store_of(tmp_path, ["a" * n for n in (3, 9, 1, 30, 5)])
     batches = Batches(rows_of(store, Packing("none", 20, "split")), 2)
     lengths = [[sum(s.length for s in row) for row in rows] for rows in batches]
-    assert lengths == [[20, 11], [10, 6], [4, 2]], "31 tokens are split at 20; each text ends with a token"
+    # A line has its line break, except the last one, and the token that ends a document: 5, 11, 3, 32 and 6 tokens.
+    assert lengths == [[20, 12], [11, 6], [5, 3]], "the document of 32 tokens is split at 20"
     assert len(batches) == 3
     assert batches[1:] == [batches[1], batches[2]]
     with pytest.raises(IndexError):
