@@ -123,11 +123,11 @@ class Dependencies:
         return self._services.reward(entry)
 
     def columns(self) -> Columns:
-        return partial(_reward_fields, self._prepared.train.plan.store)
+        return partial(reward_fields, self._prepared.train.plan.store)
 
     def validation_columns(self) -> Columns | None:
         validation = self._prepared.validation
-        return partial(_reward_fields, validation.plan.store) if validation is not None else None
+        return partial(reward_fields, validation.plan.store) if validation is not None else None
 
     def pool(self) -> RolloutPool | None:
         if self._rollout.placement == "colocated":
@@ -187,7 +187,7 @@ _NAMES = tuple(name for name in vars(Dependencies) if not name.startswith("_") a
 """The names that a trainer can list in `dependencies`."""
 
 
-def _reward_fields(store: TokenStore, document: int) -> dict[str, Any]:
+def reward_fields(store: TokenStore, document: int) -> dict[str, Any]:
     """Returns the fields of the data row of a prompt, for reward functions (`trainers.online.Columns`)."""
     row = prompt_row(store, document)
     fields = {**row.columns, "prompts": row.prompt, "prompt_texts": row.text}

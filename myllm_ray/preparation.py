@@ -17,6 +17,7 @@ from myllm_ray.config.components import callback_config, callback_entries, track
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.data.evaluation_rows import task_rows
 from myllm_ray.data.examples import PROMPTS, TOKENS
 from myllm_ray.data.inspect import end_warnings
 from myllm_ray.data.prepare import MapUnits, PreparedData, prepare
@@ -40,6 +41,7 @@ from myllm_ray.engine.reporting.jsonl import JSONLCallback
 from myllm_ray.engine.reporting.trackers.base import numbered
 from myllm_ray.engine.run_folder import claim, folder_of
 from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.evaluate.training import check_tasks
 from myllm_ray.model_checks import check_dependencies, check_frozen, check_routers, isolation_of
 from myllm_ray.models.load import build_skeleton
 from myllm_ray.trainers.causal_lm import CausalLMTrainer
@@ -59,7 +61,12 @@ def absolute(config: TrainerConfig) -> TrainerConfig:
     config = config.model_copy(deep=True)
     config.run.storage = _absolute(config.run.storage)
     config.data.cache = _absolute(config.data.cache or str(Path(config.run.storage) / ".data"))
-    for source in [*config.data.sources, *([config.data.validation] if config.data.validation else [])]:
+    for task in config.evaluation.tasks:
+        task.task_folder = task.task_folder and _absolute(task.task_folder)
+        if task.task is not None and task.task.endswith((".yaml", ".yml")):
+            task.task = _absolute(task.task)
+    held_out = [config.data.validation] if config.data.validation else []
+    for source in [*config.data.sources, *held_out, *(t.data for t in config.evaluation.tasks if t.data)]:
         if source.path is not None:
             source.path = (
                 [_absolute(p) for p in source.path] if isinstance(source.path, list) else _absolute(source.path)
@@ -86,7 +93,9 @@ def check_names(config: TrainerConfig) -> None:
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
     if not config.scaling.gpus_per_worker:  # otherwise the workers check it: this machine may have no GPU
         accelerator.check()
-    check_determinism(config.model_dump(mode="json"), samples="sampler" in trainer_class_of(config).dependencies)
+    answers = any(task.metrics or task.task for task in config.evaluation.tasks)
+    samples = answers or "sampler" in trainer_class_of(config).dependencies
+    check_determinism(config.model_dump(mode="json"), samples=samples)
     build_callbacks(config)
     SchedulerManager(config=config)
     check_segments(config)
@@ -171,6 +180,7 @@ def prepare_data(config: TrainerConfig, map_units: MapUnits = map) -> PreparedDa
     with Task("checking whether documents may share a row"):
         isolation = isolation_of(config)
     prepared = prepare(config, map_units, isolation)
+    prepared = replace(prepared, tasks=task_rows(config, prepared.tokenizer_folder, map_units))
     if config.data.packing and not isolation.isolated and prepared.train.plan.store.kind in (TOKENS, PROMPTS):
         log.warning(
             "data.packing: %s, because %s; set data.packing: false to silence this warning", prepared.packing, isolation
@@ -194,6 +204,7 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
             f"{prepared.train.plan.store.kind}: both must give the same"
         )
     check_frozen(config, tokenizer)
+    check_tasks(config, prepared)
     if issubclass(
         resolve("trainers", config.trainer, "trainer"), CausalLMTrainer
     ):  # other trainers may train on data without labels

@@ -51,6 +51,7 @@ from myllm_ray.engine.reporting.events import EventLog, recorded_warnings
 from myllm_ray.engine.reporting.monitor import RunMonitor
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
+from myllm_ray.evaluate.training import build_tasks
 from myllm_ray.models.architecture import save_architecture
 from myllm_ray.models.load import build_deferred
 from myllm_ray.preparation import absolute, build_callbacks, check_names, of_segment, prepare_run
@@ -191,6 +192,7 @@ def build_engine(
         folder=None if folder is None else str(folder),
         constants=data_counts(prepared),
         heartbeat=heartbeat,
+        tasks=build_tasks(config, prepared, tokenizer),
         manifest={
             # Rank 0 decides what a checkpoint holds: the ranks of a run made again prepare the data separately.
             "identity": distributed.from_main(prepared.identity),

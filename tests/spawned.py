@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from myllm_ray.config import TrainerConfig, validate
+from myllm_ray.data.evaluation_rows import task_rows
 from myllm_ray.data.prepare import PreparedData, prepare
 from myllm_ray.engine.run_folder import claim
 from myllm_ray.preparation import absolute, check_model, check_names, with_base
@@ -126,6 +128,7 @@ def run_all(world: int, configs: list[TrainerConfig], whole: bool = False) -> li
     for config in configs:
         check_names(config)
         prepared = prepare(config)
+        prepared = replace(prepared, tasks=task_rows(config, prepared.tokenizer_folder))
         check_model(config, prepared)
         prepared = prepared if whole else with_base(config, prepared)
         claim(config, prepared.identity)

@@ -99,6 +99,7 @@ REFUSED = {
     "checkpoint.mirror": _ON_RESUME,
     "checkpoint.resume": "it applies when the run starts",
     "evaluation.at_start": "it applies before the first step",
+    "evaluation.tasks": _ON_RESUME,
 }
 """{key or section: why an amendment cannot set it}. A key that is in neither table is unknown."""
 

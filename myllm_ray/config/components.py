@@ -91,6 +91,9 @@ def data_sources(config: TrainerConfig) -> Iterator[tuple[str, SourceSection]]:
     validation = config.data.validation
     if validation is not None and validation.split is None:
         yield "data.validation", validation
+    for number, task in enumerate(config.evaluation.tasks):
+        if task.data is not None:
+            yield f"evaluation.tasks.{number}.data", task.data
 
 
 def format_of(source: SourceSection, key: str = "data.train") -> Callable[[Mapping[str, Any]], Any]:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
+from myllm_ray.config.evaluation_section import EvaluationSection
 from myllm_ray.config.run_section import RunSection
 from myllm_ray.config.sections import (
     AcceleratorSection,
     BatchSection,
     CheckpointSection,
     DataSection,
-    EvaluationSection,
     LoggingSection,
     ModelSection,
     OptimizerSection,

@@ -364,15 +364,6 @@ class StabilitySection(Section):
     )
 
 
-class EvaluationSection(Section):
-    """When to evaluate on the validation data."""
-
-    every_steps: PositiveInt | None = None
-    at_start: bool = False
-    at_end: bool = True
-    max_batches: PositiveInt | None = Field(None, description="number of global batches per evaluation; default: all")
-
-
 class LoggingSection(Section):
     """How often metrics and samples are written."""
 

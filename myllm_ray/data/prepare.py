@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,8 @@ class PreparedData:
     """Whether trainers with rollouts pack several answers into one row."""
     base: dict[str, Any] | None = None
     """The identity of the frozen weights (`base_weights.base_identity`). None: checkpoints hold all weights."""
+    tasks: tuple[RowPlan | None, ...] = ()
+    """The rows of each entry of `evaluation.tasks`; None for a task of lm-evaluation-harness."""
 
     @property
     def packing(self) -> str:
@@ -230,13 +232,13 @@ def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
             tokenizer = load_tokenizer(section, _texts(config) if section.train else None)
         folder = cache / f"tokenizer-{_hash([*described, fingerprint(tokenizer)])}" if not section.train else folder
         try:
-            _save_tokenizer(tokenizer, folder)
+            save_in_cache(tokenizer, folder)
         except OSError as error:
             raise DataError(f"data.cache: {folder} can't be written: {error}") from None
     return folder
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_in_cache(tokenizer: Any, folder: Path) -> None:
     """Saves a tokenizer atomically. An existing folder is kept: its content is identical."""
     if folder.exists():
         return
@@ -251,16 +253,39 @@ def _store(
     named: list[tuple[SourceSection, str]],
     map_units: MapUnits,
 ) -> TokenStore:
+    limits = LengthLimits(config.length_limit, config.data.overflow or "truncate") if config.length_limit else None
+    options = TokenizeOptions({}, config.data.on_bad_row, config.trainer_section.trains_on_prompt, limits)
+    return token_store(cache, tokenizer_folder, named, options, map_units)
+
+
+def token_store(
+    cache: Path,
+    tokenizer_folder: Path,
+    named: list[tuple[SourceSection, str]],
+    options: TokenizeOptions,
+    map_units: MapUnits = map,
+) -> TokenStore:
+    """Returns the token store of sources. They are tokenized if the store is not in the cache yet.
+
+    Args:
+        cache: folder of the stores.
+        tokenizer_folder: folder of the tokenizer; its name is part of the cache key.
+        named: the sources, with their config keys for error messages.
+        options: options of the tokenization. `fields` is replaced by the fields of each source.
+        map_units: applies the tokenization to units; see `MapUnits`.
+
+    Raises:
+        DataError: a source can't be read, is empty, or a row can't be used.
+        ConfigError: there is no such format.
+    """
     units = [_units(source, key) for source, key in named]
     names = _names([source for source, _ in named])
-    train_on_prompt = config.trainer_section.trains_on_prompt
-    limits = LengthLimits(config.length_limit, config.data.overflow or "truncate") if config.length_limit else None
     described = [
         FORMAT_VERSION,
         tokenizer_folder.name,
-        train_on_prompt,
-        config.data.on_bad_row,
-        *([asdict(limits)] if limits else []),
+        options.train_on_prompt,
+        options.on_bad_row,
+        *([asdict(options.limits)] if options.limits else []),
         [(_identity(s, "weight", "split"), reading.signature(u)) for (s, _), u in zip(named, units, strict=True)],
     ]
     folder = cache / f"tokens-{_hash(described)}"
@@ -270,8 +295,12 @@ def _store(
         with Task(f"tokenizing {', '.join(names)}", sum(map(len, units))) as task:
             for (source, key), name, source_units in zip(named, names, units, strict=True):
                 format_of(source, key)  # fail on the driver, not in a Ray task
-                options = TokenizeOptions(source.fields, config.data.on_bad_row, train_on_prompt, limits)
-                work = partial(tokenize_unit, source=source, tokenizer_folder=str(tokenizer_folder), options=options)
+                work = partial(
+                    tokenize_unit,
+                    source=source,
+                    tokenizer_folder=str(tokenizer_folder),
+                    options=replace(options, fields=source.fields),
+                )
                 parts.append((name, _counted(map_units(work, source_units), task), source.limit))
             write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
     return TokenStore(folder)

@@ -1,16 +1,55 @@
-"""The loss and metrics on held-out data."""
+"""The loss and metrics on held-out data, and on tasks."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.common import distributed
 from myllm_ray.common.progress import track
 from myllm_ray.common.types import BatchStream, Position
 from myllm_ray.engine.reporting.metrics import MetricSum
 from myllm_ray.trainers.base import BaseTrainer
+
+log = logging.getLogger(__name__)
+
+
+class EvaluationTasks(Protocol):
+    """The tasks of `evaluation.tasks` (evaluate/training.py)."""
+
+    def __call__(
+        self, trainer: BaseTrainer, accelerator: Accelerator, on_batch: Callable[[], None]
+    ) -> dict[str, float]:
+        """Returns the metrics of all tasks, on every rank. Weights and random numbers are not changed."""
+
+
+@torch.no_grad()
+def evaluate_all(
+    trainer: BaseTrainer,
+    accelerator: Accelerator,
+    data: BatchStream | None,
+    tasks: EvaluationTasks | None,
+    step: int,
+    max_batches: int | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Evaluates a trainer on held-out data and on tasks. See `evaluate` for the other arguments.
+
+    Args:
+        tasks: the tasks, or None.
+        step: the optimizer step, for messages.
+
+    Returns:
+        The metrics of `evaluate`, and those of the tasks.
+    """
+    metrics = {} if data is None else evaluate(trainer, accelerator, data, max_batches, on_batch)
+    if data is not None and not metrics and distributed.is_main():
+        log.warning("step %d: the held-out data contains no target token: no validation metrics", step)
+    return metrics if tasks is None else {**metrics, **tasks(trainer, accelerator, on_batch)}
 
 
 @torch.no_grad()

@@ -16,15 +16,7 @@ import torch
 from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.common import distributed
 from myllm_ray.common.seeds import seed_all
-from myllm_ray.common.types import (
-    Batch,
-    BatchStream,
-    Exit,
-    Micro,
-    Position,
-    RunState,
-    as_mapping,
-)
+from myllm_ray.common.types import Batch, BatchStream, Exit, Micro, Position, RunState, as_mapping
 from myllm_ray.config.amendments import next_boundary
 from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
 from myllm_ray.engine.batch_weight import WeightCheck
@@ -32,7 +24,7 @@ from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpointing.contents import manifest_of, opened, restore
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.checkpointing.writer import WAIT_SECONDS
-from myllm_ray.engine.evaluation import evaluate
+from myllm_ray.engine.evaluation import EvaluationTasks, evaluate_all
 from myllm_ray.engine.exits import AGREED, SAVED, exit_of
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
 from myllm_ray.engine.optimizer import OptimizerManager
@@ -59,6 +51,7 @@ class TrainerEngine:
         config: a run's config, as a `TrainerConfig` or a plain dict.
         stream: global batches; default: the rows of the trainer's `dataset`.
         validation: held-out global batches.
+        tasks: evaluated together with the held-out batches.
         folder: the run's folder; None writes nothing but checkpoints.
         manifest: entries (JSON) that every checkpoint's manifest contains in addition.
         constants: metrics that do not change and are repeated in every line of the log (skipped rows).
@@ -80,6 +73,7 @@ class TrainerEngine:
         manifest: dict[str, Any] | None = None,
         constants: dict[str, float] | None = None,
         heartbeat: Heartbeat | None = None,
+        tasks: EvaluationTasks | None = None,
     ):
         self.trainer, self.accelerator = trainer, accelerator
         self.optimizers, self.schedulers = optimizer_manager, scheduler_manager or SchedulerManager(config=config)
@@ -88,7 +82,8 @@ class TrainerEngine:
         on_request = checkpoint_manager is not None and checkpoint_manager.on_request
         if on_request and not as_mapping(config).get("checkpoint"):
             self.settings.checkpoint.at_end = False
-        self.stream, self.validation = stream, validation
+        self.stream, self.validation, self.tasks = stream, validation, tasks
+        self._evaluates = validation is not None or tasks is not None
         self.manifest, self.constants = manifest or {}, constants or {}
         self.heartbeat = heartbeat or Heartbeat()
         self.stability = Stability(self.settings.stability, folder)
@@ -148,7 +143,7 @@ class TrainerEngine:
         self._boundary = next_boundary(self.settings.run.amendments, self.state.step)
         try:
             self.callbacks.emit("on_train_start", self.state)
-            if self.settings.evaluation.at_start and self.state.step == 0 and self.validation is not None:
+            if self.settings.evaluation.at_start and self.state.step == 0 and self._evaluates:
                 self.callbacks.emit("on_log", self.state, self.evaluate())
             self.heartbeat.enter("data", self.state.step + 1)
             left = (self.state.total_steps - self.state.step) // self.trainer.steps_per_batch
@@ -277,15 +272,13 @@ class TrainerEngine:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Evaluates on the held-out data; see `evaluation.evaluate`."""
-        assert self.validation is not None
-        enter = partial(self.heartbeat.enter, "evaluation", self.state.step)
-        metrics = evaluate(self.trainer, self.accelerator, self.validation, self.settings.evaluation.max_batches, enter)
+        """Evaluates on the held-out data and on the tasks; see `evaluation.evaluate_all`."""
+        enter, most = partial(self.heartbeat.enter, "evaluation", self.state.step), self.settings.evaluation.max_batches
+        data, tasks, step = self.validation, self.tasks, self.state.step
+        metrics = evaluate_all(self.trainer, self.accelerator, data, tasks, step, most, enter)
         if metrics:
             self.callbacks.emit("on_evaluate", self.state, metrics)
             self.metrics = {**self.metrics, **metrics}
-        elif self.state.is_main:
-            log.warning("step %d: the held-out data contains no target token: no validation metrics", self.state.step)
         return metrics
 
     def save(self) -> Path:
@@ -318,7 +311,7 @@ class TrainerEngine:
                 "optimizer.lr, a longer warm-up, or accelerator.precision=fp32"
             )
         evaluated: dict[str, float] = {}
-        if self.validation is not None and (
+        if self._evaluates and (
             self._due(self.settings.evaluation.every_steps, "evaluate")
             or (self.settings.evaluation.at_end and self.state.step == self.state.total_steps)
         ):

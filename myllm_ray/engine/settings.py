@@ -9,11 +9,11 @@ from pydantic import BaseModel
 
 from myllm_ray.config.by_hand import gradient_clip, sections
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.evaluation_section import EvaluationSection
 from myllm_ray.config.run_section import RunSection
 from myllm_ray.config.sections import (
     BatchSection,
     CheckpointSection,
-    EvaluationSection,
     LoggingSection,
     StabilitySection,
 )

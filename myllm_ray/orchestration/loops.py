@@ -163,6 +163,7 @@ def _prepare_alone(config: TrainerConfig) -> tuple[TrainerConfig, PreparedData]:
         The config, with the amendments that the run's folder records, and the data.
     """
     from myllm_ray.common import distributed
+    from myllm_ray.data.evaluation_rows import task_rows
     from myllm_ray.data.prepare import prepare
     from myllm_ray.engine.amendments import with_recorded
     from myllm_ray.preparation import prepare_run
@@ -182,7 +183,8 @@ def _prepare_alone(config: TrainerConfig) -> tuple[TrainerConfig, PreparedData]:
     # and the identity of the base, because it decides what checkpoints hold.
     config = distributed.from_main(config)
     isolation, base = distributed.from_main(None if found is None else (found.isolation, found.base))
-    return config, replace(prepare(config, isolation=isolation), base=base)
+    prepared = prepare(config, isolation=isolation)
+    return config, replace(prepared, base=base, tasks=task_rows(config, prepared.tokenizer_folder))
 
 
 def loop_of(trainer: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:

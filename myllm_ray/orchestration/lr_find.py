@@ -49,7 +49,7 @@ def find_lr(
     raw["optimizer"]["lr"] = high
     raw["scheduler"] = {"name": "range_test", "min_lr_ratio": low / high, "decay_steps": steps - 1}
     raw["checkpoint"] |= {"every_steps": None, "at_end": False, "resume": "never", "mirror": None}
-    raw["evaluation"] |= {"every_steps": None, "max_batches": 1}  # the held-out share stays held out
+    raw["evaluation"] |= {"every_steps": None, "max_batches": 1, "tasks": []}  # the held-out share stays held out
     raw["logging"] |= {"every_steps": 1}
     raw["callbacks"] = ["jsonl", "console", "myllm_ray.engine.lr_finder:StopWhenDiverged"]
     raw["tracking"] = []

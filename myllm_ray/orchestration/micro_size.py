@@ -190,7 +190,8 @@ def _try(raw: dict[str, Any], size: int, folder: str) -> None:
         "never",
         None,
     )
-    config.evaluation.every_steps, config.callbacks, config.tracking = None, [], []
+    config.evaluation.every_steps, config.evaluation.tasks = None, []
+    config.callbacks, config.tracking = [], []
     prepared = prepare_run(config, warn=False)
     check_targets(prepared.train, "data.train", 2**40, each=False)
     prepared.validation = None

@@ -239,7 +239,8 @@ def shrink(config: TrainerConfig, steps: int) -> tuple[TrainerConfig, str]:
             "at_end": True,
         }
     )
-    small.evaluation = small.evaluation.model_copy(update={"every_steps": None, "at_start": False, "at_end": False})
+    never: dict[str, Any] = {"every_steps": None, "at_start": False, "at_end": False, "tasks": []}
+    small.evaluation = small.evaluation.model_copy(update=never)
     small.logging.every_steps = 1
     small.callbacks, small.tracking = ["jsonl"], []
     small.scaling = small.scaling.model_copy(update={"workers": 0, "gpus_per_worker": 0.0})
