@@ -9,6 +9,7 @@ import torch
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common.progress import track
 from myllm_ray.common.types import BatchStream, Position
+from myllm_ray.engine.ema import WeightAverage
 from myllm_ray.engine.reporting.metrics import MetricSum
 from myllm_ray.trainers.base import BaseTrainer
 
@@ -55,3 +56,25 @@ def evaluate(
         return {}
     metrics = {**values, **trainer.derived_metrics(values)}
     return {f"validation_{name}": value for name, value in metrics.items() if name != "tokens" and name[0] != "_"}
+
+
+def evaluate_both(
+    trainer: BaseTrainer,
+    accelerator: Accelerator,
+    data: BatchStream,
+    average: WeightAverage,
+    max_batches: int | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Evaluates the weights, and with the section `ema` also their average, on the same data.
+
+    Args:
+        average: the average of the weights; its metrics are named `validation_ema_<metric>`.
+        trainer, accelerator, data, max_batches, on_batch: see `evaluate`.
+    """
+    metrics = evaluate(trainer, accelerator, data, max_batches, on_batch)
+    if not average:
+        return metrics
+    with average.in_use(accelerator):
+        averaged = evaluate(trainer, accelerator, data, max_batches, on_batch)
+    return {**metrics, **{name.replace("validation_", "validation_ema_", 1): v for name, v in averaged.items()}}

@@ -16,15 +16,7 @@ import torch
 from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.common import distributed
 from myllm_ray.common.seeds import seed_all
-from myllm_ray.common.types import (
-    Batch,
-    BatchStream,
-    Exit,
-    Micro,
-    Position,
-    RunState,
-    as_mapping,
-)
+from myllm_ray.common.types import Batch, BatchStream, Exit, Micro, Position, RunState, as_mapping
 from myllm_ray.config.amendments import next_boundary
 from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
 from myllm_ray.engine.batch_weight import WeightCheck
@@ -32,7 +24,8 @@ from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpointing.contents import manifest_of, restore
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.checkpointing.writer import WAIT_SECONDS
-from myllm_ray.engine.evaluation import evaluate
+from myllm_ray.engine.ema import WeightAverage
+from myllm_ray.engine.evaluation import evaluate_both
 from myllm_ray.engine.exits import AGREED, SAVED, exit_of
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
 from myllm_ray.engine.optimizer import OptimizerManager
@@ -90,7 +83,7 @@ class TrainerEngine:
             self.settings.checkpoint.at_end = False
         self.stream, self.validation = stream, validation
         self.manifest, self.constants = manifest or {}, constants or {}
-        self.heartbeat = heartbeat or Heartbeat()
+        self.heartbeat, self.average = heartbeat or Heartbeat(), WeightAverage(config)
         self.stability = Stability(self.settings.stability, folder)
         self.state = RunState(folder=folder)
         self.metrics: dict[str, float] = {}
@@ -122,7 +115,10 @@ class TrainerEngine:
         self.stability.load_interventions()
         self.schedulers.total_steps = self.state.total_steps
         # The backend calls `build` after it has sharded the model, because the optimizer must refer to the shards.
+        self.optimizers.check(self.accelerator.optimizer_layout)
+        self.average.check(self.accelerator)
         self.trainer.model = self.accelerator.prepare(self.trainer.model, self.optimizers.build, self.schedulers.build)
+        self.average.prepare(self.accelerator)
         self.dropout = StepDropout(self.trainer.model, self.settings.run.seed)
         for name, model in self.trainer.frozen_models.items():
             setattr(self.trainer, name, self.accelerator.prepare_frozen(model))
@@ -134,7 +130,7 @@ class TrainerEngine:
             self._saved_step = self.state.step
         # Allocates the buffers of background checkpoints now, so that the first checkpoint does not take longer.
         if self.checkpoints and self.checkpoints.background and not self.accelerator.state_is_a_copy:
-            self.checkpoints.make_ready(self.accelerator.state())
+            self.checkpoints.make_ready({**self.accelerator.state(), **self.average.tensors()})
 
     def train(self) -> RunState:
         """Trains to the last step, or until a request ends the run, and returns the final state."""
@@ -196,6 +192,7 @@ class TrainerEngine:
                     return
             self.state.step += 1
             self.skipped_steps += result.skipped
+            self.average.update(self.state.step, result.skipped)
             self.callbacks.emit("on_step_end", self.state)
             fingerprint = self._agree(batch.fingerprint, sums)
             self._tell_checkpoints()
@@ -274,10 +271,11 @@ class TrainerEngine:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Evaluates on the held-out data; see `evaluation.evaluate`."""
+        """Evaluates on the held-out data; see `evaluation.evaluate_both`."""
         assert self.validation is not None
         enter = partial(self.heartbeat.enter, "evaluation", self.state.step)
-        metrics = evaluate(self.trainer, self.accelerator, self.validation, self.settings.evaluation.max_batches, enter)
+        limit = self.settings.evaluation.max_batches
+        metrics = evaluate_both(self.trainer, self.accelerator, self.validation, self.average, limit, enter)
         if metrics:
             self.callbacks.emit("on_evaluate", self.state, metrics)
             self.metrics = {**self.metrics, **metrics}
@@ -290,7 +288,8 @@ class TrainerEngine:
         assert self.checkpoints is not None
         self.heartbeat.enter("checkpoint", self.state.step)
         copied = self.accelerator.state_is_a_copy
-        folder = self.checkpoints.save(self.state.step, self.accelerator.state(), manifest_of(self), copied=copied)
+        tensors = {**self.accelerator.state(), **self.average.tensors()}
+        folder = self.checkpoints.save(self.state.step, tensors, manifest_of(self), copied=copied)
         self._saved_step = self.state.step
         self._tell_checkpoints()
         return folder

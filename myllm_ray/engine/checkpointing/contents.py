@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from myllm_ray.accelerators.optimizer_state import group_numbers, load_group_numbers
 from myllm_ray.common.types import Position
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def manifest_of(engine: TrainerEngine) -> dict[str, Any]:
     """Returns what a resumed run needs in addition to tensors, as JSON: position in the data, states of components."""
-    state = engine.state
+    state, numbers = engine.state, group_numbers(engine.accelerator.inner_optimizer)
     return {
         "position": {"epoch": state.position.epoch, "row": state.position.row},
         "callbacks": engine.callbacks.state_dict(),
@@ -22,6 +23,8 @@ def manifest_of(engine: TrainerEngine) -> dict[str, Any]:
         "stability": engine.stability.state_dict(),
         "trainer": engine.trainer.state_dict(),
         "loss_scale": engine.accelerator.loss_scale.state_dict(),
+        # The position in the list is the same on every backend; the tensors of the optimizer have names.
+        **({"optimizer_groups": numbers} if any(numbers) else {}),
         **engine.manifest,
     }
 
@@ -36,9 +39,11 @@ def restore(engine: TrainerEngine, folder: Path) -> None:
     """
     assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
     # Every rank calls this with its own shards: `load` uses collectives.
-    tensors = engine.accelerator.state()
+    average = engine.average.tensors_to_load(engine.checkpoints, folder)
+    tensors = {**engine.accelerator.state(), **average}
     manifest = engine.checkpoints.load(folder, tensors)
     engine.accelerator.load_state(tensors)
+    engine.average.loaded(filled=bool(average))
     engine.state.step = int(manifest["step"])
     engine.state.position = Position(**manifest["position"])
     engine.state.epoch = engine.state.position.epoch
@@ -47,6 +52,8 @@ def restore(engine: TrainerEngine, folder: Path) -> None:
     engine.skipped_steps = manifest.get("skipped_steps", 0)
     engine.stability.load_state_dict(manifest.get("stability", {}))
     engine.accelerator.loss_scale.load_state_dict(manifest.get("loss_scale", {}))
+    if saved := manifest.get("optimizer_groups"):
+        load_group_numbers(engine.accelerator.inner_optimizer, saved)
     engine.callbacks.load_state_dict(manifest.get("callbacks", {}))
     if manifest.get("trainer"):
         engine.trainer.load_state_dict(manifest["trainer"])
