@@ -164,4 +164,4 @@ def averaged_weights(folder: Path) -> dict[str, Tensor]:
 
 def _local(tensor: Tensor) -> Tensor:
     # `detach`: the values of a parameter are changed in place.
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -120,7 +120,12 @@ class Muon(torch.optim.Optimizer):
         others = [group for group in groups if not group["use_muon"]]
         # AdamW checks its options, and adds its defaults to the groups, which are the same dicts in both optimizers.
         self._adamw = torch.optim.AdamW(
-            others or [torch.zeros(1)], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
+            others or [{"params": [torch.zeros(1)]}],
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            fused=fused,
         )
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         for p in (p for group in groups if group["use_muon"] for p in group["params"]):

@@ -8,7 +8,7 @@ running it: on the whole matrix, and as each of two ranks runs it on its part.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -68,7 +68,7 @@ def check_optimizer(build: Build, name: str, layout: OptimizerLayout) -> None:
             raise ConfigError(f"optimizer.name={name} {_why_not(build, start, gradients, whole, layout)}")
 
 
-def _why_not(build: Build, start: Tensor, gradients: list[Tensor], whole: Tensor, layout: OptimizerLayout) -> str:
+def _why_not(build: Build, start: Tensor, gradients: Sequence[Tensor], whole: Tensor, layout: OptimizerLayout) -> str:
     elsewhere = "use single, ddp, or deepspeed with accelerator.stage=0"
     if layout == "slices_by_group" and torch.allclose(
         _in_two_parts(build, start, gradients, "slices"), whole, rtol=0, atol=_TOLERANCE
@@ -88,7 +88,7 @@ def _isolated() -> Iterator[None]:
         yield
 
 
-def _stepped(build: Build, start: Tensor, gradients: list[Tensor], by_group: bool = False) -> Tensor:
+def _stepped(build: Build, start: Tensor, gradients: Sequence[Tensor], by_group: bool = False) -> Tensor:
     """Returns a weight after one step per gradient.
 
     Args:
@@ -106,7 +106,7 @@ def _stepped(build: Build, start: Tensor, gradients: list[Tensor], by_group: boo
     return parameter.detach()
 
 
-def _resumes(build: Build, start: Tensor, gradients: list[Tensor], whole: Tensor) -> bool:
+def _resumes(build: Build, start: Tensor, gradients: Sequence[Tensor], whole: Tensor) -> bool:
     """Returns whether an optimizer that gets the state of a checkpoint before the last step computes the same weight.
 
     The first optimizer creates its state before its first step, as background checkpoints and a checkpoint of step 0
@@ -132,7 +132,7 @@ def _resumes(build: Build, start: Tensor, gradients: list[Tensor], whole: Tensor
     return torch.equal(resumed.detach(), whole)
 
 
-def _in_two_parts(build: Build, start: Tensor, gradients: list[Tensor], layout: OptimizerLayout) -> Tensor:
+def _in_two_parts(build: Build, start: Tensor, gradients: Sequence[Tensor], layout: OptimizerLayout) -> Tensor:
     """Returns the weight as two ranks compute it, each with an optimizer and a half of the matrix of its own."""
     parts = []
     for rank in range(2):
