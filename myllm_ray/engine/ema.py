@@ -7,10 +7,10 @@ parameters, sharded like them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,6 @@ from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.sections import EMASection
 from myllm_ray.config.validation import typed
 from myllm_ray.engine.checkpointing.manager import read_manifest, read_tensors
-
-if TYPE_CHECKING:
-    from myllm_ray.engine.checkpointing.manager import CheckpointManager
 
 _PREFIX = "ema."
 
@@ -41,7 +38,7 @@ class WeightAverage:
     """
 
     def __init__(self, config: Any = None):
-        found = config.get("ema") if isinstance(config, dict) else getattr(config, "ema", None)
+        found = config.get("ema") if isinstance(config, Mapping) else getattr(config, "ema", None)
         self.section = None if found is None else typed(EMASection, found, "ema")
         self._weights: dict[str, nn.Parameter] = {}
         self._average: dict[str, Tensor] = {}
@@ -108,7 +105,7 @@ class WeightAverage:
         """Returns the live tensors of the average by their names in a checkpoint, `ema.<name of the parameter>`."""
         return {f"{_PREFIX}{name}": average for name, average in self._average.items()}
 
-    def tensors_to_load(self, checkpoints: CheckpointManager, folder: Path) -> dict[str, Tensor]:
+    def tensors_to_load(self, folder: Path) -> dict[str, Tensor]:
         """Returns the tensors that a checkpoint must fill.
 
         A checkpoint of a run without `ema` fills none if its step is at most `start_step`, because the average then is
@@ -119,7 +116,7 @@ class WeightAverage:
         """
         if self.section is None:
             return {}
-        step, saved = distributed.from_main(_step_and_average(folder) if distributed.is_main() else None)
+        step, saved = distributed.from_main(_found(folder) if distributed.is_main() else None)
         if saved:
             return self.tensors()
         if step > self.section.start_step:
@@ -135,6 +132,17 @@ class WeightAverage:
             torch._foreach_copy_(
                 [_local(t) for t in self._average.values()], [_local(p) for p in self._weights.values()]
             )
+
+
+def _found(folder: Path) -> tuple[int, bool]:
+    """Like `_step_and_average`, but leaves the error of a damaged manifest to `CheckpointManager.load`.
+
+    Only rank 0 calls this. If it raised an error, the other ranks would wait for it.
+    """
+    try:
+        return _step_and_average(folder)
+    except CheckpointError:
+        return 0, True
 
 
 def _step_and_average(folder: Path) -> tuple[int, bool]:

@@ -39,7 +39,7 @@ def restore(engine: TrainerEngine, folder: Path) -> None:
     """
     assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
     # Every rank calls this with its own shards: `load` uses collectives.
-    average = engine.average.tensors_to_load(engine.checkpoints, folder)
+    average = engine.average.tensors_to_load(folder)
     tensors = {**engine.accelerator.state(), **average}
     manifest = engine.checkpoints.load(folder, tensors)
     engine.accelerator.load_state(tensors)
