@@ -19,7 +19,7 @@ from myllm_ray.config.resolve import load_object
 from myllm_ray.config.sections import OptimizerSection, ParameterGroup
 from myllm_ray.config.validation import section_of
 from myllm_ray.engine.muon import Muon, hidden_matrices, split_groups
-from myllm_ray.engine.optimizer_check import check_optimizer
+from myllm_ray.engine.optimizer_check import Build, check_optimizer
 
 _OPTIONAL = ("betas", "eps", "momentum")
 _EXTRA = "myllm_ray[optim]"
@@ -114,7 +114,7 @@ class OptimizerManager:
         decay = self.section.weight_decay
         groups = ({"weight_decay": decay}, *(self._own(given) for given in self.section.groups))
         for own in groups:
-            check_optimizer(lambda params, own=own: cls([{"params": params, **own}], **arguments), name, layout)  # type: ignore[misc]
+            check_optimizer(_builder(cls, own, arguments), name, layout)
 
     def _own(self, given: ParameterGroup) -> dict[str, Any]:
         decay = self.section.weight_decay if given.weight_decay is None else given.weight_decay
@@ -151,6 +151,10 @@ class OptimizerManager:
         ):
             for unknown in sorted(set(options) - names):
                 raise ConfigError(f"{key}: {cls.__name__} has no option {unknown}; it takes {', '.join(sorted(names))}")
+
+
+def _builder(cls: Any, group: dict[str, Any], arguments: dict[str, Any]) -> Build:
+    return lambda parameters: cls([{"params": parameters, **group}], **arguments)
 
 
 def optimizer_class(name: str) -> Any:
