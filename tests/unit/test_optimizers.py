@@ -242,7 +242,7 @@ def test_the_reason_of_a_refusal(name: str, layout: Any, said: str) -> None:
 
 
 def test_the_check_finds_an_option_that_is_not_element_wise() -> None:
-    """A pattern's options are checked too: a clipping value of this optimizer is a norm of the tensor."""
+    """The options of a pattern are checked too: gradient centralization subtracts the mean of a row."""
     section = {"name": "pytorch_optimizer:Lion", "groups": [{"pattern": "head", "options": {"use_gc": True}}]}
     manager(Blocks(), **section).check("whole")
     with pytest.raises(ConfigError, match="needs whole tensors"):
