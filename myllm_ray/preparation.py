@@ -36,6 +36,7 @@ from myllm_ray.engine.checkpointing.starting_weights import (
     named_models,
     pinned,
 )
+from myllm_ray.engine.ema import WeightAverage
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.reporting.jsonl import JSONLCallback
 from myllm_ray.engine.reporting.trackers.base import numbered
@@ -91,6 +92,7 @@ def _absolute(path: str) -> str:
 def check_names(config: TrainerConfig) -> None:
     """Resolves every name of the config, so that a wrong name is reported before anything is started or written."""
     accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
+    WeightAverage(config).check(accelerator)
     if not config.scaling.gpus_per_worker:  # otherwise the workers check it: this machine may have no GPU
         accelerator.check()
     answers = any(task.metrics or task.task for task in config.evaluation.tasks)
@@ -217,8 +219,11 @@ def check_model(config: TrainerConfig, prepared: PreparedData) -> None:
     skeleton = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
     if skeleton is not None:
         check_routers(config, skeleton)
-        resolve("accelerators", config.accelerator.name, "accelerator.name")(config).check_model(skeleton)
-        OptimizerManager(skeleton, config).build(skeleton)
+        accelerator: Accelerator = resolve("accelerators", config.accelerator.name, "accelerator.name")(config)
+        accelerator.check_model(skeleton)
+        optimizers = OptimizerManager(skeleton, config)
+        optimizers.build(skeleton)
+        optimizers.check(accelerator.optimizer_layout)
 
 
 def _warn_of_dropout(config: TrainerConfig) -> None:

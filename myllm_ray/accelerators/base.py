@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.memory import check_compiled_dropout, save_memory
-from myllm_ray.accelerators.optimizer_state import create_moments
+from myllm_ray.accelerators.optimizer_state import OptimizerLayout, create_moments
 from myllm_ray.accelerators.precision import (
     DTYPES,
     LossScale,
@@ -246,6 +246,16 @@ class Accelerator(ABC):
     def shards(self) -> int:
         """Number of ranks over which each parameter is sharded."""
         return 1
+
+    @property
+    def optimizer_layout(self) -> OptimizerLayout:
+        """The form in which the optimizer gets the parameters. It does not depend on the number of ranks."""
+        return "whole"
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that `build_optimizer` returned to `prepare`."""
+        return self.optimizer
 
     def parameter_bytes(self, model: nn.Module) -> tuple[int, int]:
         """Returns the bytes of parameters that this rank holds between steps, and the expected maximum.

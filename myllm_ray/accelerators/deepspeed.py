@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, Judge, StepResult
 from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config, frozen_config
 from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.accelerators.optimizer_state import OptimizerLayout
 from myllm_ray.accelerators.precision import DTYPES, autocast_forward, hold_in
 from myllm_ray.accelerators.process_group import keep_group
 from myllm_ray.accelerators.zero_state import ZeroLossScale, ZeroState
@@ -74,6 +75,17 @@ class DeepSpeedAccelerator(Accelerator):
     @property
     def shards(self) -> int:
         return world_size() if self.stage == 3 else 1
+
+    @property
+    def optimizer_layout(self) -> OptimizerLayout:
+        if self.stage == 0:
+            return "whole"
+        return "slices" if self.stage < 3 else "slices_by_group"
+
+    @property
+    def inner_optimizer(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = self.optimizer if self.stage == 0 else cast(Any, self.optimizer).optimizer
+        return inner
 
     def _check_stage(self) -> None:
         if self.offload.optimizer != "none" and self.stage == 0:

@@ -15,8 +15,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.accelerators.optimizer_state import OptimizerLayout
 from myllm_ray.accelerators.precision import DTYPES, hold_in
-from myllm_ray.accelerators.sharding import blocks_of, shard_units
+from myllm_ray.accelerators.sharding import blocks_of, reshard, shard_units
 from myllm_ray.common import distributed
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.materialize import Source, fill, loading, source_of
@@ -57,6 +58,10 @@ class FSDPAccelerator(Accelerator):
     @property
     def shards(self) -> int:
         return max(1, world_size() // self.options.replicas)
+
+    @property
+    def optimizer_layout(self) -> OptimizerLayout:
+        return "shards"
 
     def check_model(self, model: nn.Module) -> None:
         super().check_model(model)
@@ -179,8 +184,5 @@ class FSDPAccelerator(Accelerator):
         return self._gathered()
 
     def state(self, frozen: bool = True) -> dict[str, Tensor]:
-        # After a forward pass without a backward pass, such as an evaluation, parameters may still be gathered.
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self.model)
         return super().state(frozen)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, Judge, StepResult
 from myllm_ray.accelerators.fsdp import FSDPAccelerator
 from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.accelerators.optimizer_state import OptimizerLayout
 from myllm_ray.accelerators.options import keyword_options
 from myllm_ray.accelerators.precision import autocast_forward
 from myllm_ray.accelerators.sharding import blocks_of
@@ -151,6 +152,10 @@ class HFAccelerator(Accelerator):
     @property
     def shards(self) -> int:
         return world_size() if "fsdp_plugin" in self.options else 1
+
+    @property
+    def optimizer_layout(self) -> OptimizerLayout:
+        return "shards" if "fsdp_plugin" in self.options else "whole"
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:
         """Places a model that is not trained: sharded if the trained model has an FSDP plugin, otherwise complete."""

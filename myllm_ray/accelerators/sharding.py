@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
 from myllm_ray.common.modules import outside_blocks, repeated_blocks
@@ -90,6 +90,16 @@ def _units(blocks: list[nn.Module]) -> list[list[nn.Module]]:
             (owned.union(*(ids for ids, _ in sharing)), [m for _, members in sharing for m in members] + [block])
         )
     return [members for _, members in units]
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the gathered parameters of FSDP2, so that the next forward pass gathers the present shards.
+
+    After a forward pass without a backward pass, such as an evaluation, parameters may still be gathered.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def placement(shards: int) -> Callable[[nn.Parameter], Shard | None]:

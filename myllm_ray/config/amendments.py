@@ -89,6 +89,7 @@ REFUSED = {
     "optimizer.options": _STATE,
     "optimizer.groups": _STATE,
     "optimizer.fused": "it is not a property of a step: change it in the config when the run resumes",
+    "ema": "the average in a checkpoint belongs to it: change it in the config when the run resumes",
     "scheduler.start_step": "an amendment of the schedule sets it to its own step",
     "run.name": "it is the run's folder",
     "run.storage": "it is the run's folder",

@@ -17,6 +17,7 @@ from myllm_ray.config.sections import (
     BatchSection,
     CheckpointSection,
     DataSection,
+    EMASection,
     LoggingSection,
     ModelSection,
     OptimizerSection,
@@ -45,6 +46,7 @@ class TrainerConfig(Section):
     batch: BatchSection = Field(default_factory=BatchSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     scheduler: SchedulerSection = Field(default_factory=SchedulerSection)
+    ema: EMASection | None = Field(None, description="average the weights; default: no average")
     accelerator: AcceleratorSection = Field(default_factory=AcceleratorSection)
     scaling: ScalingSection = Field(default_factory=ScalingSection)
     run: RunSection = Field(default_factory=RunSection)

@@ -223,6 +223,14 @@ class OptimizerSection(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="additional keyword arguments of the optimizer")
 
 
+class EMASection(Section):
+    """The exponential moving average of the weights, which is saved, evaluated and can be exported."""
+
+    decay: float = Field(0.999, gt=0, lt=1, description="share of the average that an update keeps")
+    every_steps: PositiveInt = Field(1, description="optimizer steps between two updates")
+    start_step: NonNegativeInt = Field(0, description="up to this optimizer step, the average is the weights")
+
+
 class SchedulerSection(Section):
     """The schedule of the learning rate, a function of the optimizer step only."""
 

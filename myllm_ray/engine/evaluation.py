@@ -12,6 +12,7 @@ from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.common import distributed
 from myllm_ray.common.progress import track
 from myllm_ray.common.types import BatchStream, Position
+from myllm_ray.engine.ema import WeightAverage
 from myllm_ray.engine.reporting.metrics import MetricSum
 from myllm_ray.trainers.base import BaseTrainer
 
@@ -33,6 +34,7 @@ def evaluate_all(
     accelerator: Accelerator,
     data: BatchStream | None,
     tasks: EvaluationTasks | None,
+    average: WeightAverage,
     step: int,
     max_batches: int | None = None,
     on_batch: Callable[[], None] = lambda: None,
@@ -40,13 +42,14 @@ def evaluate_all(
     """Evaluates a trainer on held-out data and on tasks. See `evaluate` for the other arguments.
 
     Args:
-        tasks: the tasks, or None.
+        tasks: the tasks, or None. They are evaluated with the weights, not with their average.
+        average: the average of the weights (section `ema`).
         step: the optimizer step, for messages.
 
     Returns:
-        The metrics of `evaluate`, and those of the tasks.
+        The metrics of `evaluate_both`, and those of the tasks.
     """
-    metrics = {} if data is None else evaluate(trainer, accelerator, data, max_batches, on_batch)
+    metrics = {} if data is None else evaluate_both(trainer, accelerator, data, average, max_batches, on_batch)
     if data is not None and not metrics and distributed.is_main():
         log.warning("step %d: the held-out data contains no target token: no validation metrics", step)
     return metrics if tasks is None else {**metrics, **tasks(trainer, accelerator, on_batch)}
@@ -94,3 +97,25 @@ def evaluate(
         return {}
     metrics = {**values, **trainer.derived_metrics(values)}
     return {f"validation_{name}": value for name, value in metrics.items() if name != "tokens" and name[0] != "_"}
+
+
+def evaluate_both(
+    trainer: BaseTrainer,
+    accelerator: Accelerator,
+    data: BatchStream,
+    average: WeightAverage,
+    max_batches: int | None = None,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Evaluates the weights, and with the section `ema` also their average, on the same data.
+
+    Args:
+        average: the average of the weights; its metrics are named `validation_ema_<metric>`.
+        trainer, accelerator, data, max_batches, on_batch: see `evaluate`.
+    """
+    metrics = evaluate(trainer, accelerator, data, max_batches, on_batch)
+    if not average:
+        return metrics
+    with average.in_use(accelerator):
+        averaged = evaluate(trainer, accelerator, data, max_batches, on_batch)
+    return {**metrics, **{name.replace("validation_", "validation_ema_", 1): v for name, v in averaged.items()}}

@@ -24,6 +24,7 @@ from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpointing.contents import manifest_of, opened, restore
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.checkpointing.writer import WAIT_SECONDS
+from myllm_ray.engine.ema import WeightAverage
 from myllm_ray.engine.evaluation import EvaluationTasks, evaluate_all
 from myllm_ray.engine.exits import AGREED, SAVED, exit_of
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
@@ -85,7 +86,7 @@ class TrainerEngine:
         self.stream, self.validation, self.tasks = stream, validation, tasks
         self._evaluates = validation is not None or tasks is not None
         self.manifest, self.constants = manifest or {}, constants or {}
-        self.heartbeat = heartbeat or Heartbeat()
+        self.heartbeat, self.average = heartbeat or Heartbeat(), WeightAverage(config)
         self.stability = Stability(self.settings.stability, folder)
         self.state = RunState(folder=folder)
         self.metrics: dict[str, float] = {}
@@ -120,7 +121,10 @@ class TrainerEngine:
         self.schedulers.total_steps = self.state.total_steps
         manifest = opened(self, resume)
         # The backend calls `build` after it has sharded the model, because the optimizer must refer to the shards.
+        self.optimizers.check(self.accelerator.optimizer_layout)
+        self.average.check(self.accelerator)
         self.trainer.model = self.accelerator.prepare(self.trainer.model, self.optimizers.build, self.schedulers.build)
+        self.average.prepare(self.accelerator)
         self.dropout = StepDropout(self.trainer.model, self.settings.run.seed)
         for name, model in self.trainer.frozen_models.items():
             setattr(self.trainer, name, self.accelerator.prepare_frozen(model))
@@ -132,7 +136,7 @@ class TrainerEngine:
             self._saved_step = self.state.step
         # Allocates the buffers of background checkpoints now, so that the first checkpoint does not take longer.
         if self.checkpoints and self.checkpoints.background and not self.accelerator.state_is_a_copy:
-            self.checkpoints.make_ready(self.accelerator.state(self.saves_frozen))
+            self.checkpoints.make_ready({**self.accelerator.state(self.saves_frozen), **self.average.tensors()})
 
     def train(self) -> RunState:
         """Trains to the last step, or until a request ends the run, and returns the final state."""
@@ -194,6 +198,7 @@ class TrainerEngine:
                     return
             self.state.step += 1
             self.skipped_steps += result.skipped
+            self.average.update(self.state.step, result.skipped)
             self.callbacks.emit("on_step_end", self.state)
             fingerprint = self._agree(batch.fingerprint, sums)
             self._tell_checkpoints()
@@ -275,7 +280,7 @@ class TrainerEngine:
         """Evaluates on the held-out data and on the tasks; see `evaluation.evaluate_all`."""
         enter, most = partial(self.heartbeat.enter, "evaluation", self.state.step), self.settings.evaluation.max_batches
         data, tasks, step = self.validation, self.tasks, self.state.step
-        metrics = evaluate_all(self.trainer, self.accelerator, data, tasks, step, most, enter)
+        metrics = evaluate_all(self.trainer, self.accelerator, data, tasks, self.average, step, most, enter)
         if metrics:
             self.callbacks.emit("on_evaluate", self.state, metrics)
             self.metrics = {**self.metrics, **metrics}
@@ -286,7 +291,7 @@ class TrainerEngine:
         assert self.checkpoints is not None
         self.heartbeat.enter("checkpoint", self.state.step)
         copied = self.accelerator.state_is_a_copy
-        tensors = self.accelerator.state(self.saves_frozen)
+        tensors = {**self.accelerator.state(self.saves_frozen), **self.average.tensors()}
         folder = self.checkpoints.save(self.state.step, tensors, manifest_of(self), copied=copied)
         self._saved_step = self.state.step
         self._tell_checkpoints()

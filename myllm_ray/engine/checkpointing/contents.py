@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from myllm_ray.accelerators.optimizer_state import group_numbers, load_group_numbers
 from myllm_ray.common.types import Position
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 def manifest_of(engine: TrainerEngine) -> dict[str, Any]:
     """Returns what a resumed run needs in addition to tensors, as JSON: position in the data, states of components."""
     state, base = engine.state, engine.manifest.get("identity", {}).get("base")
+    numbers = group_numbers(engine.accelerator.inner_optimizer)
     return {
         "position": {"epoch": state.position.epoch, "row": state.position.row},
         "callbacks": engine.callbacks.state_dict(),
@@ -24,6 +26,8 @@ def manifest_of(engine: TrainerEngine) -> dict[str, Any]:
         "stability": engine.stability.state_dict(),
         "trainer": engine.trainer.state_dict(),
         "loss_scale": engine.accelerator.loss_scale.state_dict(),
+        # The position in the list is the same on every backend; the tensors of the optimizer have names.
+        **({"optimizer_groups": numbers} if any(numbers) else {}),
         **engine.manifest,
         # The origin of the weights that the checkpoint does not hold.
         **({} if engine.saves_frozen else {"base": base}),
@@ -69,9 +73,12 @@ def restore(engine: TrainerEngine, folder: Path, manifest: dict[str, Any]) -> No
     """
     assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
     # Every rank calls this with its own shards: `state` and `fill` use collectives.
-    tensors = engine.accelerator.state(frozen=_holds_frozen(manifest, engine.accelerator.module))
+    average = engine.average.tensors_to_load(folder)
+    frozen = _holds_frozen(manifest, engine.accelerator.module)
+    tensors = {**engine.accelerator.state(frozen), **average}
     engine.checkpoints.fill(folder, manifest, tensors)
     engine.accelerator.load_state(tensors)
+    engine.average.loaded(filled=bool(average))
     engine.state.step = int(manifest["step"])
     engine.state.position = Position(**manifest["position"])
     engine.state.epoch = engine.state.position.epoch
@@ -80,6 +87,8 @@ def restore(engine: TrainerEngine, folder: Path, manifest: dict[str, Any]) -> No
     engine.skipped_steps = manifest.get("skipped_steps", 0)
     engine.stability.load_state_dict(manifest.get("stability", {}))
     engine.accelerator.loss_scale.load_state_dict(manifest.get("loss_scale", {}))
+    if saved := manifest.get("optimizer_groups"):
+        load_group_numbers(engine.accelerator.inner_optimizer, saved)
     engine.callbacks.load_state_dict(manifest.get("callbacks", {}))
     if manifest.get("trainer"):
         engine.trainer.load_state_dict(manifest["trainer"])

@@ -16,6 +16,7 @@ import platform
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,9 @@ class CheckpointManager:
             CheckpointError: the files can't be read, or names or shapes of the tensors differ.
         """
         # Names and shapes are global, not those of the shards, so this check gives the same result on every rank.
-        saved, now = manifest["tensors"], {name: list(t.shape) for name, t in tensors.items()}
+        now = {name: list(t.shape) for name, t in tensors.items()}
+        # A run that no longer averages its weights (`ema`) leaves the average of the checkpoint out.
+        saved = {n: s for n, s in manifest["tensors"].items() if n in now or not n.startswith("ema.")}
         if saved != now:
             raise CheckpointError(f"{folder} does not match this run: {_difference(saved, now)}")
         _read(folder, tensors, alone=not distributed.is_distributed())
@@ -263,9 +266,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a checkpoint, unsharded, in this process. No model is needed."""
-    tensors = {name: torch.empty(shape) for name, shape in read_manifest(folder)["tensors"].items()}
+def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """Returns the tensors of a checkpoint, unsharded, in this process. No model is needed.
+
+    Args:
+        folder: the checkpoint.
+        wanted: returns whether the tensor of a name is read; default: all.
+    """
+    shapes = read_manifest(folder)["tensors"]
+    tensors = {name: torch.empty(shape) for name, shape in shapes.items() if wanted(name)}
     _read(folder, tensors)
     return tensors
 

@@ -8,7 +8,7 @@ from typing import Any
 from myllm_ray.config.amendments import applied, value_of
 from myllm_ray.engine.scheduler import SchedulerManager, multiplier
 
-_SECTIONS = ("optimizer", "scheduler", "gradient_clip", "accelerator.precision", "run.max_steps", "run.epochs")
+_SECTIONS = ("optimizer", "scheduler", "ema", "gradient_clip", "accelerator.precision", "run.max_steps", "run.epochs")
 """Keys and sections that change the results of later steps. The section of the trainer is compared in addition."""
 _JUMP = 1.25
 """The smallest factor by which the learning rate must rise or fall to be reported as a jump."""
