@@ -22,9 +22,8 @@ from myllm_ray.common import distributed
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.sections import EMASection
 from myllm_ray.config.validation import typed
-from myllm_ray.engine.checkpointing.manager import read_manifest, read_tensors
-
-_PREFIX = "ema."
+from myllm_ray.engine.checkpointing.averages import PREFIX
+from myllm_ray.engine.checkpointing.manager import read_manifest
 
 
 class WeightAverage:
@@ -103,7 +102,7 @@ class WeightAverage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the live tensors of the average by their names in a checkpoint, `ema.<name of the parameter>`."""
-        return {f"{_PREFIX}{name}": average for name, average in self._average.items()}
+        return {f"{PREFIX}{name}": average for name, average in self._average.items()}
 
     def tensors_to_load(self, folder: Path) -> dict[str, Tensor]:
         """Returns the tensors that a checkpoint must fill.
@@ -147,27 +146,7 @@ def _found(folder: Path) -> tuple[int, bool]:
 
 def _step_and_average(folder: Path) -> tuple[int, bool]:
     manifest = read_manifest(folder)
-    return int(manifest["step"]), any(name.startswith(_PREFIX) for name in manifest["tensors"])
-
-
-def averaged_weights(folder: Path) -> dict[str, Tensor]:
-    """Returns the averaged weights of a checkpoint, unsharded on the CPU, by parameter name.
-
-    Frozen parameters and buffers have no average and are included with their values.
-
-    Args:
-        folder: the checkpoint, a `step-…` directory.
-
-    Raises:
-        CheckpointError: the checkpoint has no averaged weights, or can't be read.
-    """
-    if not _step_and_average(folder)[1]:
-        raise CheckpointError(f"{folder} has no averaged weights: train with the section `ema`")
-    names = read_manifest(folder)["tensors"]
-    averaged = {name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)}
-    others = {name for name in names if name.startswith("model.") and name.removeprefix("model.") not in averaged}
-    found = read_tensors(folder, lambda name: name.startswith(_PREFIX) or name in others)
-    return {name.partition(".")[2]: tensor for name, tensor in found.items()}
+    return int(manifest["step"]), any(name.startswith(PREFIX) for name in manifest["tensors"])
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -12,9 +12,14 @@ from torch import nn
 from myllm_ray.accelerators.single import SingleGPUAccelerator
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.engine.checkpointing.manager import read_tensors
-from myllm_ray.engine.ema import WeightAverage, averaged_weights
+from myllm_ray.engine.ema import WeightAverage
 from myllm_ray.preparation import check_names
 from myllm_ray.worker import run_local
+
+
+def is_average(name: str) -> bool:
+    return name.startswith("ema.")
+
 
 EMA = "ema={decay: 0.7}"
 
@@ -71,12 +76,12 @@ def test_a_run_averages_evaluates_saves_and_resumes(make_config: MakeConfig, tmp
         for before, after, weights in zip(averages, averages[1:], saved[1:], strict=False):
             torch.testing.assert_close(after, 0.7 * before + 0.3 * weights[name], rtol=0, atol=1e-6)
 
-    exported = averaged_weights(checkpoint(whole, 6))
-    assert exported.keys() == {n.removeprefix("model.") for n in saved[0] if n.startswith("model.")}
+    exported = dict(open_trained(whole, ema=True).model.named_parameters())
+    assert {f"ema.{n}" for n in exported} == {n for n in saved[0] if n.startswith("ema.")}
     for name, tensor in exported.items():
         assert torch.equal(tensor, saved[-1][f"ema.{name}"])
-    with pytest.raises(CheckpointError, match="no averaged weights: train with the section `ema`"):
-        averaged_weights(checkpoint(plain, 6))
+    with pytest.raises(CheckpointError, match="contains no averaged weights"):
+        open_trained(plain, ema=True)
 
     resume = f"checkpoint={{resume: {checkpoint(whole, 2)}}}"
     again = Path(run_local(make_config(every[0], EMA, resume, "run.name=again"))["folder"])
@@ -97,8 +102,8 @@ def test_an_average_starts_in_a_resumed_run_at_start_step(make_config: MakeConfi
     late = "ema={decay: 0.7, start_step: 4}"
     resumed = Path(run_local(make_config(resume, late, "run.name=resumed"))["folder"])
     whole = Path(run_local(make_config(late, "run.name=whole"))["folder"])
-    expected = averaged_weights(whole / "checkpoints" / "step-00000006")
-    for name, tensor in averaged_weights(resumed / "checkpoints" / "step-00000006").items():
+    expected = read_tensors(whole / "checkpoints" / "step-00000006", is_average)
+    for name, tensor in read_tensors(resumed / "checkpoints" / "step-00000006", is_average).items():
         assert torch.equal(tensor, expected[name]), name
 
 
