@@ -90,9 +90,8 @@ class Accelerator(ABC):
     """Whether `state` returns copies, which training does not modify, instead of the live tensors."""
     mixes_dtypes = False
     """Whether parameters of one model may have different dtypes, so that frozen ones can be in half precision."""
-    saves_frozen = True
-    """Whether `state` is called for frozen parameters, which must then stay in fp32. The engine sets it before
-    `prepare`."""
+    keeps_frozen = True
+    """Whether frozen parameters must stay in fp32: they are saved, or used outside autocast. The engine sets it."""
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Maps `optimizer` and `parameters` to the places that the backend can offload them to."""
 
@@ -213,7 +212,7 @@ class Accelerator(ABC):
         # Order: `save_memory` changes the blocks inside the wrapper, and sharding replaces the parameters, so the
         # optimizer is built after `wrap`.
         save_memory(model, self.section)
-        if self.mixes_dtypes and not self.saves_frozen and self.precision != "fp32":
+        if self.mixes_dtypes and not self.keeps_frozen and self.precision != "fp32":
             hold_in(model, frozen_dtypes(model, DTYPES[self.precision]))
         self.module = model
         self.model = self.wrap(self.module)

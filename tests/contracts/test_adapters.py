@@ -121,7 +121,7 @@ def test_every_trainer(make_config: MakeConfig, trainers: list[str], backends: l
     """Each trains the same adapters on each backend, and its checkpoint holds no frozen weights and can be opened."""
 
     def config(trainer: str, backend: str) -> Any:
-        given = (*COMMON, "data.sequence_length=32", "run.max_steps=2", f"run.name={trainer}-{backend}")
+        given = (*COMMON, "run.max_steps=2", f"run.name={trainer}-{backend}")
         model = {"config": {**LLAMA, "tie_word_embeddings": False}, "lora": LORA}
         return make_config(*given, *BACKENDS[backend], *TRAINERS[trainer], model=model)
 
@@ -154,7 +154,7 @@ def test_frozen_weights_in_half_precision_change_no_bit(make_config: MakeConfig,
     made = {}
     for name, extra in (("plain", {}), ("dora", {"dora": True})):
         model = {"config": {**LLAMA, "tie_word_embeddings": False}, "lora": {**LORA, **extra}}
-        given = (*COMMON, "data.sequence_length=32", "run.max_steps=2", "accelerator.precision=bf16")
+        given = (*COMMON, "run.max_steps=2", "accelerator.precision=bf16")
         world = 1 if backend == "single" else 2
         for whole in (True, False):
             overrides = (*given, *BACKENDS[backend], *TRAINERS[trainer], f"run.name={name}-{whole}")
@@ -176,7 +176,7 @@ def test_which_weights_are_held_in_half_precision() -> None:
         config = {"accelerator": {"precision": precision}, "optimizer": {"name": "sgd"}}
         accelerator = SingleGPUAccelerator(config)
         accelerator.setup()
-        accelerator.saves_frozen = saves_frozen
+        accelerator.keeps_frozen = saves_frozen
         model = build_deferred(section, byte_tokenizer(), 64, 0)
         optimizer = OptimizerManager(model, config)
         accelerator.prepare(model, optimizer.build, SchedulerManager(config={"max_steps": 2}).build)

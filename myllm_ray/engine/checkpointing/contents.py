@@ -54,7 +54,8 @@ def opened(engine: TrainerEngine, folder: Path | None) -> dict[str, Any]:
         manifest = engine.checkpoints.verified(folder)
         # Frozen weights that the checkpoint holds replace those that this run was built with, and are saved again.
         engine.saves_frozen = engine.saves_frozen or _holds_frozen(manifest, engine.trainer.model)
-    engine.accelerator.saves_frozen = engine.saves_frozen
+    # Trainers that sample answers call the model outside autocast, in fp32.
+    engine.accelerator.keeps_frozen = engine.saves_frozen or "sampler" in engine.trainer.dependencies
     return manifest
 
 
