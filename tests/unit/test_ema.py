@@ -14,6 +14,7 @@ from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.engine.checkpointing.manager import read_tensors
 from myllm_ray.engine.ema import WeightAverage
 from myllm_ray.preparation import check_names
+from myllm_ray.trained_model import open_trained
 from myllm_ray.worker import run_local
 
 
