@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-slow test-promise test-browser test-chaos test-hostile test-gpu bench check docs schema models-supported golden clean
+.PHONY: quickstart test test-slow test-promise test-browser test-chaos test-hostile test-gpu bench check docs schema models-supported features golden clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "myllm_ray needs Python 3.11 or later: make PYTHON=python3.11")'
@@ -21,6 +21,11 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)  ## a small language model on Python's standard library, through Ray, then three samples
 	$(BIN)/python jobs/train.py --config configs/quickstart.yaml checkpoint.resume=never run.overwrite=true
 	$(BIN)/myllm-ray sample $(RUN) --max-new-tokens 48 --temperature 0.5 -p 'def __init__(self' -p 'import ' -p '    """Return '
+	@echo
+	@echo "What to try next:"
+	@echo "  $(BIN)/myllm-ray chat $(RUN)          continues what you type, as it was trained on code and not on chats"
+	@echo "  $(RUN)/report.html                 the curves of the run, in a browser"
+	@echo "  $(BIN)/myllm-ray train configs/tiny_sft.yaml   fine-tuning; every config in configs/ is a start"
 
 # Two processes: most tests wait for processes of their own half of the time. How they share the tests: tests/conftest.py.
 TWO := -n 2 --no-loadscope-reorder
@@ -59,6 +64,9 @@ schema: $(READY)  ## after a change of the config's schema
 
 models-supported: $(READY)  ## after an upgrade of transformers: the table of models that keep packed documents apart
 	$(BIN)/python tests/models_table.py
+
+features: $(READY)  ## the tables "what works with what" in docs/models.md
+	$(BIN)/python -m pytest tests/contracts/test_features.py -m '' --update-golden
 
 golden: $(READY)  ## after a change that is meant to change losses: writes tests/golden/golden.json; the commit says why
 	$(BIN)/python -m pytest tests/golden -m '' --update-golden

@@ -99,10 +99,11 @@ def open_trained(path: str | Path, weights: bool = True, ema: bool = False) -> T
     beside = newest / "tokenizer"  # only checkpoints in Ray's storage contain a tokenizer folder
     folder = beside if beside.is_dir() else newest.parent.parent / "tokenizer"
     tokenizer = open_tokenizer(str(folder))
+    if weights:
+        check_base(newest)
     build = build_model if weights else build_deferred
     model = build(model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
     if weights:
-        check_base(newest)
         manager.load_model(newest, model)
     if weights and ema:
         load_averages(newest, model)

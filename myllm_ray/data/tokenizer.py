@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,9 +228,15 @@ def bytes_per_token(tokenizer: Any) -> list[int]:
             sizes.append(0)
         elif byte_level:  # every character of the token represents one byte
             sizes.append(len(token))
+        elif _BYTE_TOKEN.fullmatch(token):
+            sizes.append(1)
         else:
             sizes.append(len(token.replace("▁", " ").encode()))
     return sizes
+
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+"""A token of SentencePiece that represents one byte of a character outside the vocabulary."""
 
 
 def _byte_characters() -> list[str]:

@@ -40,6 +40,9 @@ LIBRARIES = {
     "ademamix": Library("pytorch_optimizer:AdEMAMix", {"weight_decouple": True}),
 }
 """Optimizers of the packages in the extra `optim`, by short name."""
+_CHECKED = (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Rprop, torch.optim.ASGD)
+"""Optimizers of torch that are checked like those of other libraries: their state does not start at 0, or they need a
+closure or sparse gradients."""
 
 
 class OptimizerManager:
@@ -102,7 +105,7 @@ class OptimizerManager:
                     "use fsdp, ddp, or deepspeed with accelerator.stage=0"
                 )
             return
-        if cls.__module__.startswith("torch.optim") and cls not in (torch.optim.LBFGS, torch.optim.SparseAdam):
+        if cls.__module__.startswith("torch.optim") and cls not in _CHECKED:
             return  # the backends accept or refuse these by name
         if hasattr(cls, "train") and hasattr(cls, "eval"):
             raise ConfigError(

@@ -114,7 +114,7 @@ TRAINERS: dict[str, tuple[str, ...]] = {
     ("trainers", "backends"),
     [
         pytest.param(["dpo", "ppo-own"], ["fsdp"], id="two"),
-        pytest.param([*TRAINERS], ["ddp", "fsdp", "deepspeed-2", "deepspeed-3"], id="all", marks=pytest.mark.promise),
+        pytest.param([*TRAINERS], ["ddp", "fsdp", "deepspeed-2", "deepspeed-3"], id="all", marks=pytest.mark.slow),
     ],
 )
 def test_every_trainer(make_config: MakeConfig, trainers: list[str], backends: list[str]) -> None:
@@ -144,7 +144,7 @@ def test_every_trainer(make_config: MakeConfig, trainers: list[str], backends: l
     [
         ("single", "sft"),
         *(
-            pytest.param(backend, trainer, marks=pytest.mark.promise)
+            pytest.param(backend, trainer, marks=pytest.mark.slow)
             for backend, trainer in (("ddp", "sft"), *(("single", t) for t in ("reward", "dpo", "ppo-own", "grpo")))
         ),
     ],

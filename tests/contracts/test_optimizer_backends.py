@@ -85,11 +85,12 @@ def check_pairs(make_config: MakeConfig, pairs: list[tuple[str, str]], world: in
             assert torch.equal(tensor, expected[name]), (pair, name)
 
 
+@pytest.mark.promise
 def test_representative_optimizers_keep_the_curve(make_config: MakeConfig) -> None:
     check_pairs(make_config, sorted(FAST), 2)
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_optimizer_keeps_the_curve_or_is_refused(make_config: MakeConfig, world: int) -> None:
     pairs = [(optimizer, backend) for optimizer in OPTIMIZERS for backend in BACKENDS if backend != "single"]

@@ -128,8 +128,8 @@ def test_a_task_of_the_harness(
         ("tiny_choise", "has no task 'tiny_choise': did you mean tiny_choice"),
         ("missing.yaml", "missing.yaml can't be read"),
         ("{folder}/held.yaml", "it has no key `task` or `group`"),
-        ("{folder}/broken.yaml", "the data of task 'broken' can't be loaded"),
-        ("{folder}/hub.yaml", "nothing is downloaded"),
+        pytest.param("{folder}/broken.yaml", "the data of task 'broken' can't be loaded", marks=pytest.mark.slow),
+        pytest.param("{folder}/hub.yaml", "nothing is downloaded", marks=pytest.mark.slow),
     ],
 )
 def test_tasks_that_can_not_be_evaluated(
@@ -182,7 +182,11 @@ def test_tasks_do_not_change_the_run(
 
 
 @pytest.mark.parametrize(
-    "backend", ["ddp", "fsdp", *(pytest.param(b, marks=pytest.mark.promise) for b in ("accelerate", "deepspeed-3"))]
+    "backend",
+    [
+        pytest.param("fsdp", marks=pytest.mark.promise),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "accelerate", "deepspeed-3")),
+    ],
 )
 def test_tasks_have_the_same_results_on_every_backend(make_config: MakeConfig, tasks: Path, backend: str) -> None:
     """The requests are divided over two ranks. The evaluation at the start precedes every other forward pass."""

@@ -209,7 +209,7 @@ def test_checkpoints_with_all_tensors_are_read(make_config: MakeConfig, tmp_path
     ("backends", "steps"),
     [
         pytest.param(["fsdp", "ddp"], 2, id="two"),
-        pytest.param([name for name in BACKENDS if name != "single"], 3, id="all", marks=pytest.mark.promise),
+        pytest.param([name for name in BACKENDS if name != "single"], 3, id="all", marks=pytest.mark.slow),
     ],
 )
 def test_frozen_parameters(make_config: MakeConfig, backends: list[str], steps: int) -> None:

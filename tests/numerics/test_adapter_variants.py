@@ -211,8 +211,8 @@ EVERYWHERE = [*BACKENDS]
 @pytest.mark.parametrize(
     ("variants", "backends"),
     [
-        pytest.param(["dora", "saved"], ["ddp", "fsdp"], id="two"),
-        pytest.param(["plain", "pissa", "dora", "saved"], EVERYWHERE[1:], id="all", marks=pytest.mark.promise),
+        pytest.param(["dora", "saved"], ["ddp", "fsdp"], id="two", marks=pytest.mark.promise),
+        pytest.param(["plain", "pissa", "dora", "saved"], EVERYWHERE[1:], id="all", marks=pytest.mark.slow),
     ],
 )
 def test_every_backend_trains_the_same_adapters(

@@ -159,7 +159,9 @@ def test_bad_input(make_config: MakeConfig) -> None:
         build_model(ModelSection.model_validate(gpt2), byte_tokenizer(), 64, 0)
 
 
-@pytest.mark.parametrize("trainer", ["reward", "grpo", pytest.param("ppo", marks=pytest.mark.promise), "dpo"])
+@pytest.mark.parametrize(
+    "trainer", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reward", "grpo", "ppo"))]
+)
 def test_every_trainer_trains_adapters_of_a_quantized_model(trainer: str, tmp_path: Path) -> None:
     """Two processes of fsdp and of deepspeed ZeRO-3 have the losses of one process."""
 

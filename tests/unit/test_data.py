@@ -16,6 +16,8 @@ import pytest
 from conftest import MakeConfig, instruction_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from myllm_ray.common.types import IGNORE, Position
 from myllm_ray.config.errors import ConfigError, DataError
@@ -190,6 +192,13 @@ def test_byte_tokenizer_is_bytes() -> None:
     sizes = bytes_per_token(tokenizer)
     assert sizes[:256] == [1] * 256
     assert sum(sizes[256:]) == 0
+
+
+def test_a_byte_token_of_sentencepiece_is_one_byte() -> None:
+    vocabulary = {"<unk>": 0, "</s>": 1, "<0x0A>": 2, "▁hello": 3, "ö": 4}
+    backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    assert bytes_per_token(tokenizer) == [0, 0, 1, 6, 2]
 
 
 def test_bpe_is_deterministic_and_counts_bytes() -> None:
