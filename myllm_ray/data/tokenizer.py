@@ -172,7 +172,11 @@ def open_tokenizer(name: str, key: str = "tokenizer.path", local: bool = True) -
     folder = pretrained_folder(name, key)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **gguf)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except BaseException as error:
+        # A panic of tokenizers, about a vocabulary that it can't use, is a BaseException of its own.
+        known = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError)
+        if not isinstance(error, known) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ConfigError(f"{key}: {name!r} can't be loaded as a tokenizer: {reason}") from None
     if not tokenizer.is_fast:

@@ -272,6 +272,14 @@ def _from_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel
             )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.name: {section.name!r} can't be loaded: {one_line(error)}") from None
+    except RuntimeError as error:
+        if not gguf:
+            raise
+        # The converter of transformers ignores some sizes, such as the width of the layers of GPT-2.
+        raise ConfigError(
+            f"model.name: transformers reads wrong sizes from {section.name!r}: use the model's safetensors files "
+            f"({one_line(error)})"
+        ) from None
     # transformers initializes missing tensors randomly and only logs a warning.
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("score."))
     if missing:

@@ -14,10 +14,13 @@ from transformers import GenerationConfig
 
 from myllm_ray.config import ConfigError
 from myllm_ray.config.errors import UserError
-from myllm_ray.data.tokenizer import DEFAULT_CHAT_TEMPLATE, byte_tokenizer
+from myllm_ray.config.sections import ModelSection, TokenizerSection
+from myllm_ray.data.templates import DEFAULT_CHAT_TEMPLATE
+from myllm_ray.data.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 from myllm_ray.models.gguf.file import check_gguf, verify_gguf_logits, verify_gguf_tensors, write_gguf
 from myllm_ray.models.gguf.tokenizer import plain_jinja
 from myllm_ray.models.heads import RewardModel
+from myllm_ray.models.load import build_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -46,6 +49,46 @@ def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     short = "BF16" if dtype == torch.bfloat16 else "F16"
     assert kinds["blk.0.attn_qkv.weight"] == kinds["token_embd.weight"] == short
     assert kinds["blk.0.attn_norm.weight"] == kinds["position_embd.weight"] == "F32"
+
+
+def test_a_name_with_mistral_can_be_read(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    model = model_of("mistral", len(tokenizer))
+    write_gguf(model.model, tokenizer, tmp_path / "m.gguf", ends(tokenizer), torch.float32, "My-Mistral-SFT")
+    verify_gguf_logits(model.model, tmp_path / "m.gguf")
+
+
+def test_a_run_can_start_from_a_file(tmp_path: Path) -> None:
+    inner, path = written(tmp_path, "llama")
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("hello wörld")["input_ids"]
+    for lora in (None, {"rank": 2}):
+        section = ModelSection.model_validate({"name": str(path), "lora": lora})
+        model: Any = build_model(section, tokenizer, 16, 0)
+        with torch.no_grad():
+            found, expected = (m.eval()(input_ids=torch.tensor([ids])).logits for m in (model.model, inner))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"model\.name: no file '.*absent\.gguf'"):
+        build_model(ModelSection(name=str(path.parent / "absent.gguf")), tokenizer, 16, 0)
+    written(tmp_path, "gpt2")
+    with pytest.raises(
+        ConfigError, match=r"model\.name: transformers reads wrong sizes from .*: use the model's"
+    ):
+        build_model(ModelSection(name=str(path)), tokenizer, 16, 0)
+
+
+def test_a_tokenizer_from_a_file(tmp_path: Path) -> None:
+    """transformers reads its merges from the file. Without merges its library panics, which is one line."""
+    text = "hello wörld, hello, world"
+    tokenizer = train_bpe([text] * 20, 300)
+    model = model_of("llama", len(tokenizer))
+    write_gguf(model.model, tokenizer, tmp_path / "m.gguf", ends(tokenizer), torch.float32, "m")
+    found = load_tokenizer(TokenizerSection(path=str(tmp_path / "m.gguf")))
+    assert found(text, add_special_tokens=False)["input_ids"] == tokenizer(text)["input_ids"]
+    assert found.eos_token_id == tokenizer.eos_token_id
+    written(tmp_path, "llama")
+    with pytest.raises(ConfigError, match=r"m\.gguf' can't be loaded as a tokenizer: range end index"):
+        load_tokenizer(TokenizerSection(path=str(tmp_path / "m.gguf")))
 
 
 def test_a_difference_is_found(tmp_path: Path) -> None:

@@ -82,7 +82,9 @@ def write_gguf(
     }
     writer = gguf.GGUFWriter(path, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
+    # transformers reads a Llama whose name contains "mistral" as another architecture, for which it knows no tensors.
+    if "mistral" not in name.lower():
+        writer.add_name(name)
     writer.add_file_type(kinds[dtype][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     architecture.write(writer, inner.config)
