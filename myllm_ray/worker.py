@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from myllm_ray.accelerators.base import Accelerator
@@ -348,14 +347,9 @@ def data_counts(prepared: PreparedData) -> dict[str, float]:
     longer than a row.
     """
     plan = prepared.train.plan
-    size = plan.packing.size
     if plan.packing.kind == "record":
         long = sum(int(source["cut"]) for source in plan.store.meta["sources"])
     else:
-        # In blocks, so that the lengths of a large store are never in memory at once.
-        long = sum(
-            int((plan.store.lengths(np.arange(a, min(a + 65536, len(plan.store)))) > size).sum())
-            for a in range(0, len(plan.store), 65536)
-        )
+        long = plan.store.longer_than(plan.packing.size)
     counts = {"skipped_rows": prepared.skipped, "long_documents": 0 if plan.packing.kind == "continuous" else long}
     return {name: float(count) for name, count in counts.items() if count}

@@ -201,6 +201,10 @@ def _print(found: list[dict[str, Any]]) -> None:
         counts = ", ".join(f"{value:,} {name}" for name, value in result["counts"].items())
         kept = f"kept in {result['file']}" if result["file"] else "not kept; --output FOLDER keeps it"
         out.print(Text(f"{result['model']}: {counts + '; ' if counts else ''}{kept}", "dim"))
+        if result["counts"].get("cut"):
+            out.print(
+                Text("documents that are longer than a row were cut: --sequence-length sets the length", "yellow")
+            )
 
 
 def _shown(result: dict[str, Any], name: str) -> Text:

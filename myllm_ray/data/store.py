@@ -84,6 +84,12 @@ class TokenStore:
             documents, lambda source, local: self._offsets[source][local + 1] - self._offsets[source][local]
         )
 
+    def longer_than(self, size: int) -> int:
+        """Returns the number of documents with more than `size` tokens."""
+        # In blocks, so that the lengths of a large store are never in memory at once.
+        blocks = (np.arange(a, min(a + 65536, len(self))) for a in range(0, len(self), 65536))
+        return sum(int((self.lengths(block) > size).sum()) for block in blocks)
+
     def targets(self, documents: np.ndarray) -> np.ndarray:
         """Returns the number of trained tokens (n,) of the given document numbers (n,).
 

@@ -274,7 +274,8 @@ class Evaluation:
         if not sums[1]:
             raise DataError("--data contains no token that the loss includes: nothing to score")
         counts = {"documents": len(plan.store), "tokens": int(sums[1]), "bytes": int(sums[3])}
-        return {"metrics": loss_metrics(sums), "counts": counts}
+        cut = plan.store.longer_than(plan.packing.size) if plan.packing.overflow == "truncate" else 0
+        return {"metrics": loss_metrics(sums), "counts": {**counts, **({"cut": cut} if cut else {})}}
 
     def answers(self, opened: TrainedModel, plan: RowPlan) -> list[Answer]:
         """Returns the answers of a model to all prompts."""

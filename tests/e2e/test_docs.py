@@ -23,8 +23,9 @@ def blocks(path: str, language: str) -> list[str]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns a folder with the configs, in which the commands run unchanged and write nothing to the checkout."""
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    """Returns a folder with the configs and the README, in which the commands write nothing to the checkout."""
+    for name in ("configs", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

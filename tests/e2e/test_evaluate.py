@@ -136,7 +136,7 @@ def test_bits_per_byte_counts_the_bytes_of_the_scored_tokens(
         "--sequence-length",
         4,
     )[0]
-    assert cut["counts"] == {"documents": 1, "tokens": 3, "bytes": 3}, "the document is cut to a row"
+    assert cut["counts"] == {"documents": 1, "tokens": 3, "bytes": 3, "cut": 1}, "the document is cut to a row"
 
 
 def test_an_export_has_the_results_of_its_run_and_chats_their_masks(

@@ -71,9 +71,7 @@ def test_a_run_can_start_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.name: no file '.*absent\.gguf'"):
         build_model(ModelSection(name=str(path.parent / "absent.gguf")), tokenizer, 16, 0)
     written(tmp_path, "gpt2")
-    with pytest.raises(
-        ConfigError, match=r"model\.name: transformers reads wrong sizes from .*: use the model's"
-    ):
+    with pytest.raises(ConfigError, match=r"model\.name: transformers reads wrong sizes from .*: use the model's"):
         build_model(ModelSection(name=str(path)), tokenizer, 16, 0)
 
 
