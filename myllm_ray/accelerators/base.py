@@ -19,15 +19,7 @@ from torch import Tensor, nn
 
 from myllm_ray.accelerators.memory import check_compiled_dropout, save_memory
 from myllm_ray.accelerators.optimizer_state import OptimizerLayout, create_moments
-from myllm_ray.accelerators.precision import (
-    DTYPES,
-    LossScale,
-    autocast_dtypes,
-    check_precision,
-    emulation_note,
-    frozen_dtypes,
-    hold_in,
-)
+from myllm_ray.accelerators.precision import DTYPES, LossScale, check_precision, emulation_note, hold_weights
 from myllm_ray.accelerators.process_group import init_group, keep_group
 from myllm_ray.accelerators.sharding import largest_shard, local_bytes
 from myllm_ray.common import distributed
@@ -212,8 +204,8 @@ class Accelerator(ABC):
         # Order: `save_memory` changes the blocks inside the wrapper, and sharding replaces the parameters, so the
         # optimizer is built after `wrap`.
         save_memory(model, self.section)
-        if self.mixes_dtypes and not self.keeps_frozen and self.precision != "fp32":
-            hold_in(model, frozen_dtypes(model, DTYPES[self.precision]))
+        if self.mixes_dtypes and not self.keeps_frozen:
+            hold_weights(model, self.precision, frozen_only=True)
         self.module = model
         self.model = self.wrap(self.module)
         self.optimizer = build_optimizer(self.module)
@@ -237,8 +229,7 @@ class Accelerator(ABC):
         Returns:
             The placed model, in evaluation mode.
         """
-        if self.precision != "fp32":
-            hold_in(model, autocast_dtypes(model, DTYPES[self.precision]))
+        hold_weights(model, self.precision)
         return materialize(model, self.device).requires_grad_(False).eval()
 
     @property

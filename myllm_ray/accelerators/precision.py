@@ -111,6 +111,18 @@ def frozen_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype
     }
 
 
+def hold_weights(model: nn.Module, precision: str, frozen_only: bool = False) -> None:
+    """Stores weights in the dtype to which autocast casts them, in place. Does nothing in fp32.
+
+    Args:
+        model: The model, possibly on the meta device.
+        precision: `accelerator.precision`.
+        frozen_only: Whether weights that are trained keep their dtype.
+    """
+    if precision != "fp32":
+        hold_in(model, (frozen_dtypes if frozen_only else autocast_dtypes)(model, DTYPES[precision]))
+
+
 def hold_in(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     """Changes the dtypes of parameters in place.
 

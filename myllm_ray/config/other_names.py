@@ -198,7 +198,7 @@ def near_key(cls: type[BaseModel], name: str) -> str | None:
 def _elsewhere(cls: type[BaseModel], name: str, section: str = "") -> str | None:
     """Returns the keys with this name, preferably in `section`, or None if there are none or more than three."""
     found = [key for key in keys_of(cls) if key.rpartition(".")[2] == name]
-    found = [key for key in found if not (key.startswith("data.validation.") and len(found) > 1)]
+    found = [key for key in found if not (key.startswith(("data.validation.", "ema.")) and len(found) > 1)]
     found = [key for key in found if key.startswith(f"{section}.")] or found
     return " or ".join(found) if 0 < len(found) <= 3 else None
 

@@ -125,7 +125,7 @@ def test_a_task_of_the_harness(
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("tiny_choise", "has no task 'tiny_choise': did you mean tiny_choice"),
+        pytest.param("tiny_choise", "has no task 'tiny_choise': did you mean tiny_choice", marks=pytest.mark.slow),
         ("missing.yaml", "missing.yaml can't be read"),
         ("{folder}/held.yaml", "it has no key `task` or `group`"),
         pytest.param("{folder}/broken.yaml", "the data of task 'broken' can't be loaded", marks=pytest.mark.slow),
