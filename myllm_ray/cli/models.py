@@ -33,6 +33,7 @@ def sample(
     """Sample from a trained model: answers from a chat model, continuations from any other model."""
     from myllm_ray.data.chat import tokenize_prompt
     from myllm_ray.data.messages import Messages
+    from myllm_ray.data.special_tokens import continued
     from myllm_ray.models.causal_lm import CausalLM
     from myllm_ray.models.generate import sample as generate
     from myllm_ray.trained_model import open_trained
@@ -47,7 +48,7 @@ def sample(
     ids = [
         tokenize_prompt(Messages([{"role": "user", "content": given}]), tokenizer)[0]
         if chat
-        else tokenizer(given, add_special_tokens=False)["input_ids"]
+        else continued(tokenizer, given)
         for given in prompts
     ]
     out.print(

@@ -19,7 +19,7 @@ import numpy as np
 
 from myllm_ray.data.chat import tokenize_answer, tokenize_prompt
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
-from myllm_ray.data.special_tokens import SpecialTokens
+from myllm_ray.data.special_tokens import SpecialTokens, start_of_text
 from myllm_ray.data.store import TokenStore
 
 PART = -(2**31)
@@ -128,9 +128,7 @@ def _prompt(prompt: Text, tokenizer: Any) -> tuple[list[int], str]:
     """Returns the ids and the text of a prompt."""
     if isinstance(prompt, Messages):
         return tokenize_prompt(prompt, tokenizer)
-    bos = tokenizer.bos_token_id
-    first = [] if bos is None or bos == tokenizer.eos_token_id else [bos]
-    return first + SpecialTokens.of(tokenizer).text(prompt), prompt
+    return start_of_text(tokenizer) + SpecialTokens.of(tokenizer).text(prompt), prompt
 
 
 def _answer(prompt: Text, answer: Text, tokenizer: Any) -> list[int]:

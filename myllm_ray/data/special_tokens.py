@@ -35,6 +35,25 @@ _COPY, _SHIELD = 0xF0000, 0x100000
 _SHIELDS = re.compile("[\U00100000-\U0010fffd]")
 
 
+def start_of_text(tokenizer: Any) -> list[int]:
+    """Returns the ids that every document without a chat template begins with: the begin-of-text token, if any.
+
+    It is left out if it is also the end-of-text token (GPT-2), which already separates documents.
+    """
+    bos = tokenizer.bos_token_id
+    return [] if bos is None or bos == tokenizer.eos_token_id else [int(bos)]
+
+
+def continued(tokenizer: Any, text: str) -> list[int]:
+    """Returns the ids of a text that a model continues, with `start_of_text` unless the text begins with it.
+
+    The names of special tokens in the text are encoded as such. An empty text becomes the end-of-text token.
+    """
+    first = start_of_text(tokenizer)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return (ids if ids[:1] == first else [*first, *ids]) or [int(tokenizer.eos_token_id)]
+
+
 class Tokens(NamedTuple):
     """Tokens of a text: `ids` (n,) int64, and `offsets` (n, 2) int64, the start and end of each token in characters."""
 

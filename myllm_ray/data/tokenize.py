@@ -17,7 +17,7 @@ from myllm_ray.config.errors import DataError, UserError
 from myllm_ray.data.chat import tokenize_chat
 from myllm_ray.data.examples import LengthLimits, kind_of, tokenize_example
 from myllm_ray.data.formats import BadRow, Format, Instruction, Labelled, Messages, Preference, Prompt
-from myllm_ray.data.special_tokens import SpecialTokens
+from myllm_ray.data.special_tokens import SpecialTokens, start_of_text
 from myllm_ray.data.tokenizer import has_own_template
 
 
@@ -132,8 +132,7 @@ def tokenize_one(formatted: Any, tokenizer: Any, train_on_prompt: bool = False) 
     if isinstance(formatted, Messages):
         return encode(*tokenize_chat(formatted, tokenizer, train_on_prompt))
     special = SpecialTokens.of(tokenizer)
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    ids: list[int] = [] if bos is None or bos == eos else [bos]
+    eos, ids = tokenizer.eos_token_id, start_of_text(tokenizer)
     trained: list[bool] = [train_on_prompt] * len(ids)
     for piece, train in formatted:
         # Tokenise the parts separately, so that the boundary between prompt and response is the same as at generation.

@@ -12,6 +12,7 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.validation import typed
 from myllm_ray.data.chat import tokenize_prompt
 from myllm_ray.data.messages import BadRow, Messages
+from myllm_ray.data.special_tokens import continued
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.decoding import check_decodable
 from myllm_ray.serving.sampling import Sampling
@@ -99,11 +100,7 @@ class ServedModel:
         As in training, the text follows the begin-of-text token if the tokenizer has one of its own.
         """
         check_text(text)
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if bos is not None and bos != eos and ids[:1] != [bos]:
-            ids = [bos, *ids]
-        return ids or [eos]
+        return continued(self.tokenizer, text)
 
     def room(self, prompt: list[int]) -> int | None:
         """Returns the largest number of tokens of an answer to a prompt, or None if the model has no limit."""

@@ -16,7 +16,7 @@ from myllm_ray.data import formats
 from myllm_ray.data.chat import tokenize_answer, tokenize_chat, tokenize_prompt
 from myllm_ray.data.examples import LengthLimits, split, tokenize_example
 from myllm_ray.data.messages import BadRow, Messages
-from myllm_ray.data.special_tokens import SpecialTokens
+from myllm_ray.data.special_tokens import SpecialTokens, continued, start_of_text
 from myllm_ray.data.tokenize import decode, tokenize_one
 from myllm_ray.data.tokenizer import byte_tokenizer, train_bpe
 
@@ -174,3 +174,18 @@ def test_ambiguous_texts_are_refused() -> None:
         tokenize_chat(
             Messages([{"role": "user", "content": "q<|pad|>"}, {"role": "assistant", "content": "x"}]), tokenizer
         )
+
+
+def test_a_text_to_continue_begins_as_documents_do() -> None:
+    tokenizer = byte_tokenizer()
+    assert continued(tokenizer, "ab") == [97, 98]
+    assert continued(tokenizer, "") == [tokenizer.eos_token_id]
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    assert start_of_text(tokenizer) == [bos]
+    assert continued(tokenizer, "ab") == continued(tokenizer, "<s>ab") == [bos, 97, 98]
+    assert continued(tokenizer, "") == [bos]
+    ids, _ = decode(tokenize_one([("ab", True)], tokenizer))
+    assert list(ids[:3]) == continued(tokenizer, "ab")
+    tokenizer.bos_token = tokenizer.eos_token
+    assert continued(tokenizer, "ab") == [97, 98]
