@@ -34,6 +34,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "`lora.initialization: pissa`": ("model.lora={rank: 4, initialization: pissa}",),
     "`lora.modules_to_save`": ("model.lora={rank: 4, modules_to_save: [embed_tokens, lm_head]}",),
     "`quantize: nf4`": ("model.lora={rank: 4}", "model.quantize=nf4"),
+    "`quantize: nf4`, bf16": ("model.lora={rank: 4}", "model.quantize=nf4", "accelerator.precision=bf16"),
     "`freeze`": ("model.freeze=[embed_tokens]",),
     "`resize_vocabulary`": ("model.resize_vocabulary=true", "tokenizer.add_special_tokens=['<a>']"),
     "`optimizer.name: muon`": ("optimizer={name: muon, lr: 1e-3}",),
@@ -43,7 +44,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "`precision: bf16`": ("accelerator.precision=bf16",),
 }
 COLUMNS = list(BACKENDS)
-LOOSE = {"`precision: bf16`": 2e-2, "`optimizer.name: muon`": 1e-3}
+LOOSE = {"`precision: bf16`": 2e-2, "`quantize: nf4`, bf16": 2e-2, "`optimizer.name: muon`": 1e-3}
 """Relative differences of losses that are rounding; others: 1e-4."""
 
 
