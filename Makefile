@@ -23,9 +23,9 @@ quickstart: $(READY)  ## a small language model on Python's standard library, th
 	$(BIN)/myllm-ray sample $(RUN) --max-new-tokens 48 --temperature 0.5 -p 'def __init__(self' -p 'import ' -p '    """Return '
 	@echo
 	@echo "What to try next:"
-	@echo "  $(BIN)/myllm-ray chat $(RUN)          continues what you type, as it was trained on code and not on chats"
-	@echo "  $(RUN)/report.html                 the curves of the run, in a browser"
-	@echo "  $(BIN)/myllm-ray train configs/tiny_sft.yaml   fine-tuning; every config in configs/ is a start"
+	@echo "  $(BIN)/myllm-ray chat $(RUN)             continues what you type, as it was trained on code and not on chats"
+	@echo "  $(RUN)/report.html                               the curves of the run, in a browser"
+	@echo "  $(BIN)/myllm-ray train configs/tiny_sft.yaml     fine-tuning; every config in configs/ is a start"
 
 # Two processes: most tests wait for processes of their own half of the time. How they share the tests: tests/conftest.py.
 TWO := -n 2 --no-loadscope-reorder

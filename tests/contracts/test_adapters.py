@@ -101,7 +101,7 @@ PAIRS = "data.train={source: brackets, format: preference, limit: 40}"
 PROMPTS = ("data.train={source: brackets, format: prompt, limit: 40}", "rollout.max_new_tokens=4")
 TRAINERS: dict[str, tuple[str, ...]] = {
     "sft": (),
-    "pretrain": ("trainer=pretrain", "data.train.format=text"),
+    "pretrain": ("trainer=pretrain", "data.train={source: python-stdlib, format: text, limit: 20}"),
     "reward": ("trainer=reward", PAIRS),
     "dpo": ("trainer=dpo", PAIRS, "dpo={reference: adapter_off, beta: 0.5}"),
     "ppo": ("trainer=ppo", *PROMPTS, "ppo={reward: 'helpers:variety', epochs: 1}"),
