@@ -21,7 +21,7 @@ _PUBLIC = {
     "Callback": "myllm_ray.engine.callbacks",
     "Tracker": "myllm_ray.engine.reporting.trackers.base",
     "TrackerSection": "myllm_ray.engine.reporting.trackers.base",
-    "Section": "myllm_ray.config.sections",
+    "Section": "myllm_ray.config.section",
     "StepOutput": "myllm_ray.common.types",
     "TrainerConfig": "myllm_ray.config.schema",
     "UserError": "myllm_ray.config.errors",
