@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from myllm_ray.common.files import write_json
 from myllm_ray.common.materialize import source_of
-from myllm_ray.common.pretrained import checkpoint_in, gguf_arguments, pretrained_folder
+from myllm_ray.common.pretrained import checkpoint_in, gguf_arguments, pretrained_folder, tokenizer_folder
 from myllm_ray.common.progress import Task
 from myllm_ray.config.errors import CheckpointError, ConfigError, UserError
 from myllm_ray.config.load import validate
@@ -115,16 +115,12 @@ def check_base(checkpoint: Path, where: str = "") -> None:
             raise CheckpointError(damage)
         if base is not None:
             check_base(base)
-        now = base_identity(config, _tokenizer_of(checkpoint) if then["source"] == "random" else None)
+        tokenizer = open_tokenizer(str(tokenizer_folder(checkpoint))) if then["source"] == "random" else None
+        now = base_identity(config, tokenizer)
     except UserError as error:
         raise CheckpointError(f"{needs}, and their base can't be loaded: {error}") from None
     if change := "its config" if now is None else differences(then, now):
         raise CheckpointError(f"{needs}, and their base has changed ({change}): restore the base it was trained on")
-
-
-def _tokenizer_of(checkpoint: Path) -> Any:
-    beside = checkpoint / "tokenizer"  # only checkpoints in Ray's storage contain a tokenizer folder
-    return open_tokenizer(str(beside if beside.is_dir() else checkpoint.parent.parent / "tokenizer"))
 
 
 def files_sha256(paths: Iterable[Path], cache: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from myllm_ray.base_weights import check_base
-from myllm_ray.common.pretrained import checkpoint_in, pretrained_folder
+from myllm_ray.common.pretrained import checkpoint_in, pretrained_folder, tokenizer_folder
 from myllm_ray.config.errors import CheckpointError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
@@ -96,8 +96,7 @@ def open_trained(path: str | Path, weights: bool = True, ema: bool = False) -> T
     manager, newest, config = _checkpoint(path)
     if ema:
         check_averages(newest)
-    beside = newest / "tokenizer"  # only checkpoints in Ray's storage contain a tokenizer folder
-    folder = beside if beside.is_dir() else newest.parent.parent / "tokenizer"
+    folder = tokenizer_folder(newest)
     tokenizer = open_tokenizer(str(folder))
     if weights:
         check_base(newest)

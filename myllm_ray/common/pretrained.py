@@ -40,8 +40,9 @@ def architecture_folder(checkpoint: Path) -> Path:
 
 
 def tokenizer_folder(checkpoint: Path) -> Path:
-    """Returns the folder of a run that contains its tokenizer."""
-    return checkpoint.parent.parent / "tokenizer"
+    """Returns the folder of a checkpoint's tokenizer: in the checkpoint in Ray's storage, else in its run's folder."""
+    beside = checkpoint / "tokenizer"
+    return beside if beside.is_dir() else checkpoint.parent.parent / "tokenizer"
 
 
 def gguf_arguments(name: str) -> dict[str, str]:

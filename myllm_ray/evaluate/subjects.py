@@ -15,11 +15,9 @@ from myllm_ray.common.types import Isolation
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.config.sections import ModelSection
-from myllm_ray.dependencies import kind_of_model
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, read_manifest
 from myllm_ray.engine.checkpointing.writer import sha256
-from myllm_ray.models.architecture import config_of
+from myllm_ray.trained_model import kind_of_trained
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
@@ -64,10 +62,7 @@ class Subject:
     @property
     def kind(self) -> str:
         """The kind of model, see `models.load.build_deferred`."""
-        if self.config is not None:
-            return kind_of_model(self.config)
-        heads = getattr(config_of(ModelSection(name=str(self.path))), "architectures", None) or []
-        return "reward_model" if any(head.endswith("ForSequenceClassification") for head in heads) else "causal_lm"
+        return kind_of_trained(self.path)
 
     @cached_property
     def identity(self) -> str:

@@ -6,7 +6,6 @@ reads one tensor at a time.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers.utils import logging
 from myllm_ray.common.quiet import without_progress_bars
 from myllm_ray.config.errors import UserError
 from myllm_ray.models.trial_forward import one_line
+from myllm_ray.models.weights_folder import weight_files
 
 _ROWS, _TOKENS = 2, 16
 TOLERANCE = 1e-5
@@ -140,22 +140,12 @@ def verify_logits(inner: Any, folder: Path, trust_remote_code: bool = False) -> 
     compare_logits(expected, logits_of(again, ids), "the exported folder")
 
 
-def stored_tensors(folder: Path) -> dict[str, Path]:
-    """Returns the file of each tensor of a folder in Hugging Face format, by name."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in names.items()}
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return dict.fromkeys(file.keys(), folder / "model.safetensors")
-
-
 def has_own_names(inner: Any, folder: Path) -> bool:
     """Returns whether the folder has each parameter of the model under its own name.
 
     transformers stores some architectures under other names: the stacked experts of a mixture as one tensor per expert.
     """
-    return {name for name, _ in inner.named_parameters()} <= stored_tensors(folder).keys()
+    return {name for name, _ in inner.named_parameters()} <= weight_files(folder).keys()
 
 
 def verify_tensors(inner: Any, folder: Path) -> None:
@@ -164,14 +154,14 @@ def verify_tensors(inner: Any, folder: Path) -> None:
     Raises:
         UserError: A tensor is missing or differs.
     """
-    stored = stored_tensors(folder)
+    stored = weight_files(folder)
     for name, parameter in inner.named_parameters():
         if name not in stored:
             raise UserError(
                 f"the exported folder has no tensor {name}: transformers stores this architecture under other names; "
                 "use --verify logits"
             )
-        with safe_open(stored[name], "pt") as file:
+        with safe_open(folder / stored[name], "pt") as file:
             found = file.get_tensor(name)
         if found.dtype != parameter.dtype or not same_bits(found, parameter.data):
             raise UserError(f"the exported folder has other values of {name} than the run's model; nothing is kept")

@@ -73,7 +73,7 @@ def model_card(checkpoint: Path | None, folder: Path, form: str, dtype: str, lic
         _use(form, config),
         _data(manifest, config, run),
         _curve(read_curves(run / "metrics.jsonl", only=_CURVES), manifest.get("step")),
-        _evaluations(run),
+        _evaluations(run, manifest, form),
         _config(config),
         _reproduction(manifest, config, run),
     ]
@@ -193,21 +193,22 @@ def _curve(curves: Curves, last: int | None) -> str:
     return "## Curve\n\n" + _table(["step", *(name.replace("_", " ") for name in names)], rows)
 
 
-def _evaluations(run: Path) -> str:
-    """The results that `myllm-ray evaluate` has written beside the run."""
+def _evaluations(run: Path, manifest: Mapping[str, Any], form: str) -> str:
+    """The results of `myllm-ray evaluate` for the weights of the exported checkpoint, not for their averages."""
     rows = []
-    for path in sorted((run / "evaluations").glob("*.json"))[:_EVALUATIONS]:
+    for path in sorted((run / "evaluations").glob("*.json")) if form != "ema" else ():
         found = _json(path)
-        metrics = found.get("metrics")
-        if isinstance(metrics, dict):
-            data = found.get("data")
-            data = data.get("name") or data.get("path") if isinstance(data, dict) else data
-            rows += [
-                [_last(str(found.get("checkpoint", ""))), _last(str(data or "")), name, f"{value:.6g}"]
-                for name, value in sorted(metrics.items())
-                if isinstance(value, (int, float)) and not isinstance(value, bool)
-            ]
-    return "## Evaluation\n\n" + _table(["checkpoint", "data", "metric", "value"], rows) if rows else ""
+        if not isinstance(found.get("metrics"), dict) or found.get("identity") != manifest.get("checksum"):
+            continue
+        settings = found.get("settings") or {}
+        data = [_last(str(settings.get("path") or "")), str((settings.get("data") or {}).get("sha256") or "")[:12]]
+        rows += [
+            [*data, name, f"{value:.6g}"]
+            for name, value in sorted(found["metrics"].items())
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        ]
+    rows = rows[:_EVALUATIONS]
+    return "## Evaluation\n\n" + _table(["data", "SHA-256", "metric", "value"], rows) if rows else ""
 
 
 def _config(config: Any) -> str:

@@ -293,16 +293,22 @@ def front(card: str) -> dict[str, Any]:
     return found
 
 
-def test_the_card(export: Export, adapted: Path, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card(
+    export: Export,
+    adapted: Path,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(adapted, run)
-    (run / "evaluations").mkdir()
-    evaluation = {
-        "checkpoint": str(run / "checkpoints" / "step-00000003"),
-        "data": "held_out",
-        "metrics": {"loss": 1.25},
-    }
-    (run / "evaluations" / "a.json").write_text(json.dumps(evaluation))
+    (home / "held_out.txt").write_text("a text that the run has not seen")
+    code, out, err = call(capsys, monkeypatch, "evaluate", run, "--data", home / "held_out.txt", "--json")
+    assert code == 0, err
+    (measured,) = json.loads(out)
+    other = {**measured, "identity": "of another checkpoint", "metrics": {"loss": 1.25}}
+    (run / "evaluations" / "a.json").write_text(json.dumps(other))
     (run / "evaluations" / "broken.json").write_text("{")
     environment = json.loads((run / "environment.json").read_text())
     secret = "hf_" + "a" * 30
@@ -325,7 +331,9 @@ def test_the_card(export: Export, adapted: Path, home: Path, tmp_path: Path, mon
     assert json.loads((run / "data_summary.json").read_text())["sources"][0]["name"] == "rows"
     assert "| rows | 48 |" in card
     assert environment["data"]["tokens"] in card
-    assert "| step-00000003 | held_out | loss | 1.25 |" in card
+    digest = measured["settings"]["data"]["sha256"][:12]
+    assert f"| held_out.txt | {digest} | loss | {measured['metrics']['loss']:.6g} |" in card
+    assert "| 1.25 |" not in card, "a result of another checkpoint"
     assert "\n| 3 | " in card, "the curve ends at the exported step"
     assert "myllm-ray train c.yaml data.train.path=r.json" in card
     assert f"torch {torch.__version__}" in card
