@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, Judge, StepResult
+from myllm_ray.accelerators.ddp import fix_buckets
 from myllm_ray.accelerators.fsdp import FSDPAccelerator
 from myllm_ray.accelerators.memory import save_memory
 from myllm_ray.accelerators.optimizer_state import OptimizerLayout
@@ -135,6 +137,8 @@ class HFAccelerator(Accelerator):
         # Not the data loader, which Accelerate would shard and seed, and not the scheduler, which it would step once
         # per rank.
         self.model, self.outer_optimizer = self.outer.prepare(self.module, build_optimizer(self.module))
+        if isinstance(self.model, DistributedDataParallel):
+            fix_buckets(self.model)
         self.module = self.outer.unwrap_model(self.model, keep_fp32_wrapper=True)
         self.optimizer = self.outer_optimizer.optimizer
         self.schedule = build_schedule(self.optimizer)

@@ -114,7 +114,7 @@ def _start(service: Service, host: str, port: int, replicas: int, options: dict[
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
         serve.run(deployment.bind(service), name=_NAME, route_prefix="/", logging_config=quiet)
     except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
-        raise ConfigError(f"Ray Serve can't serve {service.name}: {_cause(str(error))}") from None
+        raise ConfigError(f"Ray Serve can't serve {service.name}: {_cause(_replica_message() or str(error))}") from None
 
 
 def _actor_options(service: Service, replicas: int, cores: int) -> dict[str, Any]:
@@ -138,6 +138,17 @@ def _actor_options(service: Service, replicas: int, cores: int) -> dict[str, Any
                 f"use fewer workers{other}"
             )
     return {"num_cpus": cpus, "num_gpus": gpus}
+
+
+def _replica_message() -> str:
+    """Returns the message of the deployment, which has the error of a replica; "" if there is none.
+
+    The exception of `serve.run` has it only if the application had read it when it failed.
+    """
+    with suppress(Exception):  # the controller may have ended
+        application = serve.status().applications[_NAME]
+        return "\n".join(found.message for found in application.deployments.values())
+    return ""
 
 
 def _cause(message: str) -> str:

@@ -22,6 +22,7 @@ from myllm_ray.common.secrets import mask, mask_text
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.reporting.curves import Curves, read_curves
+from myllm_ray.engine.reporting.evaluations import read_results
 
 _POINTS = 10
 _EVALUATIONS = 50
@@ -195,18 +196,12 @@ def _curve(curves: Curves, last: int | None) -> str:
 
 def _evaluations(run: Path, manifest: Mapping[str, Any], form: str) -> str:
     """The results of `myllm-ray evaluate` for the weights of the exported checkpoint, not for their averages."""
-    rows = []
-    for path in sorted((run / "evaluations").glob("*.json")) if form != "ema" else ():
-        found = _json(path)
-        if not isinstance(found.get("metrics"), dict) or found.get("identity") != manifest.get("checksum"):
-            continue
-        settings = found.get("settings") or {}
-        data = [_last(str(settings.get("path") or "")), str((settings.get("data") or {}).get("sha256") or "")[:12]]
-        rows += [
-            [*data, name, f"{value:.6g}"]
-            for name, value in sorted(found["metrics"].items())
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        ]
+    rows = [
+        [result.data, result.sha256[:12], name, f"{value:.6g}"]
+        for result in (read_results(run) if form != "ema" else ())
+        if result.identity == manifest.get("checksum")
+        for name, value in result.metrics.items()
+    ]
     rows = rows[:_EVALUATIONS]
     return "## Evaluation\n\n" + _table(["data", "SHA-256", "metric", "value"], rows) if rows else ""
 

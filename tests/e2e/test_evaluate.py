@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LLAMA, instruction_rows
+from report_pages import page_data, points
 
 from e2e.test_cli import call
 from myllm_ray.config import validate
@@ -23,6 +24,7 @@ from myllm_ray.data.examples import LengthLimits
 from myllm_ray.data.plan import Packing
 from myllm_ray.data.prepare import token_store
 from myllm_ray.data.tokenize import TokenizeOptions
+from myllm_ray.engine.reporting.run_page import write_run_page
 from myllm_ray.evaluate.answers import Answer
 from myllm_ray.evaluate.win_rate import Judge
 from myllm_ray.trainers.reward import RewardTrainer
@@ -95,6 +97,10 @@ def test_every_checkpoint_has_the_validation_metrics_of_the_run(
         for name in ("loss", "perplexity", "token_accuracy", "bits_per_byte"):
             assert result["metrics"][name] == pytest.approx(recorded[f"validation_{name}"], rel=1e-6), name
     assert found[0]["metrics"]["loss"] != found[1]["metrics"]["loss"]
+    # The report has the results as curves over the checkpoints; step 2 is also a logged step.
+    steps, values = points(page_data(write_run_page(run)), "evaluate/held.json/loss")
+    assert steps == [2, 4]
+    assert values == pytest.approx([result["metrics"]["loss"] for result in found], rel=1e-6)
     packed = evaluated(capsys, monkeypatch, run, *arguments[:4], "--packing")
     assert packed[0]["metrics"]["loss"] == pytest.approx(found[1]["metrics"]["loss"], rel=1e-6)
     code, out, err = call(capsys, monkeypatch, "evaluate", run, place / "runs" / "other", *arguments[:4])

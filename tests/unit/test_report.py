@@ -26,9 +26,11 @@ from myllm_ray.engine.reporting import run_page
 from myllm_ray.engine.reporting.attempts import Attempt, read_attempts, restarts_of, status_of
 from myllm_ray.engine.reporting.chart_groups import charts_of
 from myllm_ray.engine.reporting.curves import encode, read_curves
+from myllm_ray.engine.reporting.evaluations import add_to, read_results
 from myllm_ray.engine.reporting.page import as_script, duration, large, number
 from myllm_ray.engine.reporting.report import ReportCallback
 from myllm_ray.engine.reporting.run_page import write_run_page
+from myllm_ray.engine.reporting.run_sections import evaluation
 from myllm_ray.preparation import absolute, prepare_data
 from myllm_ray.runs.report import write_reports
 
@@ -128,6 +130,44 @@ def test_charts_of_sources_pairs_and_layers() -> None:
     assert [len(first), len(second)] == [16, 4]
     assert first[2] == "layer_2/load_max"
     assert groups["Other"] == {"custom": ["training"]}
+
+
+def test_results_of_evaluate_at_steps_that_are_not_logged(tmp_path: Path) -> None:
+    """Logged values keep their steps and the trained tokens, and the newest result of a step is shown."""
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {s}, "loss": {s}.5, "tokens": 10, "time": {s}}}\n' for s in (2, 4, 6))
+    )
+    (tmp_path / "evaluations").mkdir()
+
+    def result(name: str, step: int | None, time: float, path: str, digest: str, **metrics: Any) -> None:
+        settings = {"path": path, "data": {"sha256": digest}} if path else {}
+        row = {"step": step, "identity": "x", "time": time, "settings": settings, "metrics": metrics}
+        (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(row))
+
+    result("a", 3, 1.0, "/data/wiki.jsonl", "abcdef123", loss=9.0, accuracy=None)
+    result("b", 3, 2.0, "/data/wiki.jsonl", "abcdef123", loss=8.0)
+    result("c", 6, 3.0, "/data/wiki.jsonl", "abcdef123", loss=7.0)
+    result("d", 8, 3.0, "", "", **{"arc/acc": 0.5})
+    result("e", None, 3.0, "/data/wiki.jsonl", "abcdef123", loss=1.0)
+    (tmp_path / "evaluations" / "broken.json").write_text("{")
+    curves, results = read_curves(tmp_path / "metrics.jsonl"), read_results(tmp_path)
+    add_to(curves, results)
+    assert curves.steps.tolist() == [2, 3, 4, 6, 8]
+    assert curves.tokens.tolist() == [20, 20, 40, 60, 60]
+    assert [[list(part) for part in curves.points(name)] for name in ("loss", "evaluate/wiki.jsonl/loss")] == [
+        [[2, 4, 6], [2.5, 4.5, 6.5]],
+        [[3, 6], [8.0, 7.0]],
+    ]
+    assert [part.tolist() for part in curves.points("evaluate/arc/acc")] == [[8], [0.5]]
+    result("f", 6, 4.0, "/data/wiki.jsonl", "123456789", loss=6.0)
+    curves = read_curves(tmp_path / "metrics.jsonl")
+    add_to(curves, read_results(tmp_path))
+    assert {"evaluate/wiki.jsonl@abcdef/loss", "evaluate/wiki.jsonl@123456/loss"} <= set(curves.series)
+    shown = evaluation(curves, read_results(tmp_path))
+    assert shown is not None
+    assert len(shown.blocks[0].rows) == 5
+    groups = {g.title: [c.title for c in g.charts] for g in charts_of(curves.series)}
+    assert groups["Evaluation"][0] == "evaluate/arc/acc"
 
 
 def test_texts_are_escaped_everywhere(tmp_path: Path) -> None:

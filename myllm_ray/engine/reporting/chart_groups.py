@@ -9,6 +9,7 @@ from myllm_ray.engine.reporting.page import Chart, Charts, Trace
 
 _VALIDATION = "validation_"
 _GROUPS = (
+    ("Evaluation", r"^evaluate/"),
     ("Optimization", r"^(grad_norm|learning_rate|lr|loss_scale|skipped_steps|weight_decay|momentum|update)"),
     ("Speed and memory", r"tokens_per_second|^tokens$|mfu|flops|memory|bytes$|seconds|^time[_/]|wait|gpu|cpu"),
     ("Experts", r"^experts/|router"),
@@ -20,7 +21,17 @@ _GROUPS = (
     ("Loss", r"loss|perplexity|accuracy|nll|bits_per"),
     ("Data", r"skipped_rows|long_documents|^data"),
 )
-ORDER = ("Loss", "Loss by source", "Rewards and policy", "Optimization", "Speed and memory", "Experts", "Data", "Other")
+ORDER = (
+    "Loss",
+    "Loss by source",
+    "Evaluation",
+    "Rewards and policy",
+    "Optimization",
+    "Speed and memory",
+    "Experts",
+    "Data",
+    "Other",
+)
 _FIRST = ("loss", "perplexity", "token_accuracy", "reward", "kl", "grad_norm", "learning_rate", "tokens_per_second")
 _PAIRS = re.compile(r"^(?P<prefix>.+)/(?:chosen|rejected)$")
 _LAYERS = re.compile(r"^experts/(?:layer_\d+/)?(?P<what>[^/]+)$")

@@ -16,6 +16,7 @@ from myllm_ray.engine.reporting import run_sections as parts
 from myllm_ray.engine.reporting.attempts import STYLES, Attempt, marks_of, read_attempts, restarts_of, status_of
 from myllm_ray.engine.reporting.chart_groups import charts_of
 from myllm_ray.engine.reporting.curves import Curves, encode, read_curves
+from myllm_ray.engine.reporting.evaluations import add_to, read_results
 from myllm_ray.engine.reporting.page import Facts, Page, Section, Text, duration, large, number, render
 
 REDUCED = (
@@ -50,7 +51,8 @@ def write_run_page(folder: Path, path: Path | None = None, end: str | None = Non
 def run_page(folder: Path, end: str | None = None) -> Page:
     """Returns the page of a run; see `write_run_page`. A file that is missing leaves out its part of the page."""
     config, data = read_config(folder), read_json(folder / "data_summary.json")
-    curves = read_curves(folder / "metrics.jsonl")
+    curves, results = read_curves(folder / "metrics.jsonl"), read_results(folder)
+    add_to(curves, results)
     attempts = read_attempts(folder, end)
     events = marks_of(folder, attempts)
     encoded, intervals = encode([curves])
@@ -63,7 +65,7 @@ def run_page(folder: Path, end: str | None = None) -> Page:
         Section("Curves", charts),
         _part("Metrics", lambda: parts.metrics(curves)),
         _part("Timeline", lambda: parts.timeline(folder, attempts, curves)),
-        _part("Evaluation", lambda: parts.evaluation(curves)),
+        _part("Evaluation", lambda: parts.evaluation(curves, results)),
         _part("Samples", lambda: parts.samples(folder)),
         _part("Data", lambda: parts.data(data)),
         _part("Config", lambda: parts.config(config)),

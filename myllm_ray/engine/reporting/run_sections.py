@@ -13,9 +13,11 @@ from typing import Any
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.common.flatten import flatten
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
+from myllm_ray.engine.reporting import evaluations
 from myllm_ray.engine.reporting.attempts import Attempt, interventions
 from myllm_ray.engine.reporting.config_values import config_values, show
 from myllm_ray.engine.reporting.curves import Curves
+from myllm_ray.engine.reporting.evaluations import EvaluationResult
 from myllm_ray.engine.reporting.page import (
     Cell,
     Chart,
@@ -119,11 +121,19 @@ def _moment(seconds: float | None) -> str:
     return "–" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
-def evaluation(curves: Curves) -> Section | None:
-    """The values on held-out data, one row for each evaluation."""
+def evaluation(curves: Curves, results: Sequence[EvaluationResult] = ()) -> Section | None:
+    """The values on held-out data, one row for each evaluation, and the results of `myllm-ray evaluate`."""
+    blocks, note = _held_out(curves)
+    found = evaluations.table(results)
+    blocks = blocks if found is None else [*blocks, found]
+    return Section("Evaluation", blocks, note) if blocks else None
+
+
+def _held_out(curves: Curves) -> tuple[list[Any], str]:
+    """Returns the table of the values on held-out data, and a note."""
     names = [name for name in sorted(curves.series) if name.startswith("validation_")]
     if not names:
-        return None
+        return [], ""
     names.sort(key=lambda name: name != "validation_loss")
     values: dict[int, dict[str, float]] = {}
     for name in names:
@@ -145,7 +155,7 @@ def evaluation(curves: Curves) -> Section | None:
     ]
     columns = [("step", True), *((name.removeprefix("validation_").replace("_", " "), True) for name in names)]
     note = f"The last {_EVALUATIONS} evaluations and the best one." if omitted else ""
-    return Section("Evaluation", [Table("Evaluations on held-out data", columns, rows)], note)
+    return [Table("Evaluations on held-out data", columns, rows)], note
 
 
 def samples(folder: Path) -> Section | None:
