@@ -33,8 +33,9 @@ def fix_buckets(model: Any) -> None:
     # The old reducer, to which the logger refers, goes first: two would hold twice the memory of all gradients.
     model.logger = model.reducer = None
     model._ddp_init_helper(parameters, sparse, names, model.static_graph)
-    if model.static_graph:
-        model._set_static_graph()
+    if model.static_graph:  # not `_set_static_graph`, which warns that it has been called before
+        model.reducer._set_static_graph()
+        model.logger._set_static_graph()
     for hook, state in model._comm_hooks:
         dist._register_comm_hook(model.reducer, state, hook)
     # Without effect with `find_unused_parameters`, where DDP keeps the first assignment.

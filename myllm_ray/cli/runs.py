@@ -141,12 +141,13 @@ def rm(
 ) -> None:
     """Remove runs, or only their checkpoints. Refuses active runs and folders that are not runs."""
     from myllm_ray.cli.run_tables import size
-    from myllm_ray.runs.removal import plan_removal, remove
+    from myllm_ray.runs.removal import plan_removal, refuse_bases, remove
 
     if keep_last is not None and not checkpoints_only:
         raise ConfigError("--keep-last is the number of checkpoints to keep: add --checkpoints-only")
     # All of them are checked before the first is removed.
     plans = [plan_removal(path, checkpoints_only, keep_last or 0) for path in dict.fromkeys(run)]
+    refuse_bases(plans)
     for plan in plans:
         what = "the run" if plan.whole else f"{len(plan.paths)} checkpoint{'s' * (len(plan.paths) != 1)}"
         out.print(f"{plan.run}: {what}, {size(plan.bytes)}", markup=False)

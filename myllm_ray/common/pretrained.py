@@ -5,6 +5,7 @@ A hub id may end with `@revision`: a branch, a tag or a commit. The hub is queri
 
 from __future__ import annotations
 
+import difflib
 import os
 from contextlib import suppress
 from functools import cache
@@ -79,7 +80,19 @@ def pretrained_folder(name: str, key: str, weights: bool = False, code: bool = F
         return path.parent
     if name.startswith((".", "/", "~")) or (name.partition("@")[0].count("/") > 1 and not gguf):
         raise ConfigError(f"{key}: no {'file' if gguf else 'folder'} {name!r} (working directory: {Path.cwd()})")
+    runs = _runs_in(path.parent)
+    if runs:
+        near = difflib.get_close_matches(path.name, runs, n=1)
+        meant = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{key}: the folder {path.parent} has no run {path.name!r}{meant}")
     return _from_hub(name, key, weights, code)
+
+
+def _runs_in(folder: Path) -> list[str]:
+    """Returns the names of the runs in a folder, without those in the working directory, where hub ids may begin."""
+    if folder == Path() or not folder.is_dir():
+        return []
+    return sorted(path.parent.name for path in folder.glob("*/config.yaml"))
 
 
 @cache

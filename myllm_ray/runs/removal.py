@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from myllm_ray.common.pretrained import checkpoint_in
 from myllm_ray.config.errors import CheckpointError, ConfigError
+from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.liveness.heartbeat import find_activity
 from myllm_ray.runs.folder import RunFolder, size_of, why_no_run
 
@@ -76,6 +80,32 @@ def plan_removal(path: Path, checkpoints_only: bool = False, keep_last: int = 0)
     except CheckpointError as error:
         removal.remote_problem = str(error)
     return removal
+
+
+def refuse_bases(removals: Sequence[Removal]) -> None:
+    """Checks that no other run in the same folders needs what will be removed.
+
+    The checkpoints of a run with adapters on a checkpoint of another run hold the trained tensors only.
+
+    Raises:
+        ConfigError: names the run that needs a checkpoint.
+    """
+    gone = {path.resolve() for removal in removals for path in removal.paths}
+    whole = {removal.run.resolve() for removal in removals if removal.whole}
+    for folder in sorted({removal.run.resolve().parent for removal in removals}):
+        for run in sorted(folder.iterdir()):
+            checkpoint = checkpoint_in(str(run)) if run not in whole else None
+            base = None
+            with suppress(CheckpointError):  # a damaged checkpoint of another run
+                base = read_manifest(checkpoint).get("base") if checkpoint else None
+            if not base or base.get("source") != "checkpoint":
+                continue
+            needed = Path(base["name"]).resolve()
+            if needed in gone or gone.intersection(needed.parents):
+                raise ConfigError(
+                    f"{run} needs {needed}: its checkpoints hold only the weights that it trained; remove it too, or "
+                    f"first export it: myllm-ray export {run} OUT --to merged"
+                )
 
 
 def _refuse_active(path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import LLAMA, MakeConfig, comparable
 from spawned import BACKENDS, run_all
+from torch.multiprocessing import ProcessExitedException
 from transformers import AutoModelForCausalLM
 
 from myllm_ray.accelerators.single import SingleGPUAccelerator
@@ -59,11 +60,11 @@ def logits(model: Any) -> torch.Tensor:
     "names",
     [
         pytest.param(["qwen3_moe"], id="one"),
-        pytest.param([name for name in SHAPES if name != "qwen3_moe"], id="others", marks=pytest.mark.promise),
+        pytest.param([name for name in SHAPES if name != "qwen3_moe"], id="others", marks=pytest.mark.slow),
     ],
 )
 def test_from_a_folder_to_an_export(make_config: MakeConfig, tmp_path: Path, names: list[str]) -> None:
-    """3 steps under FSDP and 3 under DDP have the curve of one process; the export has the logits of the run."""
+    """The curve of FSDP, killed after 3 steps, and DDP, resumed, is that of one process; so are the export's logits."""
     for name in names:
         made = build_model(ModelSection(config=SHAPES[name]), byte_tokenizer(), 64, 0)
         save_pretrained(made, byte_tokenizer(), tmp_path / name)
@@ -74,7 +75,7 @@ def test_from_a_folder_to_an_export(make_config: MakeConfig, tmp_path: Path, nam
         return make_config(*given, model=model, tokenizer={"kind": "bytes"})
 
     wholes = run_all(1, [config(name, "whole", "single", "run.max_steps=6") for name in names])
-    firsts = run_all(2, [config(name, "first", "fsdp", "run.max_steps=3") for name in names])
+    firsts = [killed_at_step_3(config, name, tmp_path / f"{name}.killed") for name in names]
     seconds = run_all(
         2,
         [
@@ -108,6 +109,17 @@ TRAINERS: dict[str, tuple[str, ...]] = {
     "ppo-own": ("trainer=ppo", *PROMPTS, "ppo={reward: 'helpers:variety', epochs: 1, critic: own}"),
     "grpo": ("trainer=grpo", *PROMPTS, "grpo={reward: 'helpers:variety', group_size: 2}"),
 }
+
+
+def killed_at_step_3(config: Any, name: str, marker: Path) -> Path:
+    """Trains under FSDP in two processes; rank 0 is killed when the checkpoint of step 3 is complete."""
+    kill = f"callbacks=[jsonl, {{'helpers:KillAtCheckpoint': {{step: 3, marker: '{marker}'}}}}]"
+    made = config(name, "first", "fsdp", "run.max_steps=6", "checkpoint.every_steps=3", kill)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_all(2, [made])
+    folder = Path(made.run.storage) / made.run.name
+    assert [row["step"] for row in comparable(folder)] == [1, 2, 3]
+    return folder
 
 
 @pytest.mark.parametrize(

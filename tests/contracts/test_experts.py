@@ -75,7 +75,11 @@ def test_the_micro_batch_size_changes_nothing(make_config: MakeConfig, kind: str
 
 @pytest.mark.parametrize(
     "backend",
-    ["fsdp", *(pytest.param(name, marks=pytest.mark.promise) for name in BACKENDS if name not in ("single", "fsdp"))],
+    [
+        "fsdp",
+        *(pytest.param(name, marks=pytest.mark.promise) for name in ("ddp", "deepspeed-2", "deepspeed-3")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate", "deepspeed-0", "deepspeed-1")),
+    ],
 )
 def test_every_backend_trains_the_same_experts(make_config: MakeConfig, backend: str) -> None:
     (single,) = run_all(1, [config_of(make_config, "sft", "run.name=single")])
@@ -84,8 +88,13 @@ def test_every_backend_trains_the_same_experts(make_config: MakeConfig, backend:
         assert_same(folder, single)
 
 
-@pytest.mark.promise
-@pytest.mark.parametrize("kind", ["dpo", "grpo", "ppo"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pytest.param(kind, marks=pytest.mark.promise) for kind in ("dpo", "grpo")),
+        pytest.param("ppo", marks=pytest.mark.slow),
+    ],
+)
 def test_every_trainer_on_sharding_backends(make_config: MakeConfig, kind: str) -> None:
     (single,) = run_all(1, [config_of(make_config, kind, "run.name=single")])
     for folder in run_all(

@@ -70,7 +70,10 @@ def assert_same(folder: Path, expected: Path, tolerance: float = 2e-4) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=[pytest.mark.promise] if kind in ("kto", "precomputed") else []) for kind in TRAINERS],
+    [
+        pytest.param(kind, marks={"kto": [pytest.mark.promise], "precomputed": [pytest.mark.slow]}.get(kind, []))
+        for kind in TRAINERS
+    ],
 )
 def test_every_trainer_on_every_backend(make_config: MakeConfig, kind: str) -> None:
     (single,) = run_all(1, [config_of(make_config, kind, "run.name=single")])

@@ -132,7 +132,7 @@ def test_world_size_alone_is_no_difference(make_config: MakeConfig, tmp_path: Pa
     assert 0 < found.largest.distance < 1e-5  # type: ignore[union-attr]
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 def test_a_cause_is_found_beside_another_world_size(make_config: MakeConfig, tmp_path: Path) -> None:
     """The layout of B is made again with two processes, and is within rounding of A."""
     first = run_all(1, [make_config(*COMMON, "run.name=a")])[0]

@@ -25,8 +25,6 @@ from myllm_ray.engine.amendments import amend
 from myllm_ray.engine.reporting.trackers.process import read_state
 from myllm_ray.engine.reporting.trackers.wandb import offline_files, records_in, steps_in
 
-pytestmark = pytest.mark.promise
-
 
 class MLflowServer:
     """A real `mlflow server` with SQLite."""
@@ -116,6 +114,7 @@ def check_curve(found: list[tuple[int, float]], folder: Path) -> None:
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected(folder)], rel=1e-6)
 
 
+@pytest.mark.promise
 def test_tensorboard_has_one_curve(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -124,6 +123,7 @@ def test_tensorboard_has_one_curve(run: Path) -> None:
     check_curve([(event.step, event.value) for event in reader.Scalars("loss")], run)
 
 
+@pytest.mark.promise
 def test_wandb_has_one_curve(run: Path) -> None:
     import json
 
@@ -148,6 +148,7 @@ def test_wandb_has_one_curve(run: Path) -> None:
     assert {"optimizer", "model", "environment"} <= {item.key for item in started[0].config.update}
 
 
+@pytest.mark.promise
 def test_mlflow_has_one_curve_and_a_model(run: Path, server: MLflowServer) -> None:
     from mlflow import MlflowClient
 
@@ -169,6 +170,7 @@ def test_mlflow_has_one_curve_and_a_model(run: Path, server: MLflowServer) -> No
     assert version.tags == {"checkpoint": f"step-{STEPS:08d}"}
 
 
+@pytest.mark.slow
 def test_mlflow_has_the_amended_config_and_a_parent_that_exists(shared: Path, server: MLflowServer) -> None:
     from mlflow import MlflowClient
 
@@ -189,6 +191,7 @@ def test_mlflow_has_the_amended_config_and_a_parent_that_exists(shared: Path, se
     assert (new.info.run_name, new.info.lifecycle_stage) == ("h", "active")
 
 
+@pytest.mark.slow
 def test_trackio_has_one_curve(run: Path, shared: Path) -> None:
     import sqlite3
 
@@ -205,6 +208,7 @@ def plain(shared: Path) -> str:
     return train(config_of(shared, "plain", [])).folder
 
 
+@pytest.mark.promise
 def test_a_server_that_never_answers(shared: Path, plain: str, warned: list[str]) -> None:
     """A socket that accepts connections and never answers: same weights, one warning, and the process ends."""
     with socket.socket() as silent:
@@ -217,6 +221,7 @@ def test_a_server_that_never_answers(shared: Path, plain: str, warned: list[str]
     assert f"{STEPS} of {STEPS} logged steps were not delivered" in warned[-1]
 
 
+@pytest.mark.promise
 def test_a_server_that_is_killed(shared: Path, plain: str, server: MLflowServer, warned: list[str]) -> None:
     """Comes last in this file: the server is killed within the run, when it has received a part of it."""
     tracking = [{"name": "mlflow", "uri": server.uri, "project": "lost", "wait_seconds": 5}]

@@ -103,6 +103,19 @@ def test_a_path_is_never_looked_up(hub: Hub, name: str) -> None:
     assert not hub.asked
 
 
+def test_a_mistyped_run_is_not_looked_up(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/quickstart", "org/other"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"the folder runs has no run 'quickstrat'; did you mean runs/quickstart\?"):
+        pretrained.pretrained_folder("runs/quickstrat", "model.name")
+    assert not hub.asked
+    with pytest.raises(ConfigError, match="hub id"):  # a folder with the name of an organization
+        pretrained.pretrained_folder("org/model", "model.name")
+    assert hub.asked
+
+
 def test_a_tokenizer_error_contains_the_whole_message(tmp_path: Path) -> None:
     """The message of transformers is a list over several lines."""
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

@@ -98,6 +98,28 @@ def test_rm_asks_and_removes(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_base_of_adapters_is_kept(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("run.max_steps=2", "data.validation=null")
+    base = Path(run_local(make_config(*common, "run.name=base", "checkpoint.every_steps=1"))["folder"])
+    adapters = make_config(*common, "run.name=adapters", model={"name": str(base), "lora": {"rank": 2}})
+    run = Path(run_local(adapters)["folder"])
+    code, _, err = call(capsys, monkeypatch, "runs", "rm", base, "--yes")
+    assert code == 2
+    assert "its checkpoints hold only the weights that it trained; remove it too, or first export it" in err
+    assert call(capsys, monkeypatch, "runs", "rm", base, "--checkpoints-only", "--yes")[0] == 2
+    # An older checkpoint is not needed.
+    assert call(capsys, monkeypatch, "runs", "rm", base, "--checkpoints-only", "--keep-last", 1, "--yes")[0] == 0
+    manifest = next(run.glob("checkpoints/*/manifest.json"))
+    text = manifest.read_text()
+    manifest.write_text("{")
+    assert call(capsys, monkeypatch, "runs", "rm", base, "--checkpoints-only", "--keep-last", 1, "--yes")[0] == 0
+    manifest.write_text(text)
+    assert call(capsys, monkeypatch, "runs", "rm", base, run, "--yes")[0] == 0
+    assert not base.exists()
+
+
 def test_rm_of_checkpoints_states_what_happens_to_the_remote_copies(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
