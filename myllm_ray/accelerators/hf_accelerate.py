@@ -103,12 +103,29 @@ class HFAccelerator(Accelerator):
         if cls is None:
             raise ConfigError(f"{key}: accelerate.utils has no {name}")
         keyword_options(cls, arguments or {}, key=key)
-        return cls(**(arguments or {}))
+        return cls(**{option: self._hook(f"{key}.{option}", value) for option, value in (arguments or {}).items()})
+
+    def _hook(self, key: str, value: Any) -> Any:
+        """Returns a communication hook of DDP as the enumeration that Accelerate requires; it ignores its name."""
+        if not key.endswith((".comm_hook", ".comm_wrapper")) or not isinstance(value, str):
+            return value
+        if value in ("power_sgd", "batched_power_sgd"):
+            raise ConfigError(f"{key}={value}: checkpoints do not contain its state, so a resumed run would differ")
+        if value not in ("no", "fp16", "bf16"):
+            raise ConfigError(f"{key}={value!r}: choose from no, fp16, bf16")
+        return self.accelerate.utils.DDPCommunicationHookType(value)
 
     def check_backend(self, device: torch.device) -> None:
         if self.precision == "fp16" and device.type == "cpu":
             raise ConfigError(
                 "accelerator.precision=fp16: Accelerate supports it on GPUs only; use bf16, or ddp, fsdp or deepspeed"
+            )
+        handlers = self.options.get("kwargs_handlers")
+        ddp = handlers.get("DistributedDataParallelKwargs") if isinstance(handlers, Mapping) else None
+        if device.type == "cpu" and ddp and "bf16" in (ddp.get("comm_hook"), ddp.get("comm_wrapper")):
+            raise ConfigError(
+                "accelerator.options.kwargs_handlers: DDP communicates in bf16 on GPUs only; leave the hook out, or "
+                "choose fp16"
             )
         if "fsdp_plugin" in self.options and device.type == "cpu":
             raise ConfigError(

@@ -114,6 +114,12 @@ def test_hybrid_sharding_on_four(make_config: MakeConfig) -> None:
     assert_same([back], plain)
 
 
+def hook(name: str) -> list[str]:
+    """Returns overrides for Accelerate with a communication hook of DDP."""
+    handlers = f"{{kwargs_handlers: {{DistributedDataParallelKwargs: {{comm_hook: {name}}}}}}}"
+    return ["accelerator.name=accelerate", f"accelerator.options={handlers}"]
+
+
 @pytest.mark.promise
 def test_buckets_are_the_same_after_a_resume(make_config: MakeConfig) -> None:
     """With three or more ranks the order of a sum depends on the place of a gradient in its bucket.
@@ -122,6 +128,7 @@ def test_buckets_are_the_same_after_a_resume(make_config: MakeConfig) -> None:
     """
     backends = {name: BACKENDS[name] for name in ("ddp", "accelerate")}
     backends["ddp-static"] = [*BACKENDS["ddp"], "accelerator.options={static_graph: true}"]
+    backends["accelerate-hook"] = hook("fp16")
     common = ("run.max_steps=5", "checkpoint={every_steps: 2, keep_last: null}", "batch.micro_size=2")
     wholes = run_all(4, [make_config(*common, *o, f"run.name={name}") for name, o in backends.items()])
     starts = [f"checkpoint.resume={folder / 'checkpoints' / 'step-00000002'}" for folder in wholes]
@@ -133,6 +140,8 @@ def test_buckets_are_the_same_after_a_resume(make_config: MakeConfig) -> None:
         assert comparable(resumed) == comparable(whole)[2:], whole.name
         first, second = (read_tensors(f / "checkpoints" / "step-00000005") for f in (whole, resumed))
         assert all(torch.equal(first[name], second[name]) for name in first)
+    # Accelerate ignores the hook if it is not its enumeration.
+    assert comparable(wholes[1]) != comparable(wholes[3])
 
 
 @pytest.mark.slow
@@ -234,6 +243,9 @@ def test_generation_with_sharded_parameters(tmp_path: Path, name: str) -> None:
     ("overrides", "said"),
     [
         (["accelerator.name=deepsped"], "did you mean deepspeed?"),
+        (hook("power_sgd"), "a resumed run would differ"),
+        (hook("fp8"), "choose from no, fp16, bf16"),
+        (hook("bf16"), "in bf16 on GPUs only"),
         (
             ["accelerator.name=deepspeed", "accelerator.stage=4"],
             "accelerator.stage: input should be 0, 1, 2 or 3 (got 4)",
