@@ -141,7 +141,7 @@ def _actor_options(service: Service, replicas: int, cores: int) -> dict[str, Any
 
 
 def _replica_message() -> str:
-    """Returns the message of the deployment, which has the error of a replica; "" if there is none.
+    """Returns the message of the deployment, which has the error of a replica, or "".
 
     The exception of `serve.run` has it only if the application had read it when it failed.
     """

@@ -42,7 +42,7 @@ class EvaluationResult:
 
 def read_results(run: Path) -> list[EvaluationResult]:
     """Returns the results in `<run>/evaluations`, ordered by step and then by time. Other files are ignored."""
-    found = [result for path in (run / "evaluations").glob("*.json") if (result := _read(path)) is not None]
+    found = [result for path in sorted((run / "evaluations").glob("*.json")) if (result := _read(path)) is not None]
     return sorted(found, key=lambda r: (r.step, r.time, r.data))
 
 
