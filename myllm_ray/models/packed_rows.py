@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import masking_utils
 
 _packed: ContextVar[bool | None] = ContextVar("packed", default=None)
-_search = masking_utils.find_packed_sequence_indices
+_search = getattr(masking_utils, "find_packed_sequence_indices", None)
 
 
 @contextmanager
@@ -42,11 +42,13 @@ def known_packing(packed: bool | None) -> Iterator[None]:
 def _find(position_ids: Tensor) -> Tensor | None:
     packed = None if torch.compiler.is_compiling() else _packed.get()
     if packed is None:
-        return _search(position_ids)
+        found: Tensor | None = _search(position_ids) if _search is not None else None
+        return found
     if not packed:
         return None
     # As in transformers: a document begins where positions do not continue.
     return (torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1).cumsum(-1)
 
 
-masking_utils.find_packed_sequence_indices = _find
+if _search is not None:  # other versions of transformers search themselves
+    masking_utils.find_packed_sequence_indices = _find

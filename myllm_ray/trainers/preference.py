@@ -90,12 +90,9 @@ class PreferenceTrainer(BaseTrainer):
         return with_derived(micro, _PREPARED_FROM, added)
 
     def inputs(self, micro: Micro) -> tuple[Micro, int]:
-        """Returns the inputs of the model, including `segment_ids`, and the number of answers per row of them.
-
-        Args:
-            micro: The result of `prepare_micro`.
-        """
+        """Returns the inputs of the model, including `segment_ids`, and the number of answers per row of them."""
         if not self.shared_prompt:
+            micro = self.prepare_micro(micro)
             return {name.removeprefix(_ROWS): t for name, t in micro.items() if name.startswith(_ROWS)}, 1
         # The causal mask of the model would let the second answer attend to the first one.
         inputs = {name: micro[name] for name in ("input_ids", "position_ids", "segment_ids")}
