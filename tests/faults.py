@@ -53,7 +53,7 @@ class LowPrecision(SingleGPUAccelerator):
 class Unclipped(SingleGPUAccelerator):
     """Measures the gradient norm and does not clip."""
 
-    def clip(self, gradient_clip: float | None) -> float:
+    def clip(self, gradient_clip: float | None) -> float | Tensor:
         return super().clip(None)
 
 

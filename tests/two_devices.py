@@ -1,5 +1,7 @@
 """A simulated accelerator device: tensors that report the device `gpu:0` and compute on the CPU.
 
+Operations that let the host wait for the device are recorded within `recorded_syncs`.
+
 Under `TwoDevices` an operation on tensors of both devices fails as on a machine with a GPU, and every other operation
 returns its usual result. So a complete run can be checked for tensors that are created on the wrong device.
 
@@ -9,6 +11,9 @@ because autograd in a CUDA build of torch queries the streams of that device.
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +28,62 @@ aten = torch.ops.aten
 _ANY_INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 """Operations whose indices may be on the CPU when the tensor is on the GPU."""
 _BETWEEN = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor, aten.is_same_size.default}
+_READS = {
+    aten._local_scalar_dense.default,
+    aten.equal.default,
+    aten.is_nonzero.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten.repeat_interleave.Tensor,
+    aten.bincount.default,
+    aten._unique2.default,
+    aten.unique_dim.default,
+}
+"""Operations whose result, or its shape, depends on values on the GPU, which the host has to wait for."""
+_recorders: list[list[str]] = []
+
+
+@contextmanager
+def recorded_syncs() -> Iterator[list[str]]:
+    """Records in a list where the host waits for the GPU inside the block."""
+    found: list[str] = []
+    _recorders.append(found)
+    try:
+        yield found
+    finally:
+        _recorders.remove(found)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Records nothing inside the block."""
+    outer, _recorders[:] = _recorders[:], []
+    try:
+        yield
+    finally:
+        _recorders[:] = outer
+
+
+def _record(name: str) -> None:
+    if not _recorders:
+        return
+    frames = [f for f in traceback.extract_stack() if "two_devices" not in f.filename and "/torch/" not in f.filename]
+    where = " < ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in reversed(frames[-4:]))
+    _recorders[-1].append(f"{name} at {where}")
+
+
+def _waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Returns whether an operation lets the host wait for the GPU."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if func in _ANY_INDEX:
+        return any(isinstance(t, OnGPU) and t.dtype in (torch.bool, torch.uint8) for t in tree_leaves(args[1]))
+    if func is aten.copy_.default:
+        between = isinstance(args[0], OnGPU) != isinstance(args[1], OnGPU)
+        return between and not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
+    if func is aten._to_copy.default:
+        device = torch.device(kwargs.get("device") or args[0].device).type
+        return (device == "gpu") != isinstance(args[0], OnGPU) and not kwargs.get("non_blocking")
+    return func in _READS and any(isinstance(t, OnGPU) for t in tensors)
 
 
 class OnGPU(Tensor):
@@ -47,6 +108,7 @@ class OnGPU(Tensor):
         return f"OnGPU({self.inner!r})"
 
     def tolist(self) -> Any:
+        _record("tolist")
         return self.inner.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
@@ -75,6 +137,8 @@ class TwoDevices(TorchDispatchMode):
 
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _recorders and _waits(func, args, kwargs):
+        _record(str(func))
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     on_gpu = any(isinstance(t, OnGPU) for t in tensors)
     if on_gpu and func not in _BETWEEN:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
@@ -17,15 +17,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from myllm_ray.accelerators.collectives import Collectives
 from myllm_ray.accelerators.memory import check_compiled_dropout, save_memory
 from myllm_ray.accelerators.optimizer_state import OptimizerLayout, create_moments
-from myllm_ray.accelerators.precision import DTYPES, LossScale, check_precision, emulation_note, hold_weights
+from myllm_ray.accelerators.precision import (
+    DTYPES,
+    LossScale,
+    check_precision,
+    check_tf32,
+    emulation_note,
+    hold_weights,
+    set_tf32,
+)
 from myllm_ray.accelerators.process_group import init_group, keep_group
 from myllm_ray.accelerators.sharding import largest_shard, local_bytes
+from myllm_ray.accelerators.staging import Transfers
 from myllm_ray.common import distributed
 from myllm_ray.common.materialize import materialize
 from myllm_ray.common.modules import whole_shape
-from myllm_ray.common.types import Micro
 from myllm_ray.config.by_hand import sections
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import AcceleratorSection, ScalingSection, Section
@@ -52,15 +61,15 @@ It must return the same value on every rank, because the ranks step together.
 class StepResult(NamedTuple):
     """The result of one optimizer step."""
 
-    grad_norm: float
-    """2-norm of the gradient of all parameters, before clipping."""
+    grad_norm: float | Tensor
+    """2-norm of the gradient of all parameters, before clipping; a scalar tensor if the device may still compute it."""
     skipped: bool = False
     """Whether the step changed no weight, because the gradient overflowed in fp16 or the judge rejected the step."""
     reason: str | None = None
     """The reason that the judge returned; None if it accepted the step or was not called."""
 
 
-class Accelerator(ABC):
+class Accelerator(Collectives, Transfers, ABC):
     """Base class of the backends, which place, shard and step a model.
 
     Args:
@@ -119,6 +128,8 @@ class Accelerator(ABC):
         # Limits of the backend come first: if no machine supports the config, advice about this device does not help.
         self.check_backend(device)
         check_precision(self.precision, device)
+        if self.section.tf32:
+            check_tf32(device)
 
     def check_backend(self, device: torch.device) -> None:
         """Rejects a config that this backend does not support on any device of this type.
@@ -156,6 +167,7 @@ class Accelerator(ABC):
         if self.device.type == "cuda":
             # "cuda" without an index, also inside libraries, then refers to the device of this worker.
             torch.cuda.set_device(self.device)
+            set_tf32(self.section.tf32)
         if self.distributed and not distributed.is_distributed():
             scaling = section_of(self.config, "scaling", ScalingSection)
             init_group(self.device.type, scaling.timeout_seconds)
@@ -233,6 +245,11 @@ class Accelerator(ABC):
         return materialize(model, self.device).requires_grad_(False).eval()
 
     @property
+    def asynchronous(self) -> bool:
+        """Whether operations on the device return before it has computed them."""
+        return self.device.type != "cpu"
+
+    @property
     def shards(self) -> int:
         """Number of ranks over which each parameter is sharded."""
         return 1
@@ -292,67 +309,41 @@ class Accelerator(ABC):
         # `gradient_clip` is a bound on the true gradients, so the loss scale is removed first.
         self.loss_scale.unscale_(self.optimizer)
         norm = self.clip(gradient_clip)
-        # The norm is the same on every rank, and so are the decisions that follow from it.
+        # The norm is the same on every rank, and so are the decisions that follow from it. The host waits for it only
+        # for a judge or a loss scale.
         reason = self.judge(norm, judge)
-        skipped = self.loss_scale.step(self.optimizer, math.isfinite(norm), reject=reason is not None)
+        finite = not self.loss_scale.enabled or math.isfinite(norm)
+        skipped = self.loss_scale.step(self.optimizer, finite, reject=reason is not None)
         # Also after a skipped step: the learning rate is a function of the step number.
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(norm, skipped, reason)
 
-    def judge(self, norm: float, judge: Judge | None) -> str | None:
+    def judge(self, norm: float | Tensor, judge: Judge | None) -> str | None:
         """Calls the judge, unless fp16 overflowed, and returns its reason to skip the step or None."""
+        if judge is None:
+            return None
+        value = float(norm)
         # The loss scaler handles an overflow: it skips the step and halves the scale.
-        overflow = self.loss_scale.enabled and not math.isfinite(norm)
-        return None if judge is None or overflow else judge(norm)
+        overflow = self.loss_scale.enabled and not math.isfinite(value)
+        return None if overflow else judge(value)
 
-    def clip(self, gradient_clip: float | None) -> float:
+    def clip(self, gradient_clip: float | None) -> float | Tensor:
         """Scales the gradients to a norm of at most `gradient_clip`, in place, and returns the norm before clipping."""
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # On CUDA one kernel for many tensors. torch selects it by itself for plain tensors only, not for sharded ones.
+        foreach = True if parameters and all(p.grad.is_cuda for p in parameters if p.grad is not None) else None
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=foreach)
         # The norm of sharded gradients is a DTensor. `full_tensor` reduces it over ranks, so every rank must call it.
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm)
-        return float(norm)
-
-    def move(self, micro: Micro) -> Micro:
-        """Returns a micro-batch on the device."""
-        if self.device.type == "cpu":
-            return micro
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro.items()}
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm, foreach=foreach)
+        return norm
 
     def generation(self) -> AbstractContextManager[Any]:
         """Returns a context in which the model's parameters are complete on every rank, as `generate` requires."""
         return nullcontext()
-
-    def all_reduce(self, values: Iterable[float | Tensor]) -> Tensor:
-        """Returns the sums of values over all ranks.
-
-        Args:
-            values: Numbers or tensors, in the same order and with the same sizes on every rank. Tensors are flattened.
-
-        Returns:
-            (n,) float64 on the CPU, n being the total number of elements.
-        """
-        # float64, because fp32 represents integers, such as counts of tokens, only up to 2**24. One collective for all
-        # values, on the device of the training collectives.
-        items = [
-            v.detach().to("cpu", torch.float64).flatten()
-            if isinstance(v, Tensor)
-            else torch.tensor([v], dtype=torch.float64)
-            for v in values
-        ]
-        return distributed.all_reduce_(torch.cat(items).to(self.device)).cpu()
-
-    def all_reduce_ints(self, values: Iterable[int]) -> list[int]:
-        """Returns the sums of integers over all ranks, modulo 2**64, as signed 64-bit integers."""
-        tensor = torch.tensor(list(values), dtype=torch.int64, device=self.device)
-        return [int(v) for v in distributed.all_reduce_(tensor).cpu()]
-
-    def barrier(self) -> None:
-        """Waits until every rank has reached this call."""
-        distributed.barrier()
 
     def state(self, frozen: bool = True) -> dict[str, Tensor]:
         """Returns the fp32 tensors of a checkpoint, by name: `model.<name>` and `optimizer.<name>.<moment>`.

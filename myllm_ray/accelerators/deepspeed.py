@@ -285,9 +285,9 @@ class DeepSpeedAccelerator(Accelerator):
         # DeepSpeed does not get the schedule, because it would not advance it in a skipped step.
         self.schedule.step()
         norm = self.engine.get_global_grad_norm()
-        norm = math.nan if norm is None else float(norm)
+        norm = math.nan if norm is None else norm
         # ZeRO skipped the step because of the norm, so the inner optimizer, and with it the judge, was not called.
-        if not self._judged and not math.isfinite(norm):
+        if judge is not None and not self._judged and not math.isfinite(norm):
             self._reason = self.judge(norm, judge)
         self._judge = None
         overflow = self.loss_scale.enabled and bool(cast(Any, self.optimizer).overflow)

@@ -63,6 +63,28 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise ConfigError(f"accelerator.precision={precision}: {reason}; use {other}")
 
 
+def set_tf32(on: bool) -> None:
+    """Sets whether fp32 products on CUDA run in TF32: matrix products, and convolutions and recurrent layers of cuDNN.
+
+    torch's defaults differ: TF32 is off for matrix products and on for convolutions.
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)  # type: ignore[attr-defined]
+    for backend in backends:
+        backend.fp32_precision = "tf32" if on else "ieee"
+
+
+def check_tf32(device: torch.device) -> None:
+    """Rejects `accelerator.tf32` on a device without TF32.
+
+    Raises:
+        ConfigError: Names the device.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    raise ConfigError(f"accelerator.tf32: {name} has no TF32 (GPUs of compute capability 8.0 or later do); remove it")
+
+
 def autocast_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Returns the weights that autocast casts to `dtype` at every use, as a mapping of names to `dtype`.
 

@@ -70,6 +70,21 @@ def all_reduce_(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:
     return tensor
 
 
+def all_reduce_on_host_(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums a CPU tensor over all ranks in place and returns it. The device is not used.
+
+    A group whose backend has no collectives on CPU tensors (nccl alone, in a process group of the user) sums a copy on
+    the device instead.
+    """
+    if not is_distributed() or world_size() == 1:
+        return tensor
+    group = dist.distributed_c10d._get_default_group()
+    if torch.device("cpu") in group._device_types:
+        dist.all_reduce(tensor)
+        return tensor
+    return tensor.copy_(all_reduce_(tensor.to(group._device_types[0])))
+
+
 def lost_a_peer(error: BaseException) -> bool:
     """Returns whether a collective failed because another process exited, so that the cause is on another rank."""
     # torch raises most of these errors as plain RuntimeErrors, so the texts of gloo and NCCL identify them.

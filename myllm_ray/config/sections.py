@@ -164,6 +164,9 @@ class DataSection(Section):
     )
     on_bad_row: Literal["error", "skip"] = "error"
     cache: str | None = Field(None, description="folder of prepared data; default: <run.storage>/.data")
+    prefetch_batches: NonNegativeInt = Field(
+        2, description="global batches that a thread prepares and copies to the device in advance; 0: no thread"
+    )
 
     @property
     def sources(self) -> list[SourceSection]:
@@ -281,6 +284,7 @@ class AcceleratorSection(Section):
     name: str = Field("single", description="single, ddp, fsdp, accelerate, deepspeed, or an import path")
     stage: Literal[0, 1, 2, 3] | None = Field(None, description="for deepspeed: ZeRO stage; default: 2")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tf32: bool = Field(False, description="compute fp32 matrix products on a GPU in TF32: faster, rounded to 10 bits")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     offload: OffloadSection = Field(default_factory=OffloadSection)
     activation_checkpointing: Literal["none", "full"] | PositiveInt = Field(

@@ -77,20 +77,20 @@ def evaluate(
         the data is a target.
     """
     trainer.model.eval()
-    # float64, because rounding errors of many batches add up in fp32.
-    total = MetricSum(torch.tensor(0.0, dtype=torch.float64))
+    total = MetricSum(0.0)
     count = min(data.steps_in_epoch(0), max_batches or 2**62)
     for batch in track(data.batches(Position(), count), "evaluating", count):
         on_batch()
         for micro in trainer.evaluation_micros(batch):
+            micro = trainer.prepare_micro(micro)
+            # Before the micro-batch is moved, while its weight is on the host.
+            total.weight += float(trainer.evaluation_weight(micro))
             micro = accelerator.move(micro)
-            # On the CPU, like the weight of `MetricSum`. This synchronizes host and device for every micro-batch.
-            total.weight += trainer.evaluation_weight(micro).double().cpu()
             with accelerator.autocast():
                 total.add(trainer.evaluation_step(micro))
     trainer.model.train()
     # One collective for the weight and the checksum of the names, before `reduce` adds the metrics by position.
-    total.weight, checksums = accelerator.all_reduce([total.weight, total.checksum])
+    total.weight, checksums = accelerator.all_reduce_on_host([total.weight, total.checksum])
     total.check_names(int(checksums))
     values = total.reduce(accelerator)
     if "loss" not in values:

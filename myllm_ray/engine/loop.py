@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,9 +15,9 @@ import torch
 from myllm_ray.accelerators.base import Accelerator, StepResult
 from myllm_ray.common import distributed
 from myllm_ray.common.seeds import seed_all
-from myllm_ray.common.types import Batch, BatchStream, Exit, Micro, Position, RunState, as_mapping
+from myllm_ray.common.types import Batch, BatchStream, Exit, Micro, RunState, as_mapping
 from myllm_ray.config.amendments import next_boundary
-from myllm_ray.config.errors import CheckpointError, ConfigError, TrainingError
+from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.engine.batch_weight import WeightCheck
 from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpointing.contents import manifest_of, opened, restore
@@ -29,8 +28,10 @@ from myllm_ray.engine.evaluation import EvaluationTasks, evaluate_all
 from myllm_ray.engine.exits import AGREED, SAVED, exit_of
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
 from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.prefetch import PrefetchedBatches
 from myllm_ray.engine.reporting.jsonl import Ledger, SampleTable
 from myllm_ray.engine.reporting.metrics import MetricSum
+from myllm_ray.engine.reporting.step_report import StepReports
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.engine.settings import EngineSettings
 from myllm_ray.engine.stability import Stability
@@ -84,12 +85,14 @@ class TrainerEngine:
         if on_request and not as_mapping(config).get("checkpoint"):
             self.settings.checkpoint.at_end = False
         self.stream, self.validation, self.tasks = stream, validation, tasks
-        self._evaluates = validation is not None or tasks is not None
+        self.evaluates = validation is not None or tasks is not None
         self.manifest, self.constants = manifest or {}, constants or {}
         self.heartbeat, self.average = heartbeat or Heartbeat(), WeightAverage(config)
         self.stability = Stability(self.settings.stability, folder)
         self.state = RunState(folder=folder)
         self.metrics: dict[str, float] = {}
+        self.reports = StepReports(self)
+        self.batches: PrefetchedBatches | None = None
         self._callbacks = tuple(callbacks)
         self._saved_step = -1
         # The weights of a model that is not trained completely are saved, unless they can be built again.
@@ -147,17 +150,18 @@ class TrainerEngine:
         self._boundary = next_boundary(self.settings.run.amendments, self.state.step)
         try:
             self.callbacks.emit("on_train_start", self.state)
-            if self.settings.evaluation.at_start and self.state.step == 0 and self._evaluates:
+            if self.settings.evaluation.at_start and self.state.step == 0 and self.evaluates:
                 self.callbacks.emit("on_log", self.state, self.evaluate())
             self.heartbeat.enter("data", self.state.step + 1)
-            left = (self.state.total_steps - self.state.step) // self.trainer.steps_per_batch
-            for batch in self.trainer.prefetch_rollouts(self.stream.batches(self.state.position, left)):
+            self.batches = self._prefetch(self.stream)
+            for batch in self.trainer.prefetch_rollouts(self.batches):
                 if self.state.step == 0:
                     self.trainer.check(batch)
                 self._train_batch(batch)
                 if self.state.exit is not None or "stop" in self._agreed:
                     break
                 self.heartbeat.enter("data", self.state.step + 1)
+            self.reports.finish()
             # A run that rewinds or is aborted must not save.
             exit = self.state.exit
             wanted = self.settings.checkpoint.at_end if exit is None else exit.kind in SAVED
@@ -170,6 +174,8 @@ class TrainerEngine:
             self.callbacks.emit("on_exception", self.state, error)
             raise
         finally:
+            if self.batches is not None:
+                self.batches.close()
             if self.checkpoints:  # completes a checkpoint that is being written, also after a failure of the run
                 with suppress(CheckpointError, RuntimeError):
                     self.checkpoints.wait(WAIT_SECONDS)
@@ -178,6 +184,11 @@ class TrainerEngine:
             self.samples.close()
             self.accelerator.close()
         return self.state
+
+    def _prefetch(self, stream: BatchStream) -> PrefetchedBatches:
+        left = (self.state.total_steps - self.state.step) // self.trainer.steps_per_batch
+        depth = self.settings.prefetch_batches
+        return PrefetchedBatches(stream.batches(self.state.position, left), self.trainer, self.accelerator, depth)
 
     def _train_batch(self, batch: Batch) -> None:
         """Runs all optimizer steps of one global batch."""
@@ -196,25 +207,27 @@ class TrainerEngine:
                 if self.stability.intervene(self.state.step + 1, result.reason, self.state.is_main) == "rewind":
                     self.state.exit = Exit("rewind", f"step {self.state.step + 1}: {result.reason}: rewinding")
                     return
+            self.reports.finish()  # the previous one: the device is busy with this one while the host reads
             self.state.step += 1
             self.skipped_steps += result.skipped
             self.average.update(self.state.step, result.skipped)
             self.callbacks.emit("on_step_end", self.state)
-            fingerprint = self._agree(batch.fingerprint, sums)
+            fingerprint = self.agree(batch.fingerprint, sums)
             self._tell_checkpoints()
             self.ledger.write(self.state.step, batch.position, self._rows(batch), fingerprint, skipped)
-            self._report(result, sums, time.perf_counter() - started, batch.position)
+            self.reports.add(result, sums, batch.position, started)
             started = time.perf_counter()
         self.samples.write(first, self.state.step, self.trainer.samples)
         self.state.position = batch.next
-        if self._due(self.settings.checkpoint.every_steps, "save", first) and self.checkpoints:
+        if self.due(self.settings.checkpoint.every_steps, "save", first) and self.checkpoints:
             self.save()
         if batch.next.epoch != batch.position.epoch:
+            self.reports.finish()
             self.callbacks.emit("on_epoch_end", self.state)
         decided = self.callbacks.decide(self.state)
         self.callbacks.emit("on_batch_end", self.state)
         if decided:  # the same on every rank, so every rank enters this additional collective
-            self._agree(0)
+            self.agree(0)
         state = self.state
         state.exit = exit_of(self._agreed, state.requests, state.step, state.total_steps, self._boundary)
 
@@ -224,11 +237,12 @@ class TrainerEngine:
         The loss is summed over micro-batches and ranks and divided once, by the weight of the global batch. It does not
         depend on how the batch is split into micro-batches and ranks.
         """
+        micros = [self.trainer.prepare_micro(micro) for micro in micros]
         # Before the all-reduce: a rank that hangs there must not be reported in phase rollout.
         self.heartbeat.enter("forward", self.state.step + 1)
-        # Synchronizes host and device: the first backward pass needs the global weight.
-        weight = self.accelerator.all_reduce([sum(self.trainer.batch_weight(m) for m in micros)])[0]
-        self._weights.check(float(weight), self.state)
+        # On the host: the first backward pass needs the global weight.
+        (weight,) = self.accelerator.all_reduce_on_host([sum(self.trainer.batch_weight(m) for m in micros)])
+        self._weights.check(weight, self.state)
         sums = MetricSum(weight)
         step = self.state.step + 1
         for i, micro in enumerate(micros):
@@ -240,7 +254,7 @@ class TrainerEngine:
                     output = self.trainer.train_step(micro)
                 self.heartbeat.enter("backward", step)
                 # Outside autocast. A batch of weight 0 has a loss of 0, which must not become NaN.
-                self.accelerator.backward(output.loss_sum / max(float(weight), 1e-9))
+                self.accelerator.backward(output.loss_sum / max(weight, 1e-9))
             sums.add(output)
         self.heartbeat.enter("optimizer", step)
         if not self.stability.active:
@@ -289,6 +303,7 @@ class TrainerEngine:
     def save(self) -> Path:
         """Saves a checkpoint of the current step and returns its folder."""
         assert self.checkpoints is not None
+        self.reports.finish()  # a checkpoint never contains the result of a non-finite gradient
         self.heartbeat.enter("checkpoint", self.state.step)
         copied = self.accelerator.state_is_a_copy
         tensors = {**self.accelerator.state(self.saves_frozen), **self.average.tensors()}
@@ -306,49 +321,7 @@ class TrainerEngine:
             self.checkpoints.wait(seconds)
         self._tell_checkpoints()
 
-    def _report(self, result: StepResult, sums: MetricSum | None, seconds: float, position: Position) -> None:
-        """Raises on a non-finite gradient, and evaluates and logs when they are due."""
-        if not math.isfinite(result.grad_norm) and not result.skipped:
-            raise TrainingError(
-                f"step {self.state.step}: the gradient is not finite (norm {result.grad_norm}), in the batch at epoch "
-                f"{position.epoch}, row {position.row}; see its rows with "
-                f"`myllm-ray replay RUN --step {self.state.step}`. The last checkpoint is kept. Try a lower "
-                "optimizer.lr, a longer warm-up, or accelerator.precision=fp32"
-            )
-        evaluated: dict[str, float] = {}
-        if self._evaluates and (
-            self._due(self.settings.evaluation.every_steps, "evaluate")
-            or (self.settings.evaluation.at_end and self.state.step == self.state.total_steps)
-        ):
-            evaluated = self.evaluate()
-            self._agree(0)
-        if (
-            evaluated
-            or self.state.step % self.settings.logging.every_steps == 0
-            or self.state.step == self.state.total_steps
-        ):
-            self._log(result, sums, evaluated, seconds)
-
-    def _log(self, result: StepResult, sums: MetricSum | None, evaluated: dict[str, float], seconds: float) -> None:
-        values = sums.reduce(self.accelerator) if sums else {}  # a collective that also waits for the device
-        self.metrics = {
-            **values,
-            **(self.trainer.derived_metrics(values) if values else {}),
-            "learning_rate": self.last_rate,
-        }
-        self.metrics = {name: value for name, value in self.metrics.items() if name[0] != "_"}
-        if not result.skipped:  # an overflowing gradient has no norm
-            self.metrics["grad_norm"] = result.grad_norm
-        if self.accelerator.loss_scale.enabled:
-            self.metrics["loss_scale"] = self.accelerator.loss_scale.value
-        if self.accelerator.loss_scale.enabled or self.stability.active:
-            self.metrics["skipped_steps"] = float(self.skipped_steps)
-            self.metrics = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
-        rates = {"time": time.time(), "tokens_per_second": values.get("tokens", 0.0) / seconds}
-        self.metrics.update({**evaluated, **self.constants, **rates})
-        self.callbacks.emit("on_log", self.state, self.metrics)
-
-    def _due(self, every: int | None, request: str, since: int | None = None) -> bool:
+    def due(self, every: int | None, request: str, since: int | None = None) -> bool:
         """Returns whether a multiple of `every` was reached after step `since` (default: now), or on request."""
         requested = request in self._agreed
         if requested:
@@ -357,7 +330,7 @@ class TrainerEngine:
         since = self.state.step - 1 if since is None else since
         return requested or bool(every and self.state.step // every > since // every)
 
-    def _agree(self, fingerprint: int, sums: MetricSum | None = None) -> int:
+    def agree(self, fingerprint: int, sums: MetricSum | None = None) -> int:
         """Returns the sum of the fingerprint over ranks, and exchanges requests and failures in the same all-reduce.
 
         If a rank failed to write a background checkpoint, or if the names of metrics differ between ranks, all ranks

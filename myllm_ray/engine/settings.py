@@ -7,10 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from myllm_ray.common.types import as_mapping
 from myllm_ray.config.by_hand import gradient_clip, sections
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.evaluation_section import EvaluationSection
 from myllm_ray.config.run_section import RunSection
+from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sections import (
     BatchSection,
     CheckpointSection,
@@ -31,6 +33,8 @@ class EngineSettings:
     evaluation: EvaluationSection
     stability: StabilitySection
     gradient_clip: float | None
+    prefetch_batches: int
+    """Number of batches that are prepared in advance."""
     micro_size: int | None
     """Rows of a micro-batch. None if the config does not set it; each rank then has one micro-batch per step."""
 
@@ -61,10 +65,21 @@ class EngineSettings:
             evaluation=section_of(source, "evaluation", EvaluationSection),
             stability=section_of(source, "stability", StabilitySection),
             gradient_clip=gradient_clip(source),
+            prefetch_batches=_prefetch_batches(source),
             micro_size=batch.micro_size
             if "micro_size" in batch.model_fields_set or isinstance(config, BaseModel)
             else None,
         )
+
+
+def _prefetch_batches(source: Any) -> int:
+    """Returns `data.prefetch_batches`. A manually constructed run has no thread by default.
+
+    Its data set may be unsafe in another thread, or draw from the random number generators that the engine seeds.
+    """
+    if isinstance(source, TrainerConfig):
+        return source.data.prefetch_batches
+    return int(as_mapping(source.get("data")).get("prefetch_batches", 0))
 
 
 def _logging(source: Any) -> LoggingSection:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.types import RouterLosses, TokenLosses, TokenScores, shifted_targets
+from myllm_ray.models.packed_rows import known_packing
 from myllm_ray.models.routers import Routers
 from myllm_ray.ops.cross_entropy import cross_entropy_from_logits, linear_cross_entropy
 from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
@@ -26,6 +28,8 @@ class CausalLM(nn.Module):
     """
 
     computes_token_losses = True
+    takes_places = True
+    """Whether `forward` takes the arguments `predictors`, `targets` and `packed` together with `labels`."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -53,6 +57,7 @@ class CausalLM(nn.Module):
         cache: Any = None,
         sequences: Tensor | None = None,
         sequence_weights: Tensor | None = None,
+        packed: bool | None = None,
     ) -> TokenLosses | TokenScores | Tensor:
         """Returns token losses for `labels`, token scores for `targets`, or the next logits for a `cache`.
 
@@ -61,7 +66,8 @@ class CausalLM(nn.Module):
 
         Args:
             input_ids: (B, S) token ids.
-            labels: (B, S) labels; the losses are those of the positions with a label.
+            labels: (B, S) labels; the losses are those of the positions with a label. With `targets` and `predictors`,
+                these are used instead of searching the labels, which synchronizes with the device.
             position_ids: (B, S) positions, restarting at each document.
             predictors: (T,) indices into the flattened (B · S) input of the tokens that predict the targets.
             targets: (T,) token ids to score.
@@ -73,6 +79,7 @@ class CausalLM(nn.Module):
             sequences: (B, S) index of the sequence that each token belongs to, -1 for padding. It requires
                 `sequence_weights`; the result then includes the loss of the model's routers, if it has routers.
             sequence_weights: (N,) weights of the sequences in the loss of the routers.
+            packed: See `known_packing` (models/packed_rows.py).
 
         Returns:
             `TokenLosses` for labels, `TokenScores` for targets, or (B, V) logits after the last token for a cache.
@@ -96,31 +103,30 @@ class CausalLM(nn.Module):
         # transformers' own router loss is not used, and it does not support 4D masks.
         if getattr(self.config, "output_router_logits", False):
             inputs["output_router_logits"] = False
-        if targets is not None:
-            assert predictors is not None
-            if sequences is None or not self.routers:
-                return self.score(inputs, predictors, targets, temperature, entropy)
-            with self.routers.recording():
-                scores = self.score(inputs, predictors, targets, temperature, entropy)
-            return scores._replace(router=router_losses(self, sequences, sequence_weights))
-        assert labels is not None, "forward needs labels or targets"
-        if sequences is None or not self.routers:
-            return self.token_losses(inputs, labels)
-        with self.routers.recording():
-            losses = self.token_losses(inputs, labels)
-        return losses._replace(router=router_losses(self, sequences, sequence_weights))
+        records = sequences is not None and len(self.routers) > 0
+        result: TokenLosses | TokenScores
+        with known_packing(packed), self.routers.recording() if records else nullcontext():
+            if labels is not None:
+                targets = shifted_targets(labels) if predictors is None or targets is None else targets
+                result = self.token_losses(inputs, targets, predictors)
+            else:
+                assert targets is not None, "forward needs labels or targets"
+                assert predictors is not None, "targets need predictors"
+                result = self.score(inputs, predictors, targets, temperature, entropy)
+        if not records or sequences is None:
+            return result
+        return result._replace(router=router_losses(self, sequences, sequence_weights))
 
-    def token_losses(self, inputs: dict[str, Any], labels: Tensor) -> TokenLosses:
-        """Returns the losses at the positions with a label.
+    def token_losses(self, inputs: dict[str, Any], targets: Tensor, predictors: Tensor | None = None) -> TokenLosses:
+        """Returns the losses at the positions with a target.
 
         Args:
             inputs: Arguments of the wrapped model.
-            labels: (B, S).
+            targets, predictors: See `at_targets` (ops/cross_entropy.py).
         """
-        shifted = shifted_targets(labels)
         if not self.fused:
-            return cross_entropy_from_logits(self.model(**inputs).logits, shifted)
-        return linear_cross_entropy(self.hidden(inputs), self.head, shifted)
+            return cross_entropy_from_logits(self.model(**inputs).logits, targets, predictors)
+        return linear_cross_entropy(self.hidden(inputs), self.head, targets, predictors=predictors)
 
     def score(
         self, inputs: dict[str, Any], predictors: Tensor, targets: Tensor, temperature: float, entropy: bool

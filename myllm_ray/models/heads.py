@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from myllm_ray.common.types import RouterLosses, TokenScores
 from myllm_ray.models.causal_lm import CausalLM, router_losses
+from myllm_ray.models.packed_rows import known_packing
 from myllm_ray.models.routers import Routers
 from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
 
@@ -27,6 +28,9 @@ class RewardModel(nn.Module):
         model: A sequence classifier of transformers.
     """
 
+    takes_places = True
+    """Whether `forward` takes the argument `packed`."""
+
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
@@ -42,6 +46,7 @@ class RewardModel(nn.Module):
         attention_mask: Tensor | None = None,
         sequences: Tensor | None = None,
         sequence_weights: Tensor | None = None,
+        packed: bool | None = None,
     ) -> Tensor | tuple[Tensor, RouterLosses]:
         """Returns the scores at the last tokens of answers.
 
@@ -52,12 +57,13 @@ class RewardModel(nn.Module):
             attention_mask: As in `CausalLM.forward`.
             sequences: As in `CausalLM.forward`.
             sequence_weights: As in `CausalLM.forward`.
+            packed: As in `CausalLM.forward`.
 
         Returns:
             (N,) scores in fp32 or higher precision; with `sequences` and a model with routers, a tuple of the scores
             and the loss of the routers.
         """
-        with self.routers.recording() if sequences is not None else nullcontext():
+        with known_packing(packed), self.routers.recording() if sequences is not None else nullcontext():
             hidden = self.model.base_model(
                 input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
             ).last_hidden_state

@@ -16,21 +16,39 @@ CHUNK = 512
 """Number of tokens per chunk of logits. With a vocabulary of 50k in fp32: 512 × 50k × 4 bytes = 100 MB."""
 
 
-def cross_entropy_from_logits(logits: Tensor, targets: Tensor) -> TokenLosses:
-    """Returns -log softmax(logits)[target] at the positions whose target is not `IGNORE`.
+def at_targets(values: Tensor, targets: Tensor, predictors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the values (T, N) at the positions that have a target, and their targets (T,).
+
+    Args:
+        values: (B, S, N).
+        targets: (B, S) token ids, already shifted, or `IGNORE`; with `predictors`, (T,) token ids.
+        predictors: (T,) indices of the positions in the flattened (B · S) values, all different. None: they are
+            found with a boolean mask, which synchronizes with the device.
+    """
+    if predictors is None:
+        kept = targets != IGNORE
+        return values[kept], targets[kept]
+    return values.flatten(0, 1).index_select(0, predictors), targets
+
+
+def cross_entropy_from_logits(logits: Tensor, targets: Tensor, predictors: Tensor | None = None) -> TokenLosses:
+    """Returns -log softmax(logits)[target] at the positions that have a target.
 
     Args:
         logits: (B, S, V), any float dtype. The loss is computed in fp32.
-        targets: (B, S) token ids, already shifted, or `IGNORE`.
+        targets: See `at_targets`.
+        predictors: See `at_targets`.
     """
-    kept = targets != IGNORE
-    selected = logits[kept].float()
-    nll = torch.nn.functional.cross_entropy(selected, targets[kept], reduction="none")
-    return TokenLosses(nll.sum(), nll.detach(), selected.detach().argmax(-1) == targets[kept])
+    selected, targets = at_targets(logits, targets, predictors)
+    selected = selected.float()
+    nll = torch.nn.functional.cross_entropy(selected, targets, reduction="none")
+    return TokenLosses(nll.sum(), nll.detach(), selected.detach().argmax(-1) == targets)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK) -> TokenLosses:
-    """Returns -log softmax(hidden @ weight.T)[target], summed over the positions whose target is not `IGNORE`.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK, predictors: Tensor | None = None
+) -> TokenLosses:
+    """Returns -log softmax(hidden @ weight.T)[target], summed over the positions that have a target.
 
     The head is computed only at these positions. The gradients of `hidden` and `weight` are computed in the forward
     pass, chunk by chunk, while the logits of the chunk are in memory; the backward pass only scales them (as in Liger
@@ -39,11 +57,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk:
     Args:
         hidden: (B, S, H) hidden states.
         weight: (V, H). Its gradient has the dtype of `weight` and is accumulated in fp32 or higher precision.
-        targets: (B, S) token ids, already shifted, or `IGNORE`.
+        targets: See `at_targets`.
         chunk: Number of tokens whose logits are in memory at a time.
+        predictors: See `at_targets`.
     """
-    kept = targets != IGNORE
-    nll_sum, nll, correct = _LinearCrossEntropy.apply(hidden[kept], weight, targets[kept], chunk)
+    hidden, targets = at_targets(hidden, targets, predictors)
+    nll_sum, nll, correct = _LinearCrossEntropy.apply(hidden, weight, targets, chunk)
     return TokenLosses(nll_sum, nll, correct)
 
 

@@ -19,7 +19,7 @@ _TAIL_BYTES = 16_384
 _MOST_TAIL_BYTES = 1 << 20
 _RECORDS = ("environment.json", "metrics.jsonl", "ledger.jsonl", "checkpoints")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is ten times as fast
-CLOCK = ("time", "tokens_per_second")
+CLOCK = ("time", "tokens_per_second", "data_wait", "data_wait_share")
 """Metrics that depend on a clock, so they differ between two equal runs."""
 
 

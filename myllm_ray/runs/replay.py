@@ -342,5 +342,5 @@ class _ReplayEngine(TrainerEngine):
             return super().training_step(micros)
         self.parts = decompose(self, micros, self._drop, self._gradients)
         result, sums = super().training_step(micros)
-        self.norm = result.grad_norm
+        self.norm = float(result.grad_norm)
         return result, sums

@@ -36,13 +36,14 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, relu
 
+from myllm_ray.common.micros import to_device
 from myllm_ray.common.modules import adapters_off
 from myllm_ray.common.types import Batch, MetricPairs, Micro, StepOutput
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.trainers import TrainerSection
 from myllm_ray.trainers.base import BaseTrainer
-from myllm_ray.trainers.preference import AnswerScores, PreferenceTrainer, ReferenceTable, answer_log_probs
+from myllm_ray.trainers.preference import AnswerScores, PreferenceTrainer, ReferenceTable, answer_log_probs, answers_of
 from myllm_ray.trainers.routing import with_router_loss
 from myllm_ray.trainers.scoring import filled_rows
 from myllm_ray.trainers.self_checks import policy_starts_at_reference
@@ -264,9 +265,10 @@ class DPOTrainer(PreferenceTrainer):
             routing: Whether to compute the loss of the routers, for a mixture of experts.
             first_only: Whether the second answer of a row is not trained on (KTO).
         """
+        micro = self.prepare_micro(micro)
         inputs, per_row = self.inputs(micro)
         routed = self.routing(micro, inputs, per_row, first_only) if routing else None
-        scores = answer_log_probs(self.model, inputs, per_row, len(micro["segment_ids"]), routed)
+        scores = answer_log_probs(self.model, inputs, per_row, len(micro["segment_ids"]), routed, answers_of(micro))
         return scores._replace(log_probs=self._normalized(scores.log_probs, scores.lengths))
 
     def _normalized(self, total: Tensor, lengths: Tensor) -> Tensor:
@@ -294,25 +296,27 @@ class DPOTrainer(PreferenceTrainer):
         # From a table, or computed by KTO before the first step on the batch.
         if "reference_log_probs" in micro:
             return micro["reference_log_probs"]
+        micro = self.prepare_micro(micro)
         inputs, per_row = self.inputs(micro)
         if self.adapter_off:
             # The frozen base weights of the policy are the reference, so no second model is in memory.
             with adapters_off(self.model):
-                return answer_log_probs(self.model, inputs, per_row, rows)[0]
+                return answer_log_probs(self.model, inputs, per_row, rows, found=answers_of(micro))[0]
         assert self.reference is not None, "with a table, micro-batches come from `optimizer_steps`"
-        return answer_log_probs(self.reference, inputs, per_row, rows)[0]
+        return answer_log_probs(self.reference, inputs, per_row, rows, found=answers_of(micro))[0]
 
     def train_step(self, micro: Micro) -> StepOutput:
         """Returns the sum of the losses of the pairs."""
         # Empty rows pass through the model too, because all ranks must make the same collectives under FSDP.
-        kept = filled_rows(micro)
+        micro = self.prepare_micro(micro)
+        kept = micro["filled"]
         scores = self.log_probs(micro, routing=True)
         policy, lengths = scores.log_probs[kept], scores.lengths[kept]
         reference = self.reference_log_probs(micro)[kept].to(policy.dtype)
         losses = pair_losses(policy, reference, self.config)
         metrics = self._metrics(policy.detach(), reference, lengths)
         output = StepOutput(losses.sum(), {**metrics, "tokens": (lengths.sum(), 1.0)})
-        return with_router_loss(self.model, output, scores.router, kept.float())
+        return with_router_loss(self.model, output, scores.router, filled_rows(micro).float())
 
     def _metrics(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> MetricPairs:
         """Returns metrics of n pairs; `policy` and `reference` as in `pair_losses`, `lengths` (n, 2) in tokens."""
@@ -342,7 +346,7 @@ class DPOTrainer(PreferenceTrainer):
             return
         # Not `self.completed`: that of KTO computes the divergence, which needs forward passes over the whole batch.
         first = DPOTrainer.completed(self, batch, self.reference_table)[0]
-        micro = {name: tensor.to(self.device) for name, tensor in first.items()}
+        micro = to_device(self.prepare_micro(first), self.device)
         with self.autocast():
             policy, lengths, _ = self.log_probs(micro)
             difference = policy - self.reference_log_probs(micro)

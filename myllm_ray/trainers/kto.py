@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from myllm_ray.common.distributed import all_reduce_
+from myllm_ray.common.micros import to_device
 from myllm_ray.common.types import Batch, MetricPairs, Micro, StepOutput
 from myllm_ray.trainers.dpo import DPOTrainer
 from myllm_ray.trainers.preference import ReferenceTable
@@ -65,18 +66,18 @@ class KTOTrainer(DPOTrainer):
             batch: This rank's share of a global batch.
             table: Log-probabilities under the reference; None: they are computed.
         """
-        micros = super().completed(batch, table)
+        micros = [self.prepare_micro(micro) for micro in super().completed(batch, table)]
         # [sum of r(x, y'), number of filled rows] of this rank, in float64 because many terms are added.
         total = torch.zeros(2, dtype=torch.float64)
         # z has no gradient, so no autograd graph is needed.
         with torch.no_grad():
             for micro in micros:
-                moved = {name: tensor.to(self.device) for name, tensor in micro.items()}
+                moved = to_device(micro, self.device)
                 with self.autocast():
                     micro["reference_log_probs"] = self.reference_sums(moved)
                     moved["reference_log_probs"] = micro["reference_log_probs"]
                     # Column 1 is the answer to the other prompt. Empty rows fill up the last batch of an epoch.
-                    ratios = (self.log_probs(moved)[0] - self.reference_log_probs(moved))[filled_rows(moved), 1]
+                    ratios = (self.log_probs(moved)[0] - self.reference_log_probs(moved))[moved["filled"], 1]
                 total += torch.tensor([float(ratios.double().sum()), len(ratios)], dtype=torch.float64)
         # Summed over ranks before the division, so every rank uses the mean over the global batch.
         total = all_reduce_(total.to(self.device)).cpu()
@@ -85,7 +86,8 @@ class KTOTrainer(DPOTrainer):
 
     def train_step(self, micro: Micro) -> StepOutput:
         """Returns the sum of the losses of the answers."""
-        kept = filled_rows(micro)
+        micro = self.prepare_micro(micro)
+        kept = micro["filled"]
         scores = self.log_probs(micro, routing=True, first_only=True)
         policy = scores.log_probs[kept]
         reference = self.reference_log_probs(micro)[kept].to(policy.dtype)
@@ -95,7 +97,9 @@ class KTOTrainer(DPOTrainer):
         # The second answer is used only for the divergence, so its tokens are not counted as trained on.
         tokens = scores.lengths[kept][:, :1].sum()
         metrics = {**self._answer_metrics(ratios.detach(), desirable > 0, divergence), "tokens": (tokens, 1.0)}
-        return with_router_loss(self.model, StepOutput(losses.sum(), metrics), scores.router, kept.float())
+        return with_router_loss(
+            self.model, StepOutput(losses.sum(), metrics), scores.router, filled_rows(micro).float()
+        )
 
     def _answer_metrics(self, ratios: Tensor, desirable: Tensor, divergence: Tensor) -> MetricPairs:
         """Returns metrics per label. A mean over either label has its own number of answers as weight."""

@@ -11,11 +11,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from myllm_ray.common.micros import is_derived, with_derived
 from myllm_ray.common.types import Batch, Micro, RouterLosses
 from myllm_ray.ops.pairs import Answers, answers, one_answer_per_row, shared_prompt_mask, sum_by
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.routing import routing_inputs
 from myllm_ray.trainers.scoring import filled_rows, score_tokens
+
+_PREPARED_FROM = ("input_ids", "segment_ids")
+_ROWS = "model_rows/"
+"""Prefix of the names of the model's inputs, if they are two rows per row of the data."""
 
 
 class AnswerScores(NamedTuple):
@@ -68,10 +73,27 @@ class PreferenceTrainer(BaseTrainer):
         super().__init__(model, dataset, **named)
         self.shared_prompt = shared_prompt
 
+    def prepare_micro(self, micro: Micro) -> Micro:
+        """Returns a micro-batch with the tensors whose shapes depend on its tokens.
+
+        The added tensors are the fields of `Answers`; `filled` (F,), the indices of the rows that are not empty; and
+        without a shared prompt `model_rows/<name>`, the rows of `one_answer_per_row`.
+        """
+        if is_derived(micro, _PREPARED_FROM):
+            return micro
+        added: Micro = {"filled": filled_rows(micro).nonzero().squeeze(1)}
+        inputs, per_row = micro, 2
+        if not self.shared_prompt:
+            inputs, per_row = one_answer_per_row(micro), 1
+            added.update({_ROWS + name: tensor for name, tensor in inputs.items()})
+        added.update(answers(inputs["input_ids"], inputs["segment_ids"], per_row)._asdict())
+        return with_derived(micro, _PREPARED_FROM, added)
+
     def inputs(self, micro: Micro) -> tuple[Micro, int]:
         """Returns the inputs of the model, including `segment_ids`, and the number of answers per row of them."""
         if not self.shared_prompt:
-            return one_answer_per_row(micro), 1
+            micro = self.prepare_micro(micro)
+            return {name.removeprefix(_ROWS): t for name, t in micro.items() if name.startswith(_ROWS)}, 1
         # The causal mask of the model would let the second answer attend to the first one.
         inputs = {name: micro[name] for name in ("input_ids", "position_ids", "segment_ids")}
         return {**inputs, "attention_mask": shared_prompt_mask(micro["segment_ids"])}, 2
@@ -111,8 +133,18 @@ class PreferenceTrainer(BaseTrainer):
         return filled_rows(micro).sum()
 
 
+def answers_of(micro: Micro) -> Answers:
+    """Returns the answer tokens of a micro-batch that `PreferenceTrainer.prepare_micro` returned."""
+    return Answers(**{name: micro[name] for name in Answers._fields})
+
+
 def answer_log_probs(
-    model: nn.Module, inputs: Micro, per_row: int, rows: int, routing: dict[str, Tensor] | None = None
+    model: nn.Module,
+    inputs: Micro,
+    per_row: int,
+    rows: int,
+    routing: dict[str, Tensor] | None = None,
+    found: Answers | None = None,
 ) -> AnswerScores:
     """Returns the scores of the answers of a micro-batch under a model.
 
@@ -122,12 +154,14 @@ def answer_log_probs(
         per_row: Number of answers per row of `inputs`.
         rows: Number of rows of the micro-batch, each with two answers.
         routing: Arguments from `routing_inputs` (trainers/routing.py).
+        found: The answer tokens of `inputs`. None: they are searched, which synchronizes with the device.
 
     Returns:
         Sums over the tokens; those of empty rows are 0.
     """
-    found: Answers = answers(inputs["input_ids"], inputs["segment_ids"], per_row)
-    scores = score_tokens(model, inputs, found.predictors, found.targets, routing=routing)
+    found = answers(inputs["input_ids"], inputs["segment_ids"], per_row) if found is None else found
+    # Rows of one answer are not packed, and those of two come with a mask.
+    scores = score_tokens(model, inputs, found.predictors, found.targets, routing=routing, packed=False)
     total = sum_by(scores.log_probs, found.answer, 2 * rows).view(rows, 2)
     lengths = sum_by(torch.ones_like(scores.log_probs), found.answer, 2 * rows).view(rows, 2)
     return AnswerScores(total, lengths, scores.router)

@@ -9,7 +9,7 @@ differences of rewards; the second keeps the rewards close to 0 (Eisenstein et a
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat
@@ -54,7 +54,10 @@ def calibration(difference: Tensor) -> MetricPairs:
     # `derived_metrics` takes the absolute values, after the sums over micro-batches and ranks. The weight of each gap
     # is the number of all pairs, so the averaged gaps already contain the share of the bin.
     bins = ((confidence - 0.5) * 2 * _BINS).long().clamp(0, _BINS - 1)
-    return {f"_calibration/{number}": (gap[bins == number].sum(), len(difference)) for number in range(_BINS)}
+    # One column per bin instead of boolean masks, which would synchronize with the device.
+    in_bin = bins[:, None] == torch.arange(_BINS, device=bins.device)
+    sums = torch.where(in_bin, gap[:, None].double(), 0.0).sum(0)
+    return {f"_calibration/{number}": (total, len(difference)) for number, total in enumerate(sums)}
 
 
 class RewardTrainer(PreferenceTrainer):
@@ -73,15 +76,28 @@ class RewardTrainer(PreferenceTrainer):
     config: Config
     trains: ClassVar[str] = "reward_model"
 
+    def prepare_micro(self, micro: Micro) -> Micro:
+        """Returns the micro-batch of the base class with the last tokens of its answers, `ends` and `end_answers`."""
+        prepared = super().prepare_micro(micro)
+        if prepared is micro:
+            return micro
+        inputs, per_row = self.inputs(prepared)
+        ends, numbers = last_tokens(inputs["segment_ids"], per_row)
+        return {**prepared, "ends": ends, "end_answers": numbers}
+
     def rewards(self, micro: Micro) -> tuple[Tensor, RouterLosses | None]:
         """Returns the rewards of the two answers of each row, and the loss of the routers.
 
         Returns:
             (rows, 2) rewards, 0 in empty rows; and the loss of the routers, or None if the model has no routers.
         """
+        micro = self.prepare_micro(micro)
         inputs, per_row = self.inputs(micro)
-        ends, numbers = last_tokens(inputs["segment_ids"], per_row)
-        given = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
+        ends, numbers = micro["ends"], micro["end_answers"]
+        given: dict[str, Any] = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
+        # Rows of one answer are not packed, and those of two come with a mask.
+        if getattr(getattr(self.model, "module", self.model), "takes_places", False):
+            given["packed"] = False
         found = self.model(ends=ends, **given, **self.routing(micro, inputs, per_row))
         scores, router = found if isinstance(found, tuple) else (found, None)
         rows = len(micro["segment_ids"])
@@ -93,7 +109,8 @@ class RewardTrainer(PreferenceTrainer):
     def train_step(self, micro: Micro) -> StepOutput:
         """Returns the sum of the losses of the pairs."""
         # Empty rows pass through the model too, because all ranks must make the same collectives under FSDP.
-        kept = filled_rows(micro)
+        micro = self.prepare_micro(micro)
+        kept = micro["filled"]
         rewards, router = self.rewards(micro)
         chosen, rejected = rewards[kept].unbind(1)
         losses = bradley_terry_loss(chosen, rejected, micro["margins"][kept, 0].to(chosen.dtype), self.config.centering)
@@ -112,7 +129,7 @@ class RewardTrainer(PreferenceTrainer):
                 **calibration(difference),
             },
         )
-        return with_router_loss(self.model, output, router, kept.float())
+        return with_router_loss(self.model, output, router, filled_rows(micro).float())
 
     def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Returns the expected calibration error, in addition to the metrics of the base class."""

@@ -17,6 +17,7 @@ def score_tokens(
     temperature: float = 1.0,
     entropy: bool = False,
     routing: dict[str, Tensor] | None = None,
+    packed: bool | None = None,
 ) -> TokenScores:
     """Returns the scores of the targets under a model.
 
@@ -31,10 +32,13 @@ def score_tokens(
         temperature: Temperature of the distribution.
         entropy: Whether to compute entropies. If false, they are zeros.
         routing: Arguments from `routing_inputs` (trainers/routing.py). A model that returns logits ignores them.
+        packed: Whether a row has more than one document, for a model with `takes_places`; None: unknown.
     """
     inputs = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
     # A model that computes the scores itself can avoid the full (B, S, V) logits.
-    if getattr(getattr(model, "module", model), "computes_token_losses", False):
+    inner = getattr(model, "module", model)
+    if getattr(inner, "computes_token_losses", False):
+        known = {"packed": packed} if getattr(inner, "takes_places", False) else {}
         scores: TokenScores = model(
             predictors=predictors,
             targets=targets,
@@ -42,6 +46,7 @@ def score_tokens(
             entropy=entropy,
             **inputs,
             **(routing or {}),
+            **known,
         )
         return scores
     # Only the logits at the predictors are normalized, not those of prompts and padding.

@@ -114,7 +114,7 @@ def train(
 
     def recorded(clip: float | None) -> Any:
         result = step(clip)
-        norms.append(result.grad_norm)
+        norms.append(float(result.grad_norm))
         skipped.append(result.skipped)
         return result
 

@@ -340,6 +340,7 @@ def test_generation_with_sharded_parameters(tmp_path: Path, name: str) -> None:
             "did you mean zero_optimization?",
         ),
         (["accelerator.activation_checkpointing=0"], "accelerator.activation_checkpointing"),
+        (["accelerator.tf32=true", "accelerator.device=cpu"], "accelerator.tf32: the CPU has no TF32"),
     ],
 )
 def test_mistakes_are_reported_before_anything_starts(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from myllm_ray.common.files import JSONLines, read_jsonl
+from myllm_ray.common.host_copy import HostCopy
 from myllm_ray.common.types import RunState, StepOutput
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.engine.callbacks import Callback, CallbackList, EarlyStoppingCallback
@@ -146,7 +147,7 @@ def test_non_finite_values_are_ignored(tmp_path: Path) -> None:
 
 
 def test_a_mean_over_nothing_is_no_metric() -> None:
-    total = MetricSum(torch.tensor(0.0, dtype=torch.float64))
+    total = MetricSum(0.0)
     total.add(StepOutput(torch.tensor(0.0), {"token_accuracy": (0.0, 0.0), "tokens": (torch.tensor(0), 1.0)}))
     assert total.reduce(AcceleratorStub()) == {"tokens": 0.0}
 
@@ -154,6 +155,9 @@ def test_a_mean_over_nothing_is_no_metric() -> None:
 class AcceleratorStub:
     def all_reduce(self, values: list[torch.Tensor | float]) -> torch.Tensor:
         return torch.tensor([float(v) for v in values], dtype=torch.float64)
+
+    def start_all_reduce(self, values: list[torch.Tensor | float]) -> HostCopy:
+        return HostCopy(self.all_reduce(values))
 
 
 def test_early_stopping_counts_and_survives_a_resume() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from myllm_ray.common import distributed
+from myllm_ray.common.host_copy import HostCopy
 from myllm_ray.common.types import StepOutput
 from myllm_ray.config.errors import TrainingError
 
@@ -18,6 +19,8 @@ class Reducer(Protocol):
 
     def all_reduce(self, values: list[Tensor | float]) -> Tensor: ...
 
+    def start_all_reduce(self, values: list[Tensor | float]) -> HostCopy: ...
+
 
 class MetricSum:
     """Sums of the outputs of a step's micro-batches.
@@ -26,7 +29,7 @@ class MetricSum:
         weight: what the loss is divided by, already summed over ranks.
     """
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: float):
         self.weight = weight
         self._loss: Tensor | float = 0.0
         self._sums: dict[str, Tensor | float] = {}
@@ -62,29 +65,51 @@ class MetricSum:
 
     def loss(self, accelerator: Reducer) -> float:
         """Returns the loss of the global batch, over all ranks. Contains a collective."""
-        return float(accelerator.all_reduce([self._loss])[0]) / max(float(self.weight), 1e-9)
+        return float(accelerator.all_reduce([self._loss])[0]) / max(self.weight, 1e-9)
 
     def reduce(self, accelerator: Reducer) -> dict[str, float]:
-        """Returns `loss` and all metrics, over all ranks. Contains a collective.
+        """Returns `loss` and all metrics, over all ranks. Contains a collective. See `ReducedMetrics.read`."""
+        return self.start(accelerator).read()
 
-        Metrics with the weight 0 are left out, also `loss`. `tokens` is a sum without division. If a sum is a tensor
-        with dimensions, its entries are returned as `<name>/0`, `<name>/1`, ...
-        """
+    def start(self, accelerator: Reducer) -> ReducedMetrics:
+        """Starts the collective of `reduce` and returns its result, which the host can read later."""
         # Sorted: the all-reduce adds values by position, so every rank must send them in the same order. A single
         # all-reduce takes all of them, as [loss, sums, weights].
         names = sorted(self._sums)
         sizes = [s.numel() if isinstance(s := self._sums[name], Tensor) else 1 for name in names]
-        reduced = accelerator.all_reduce(
+        several = {n for n in names if isinstance(s := self._sums[n], Tensor) and s.dim() > 0}
+        reduced = accelerator.start_all_reduce(
             [self._loss, *(self._sums[n] for n in names), *(self._weights[n] for n in names)]
-        ).tolist()
-        values = {"loss": reduced[0] / float(self.weight)} if self.weight else {}
+        )
+        return ReducedMetrics(reduced, self.weight, names, sizes, several)
+
+
+class ReducedMetrics(NamedTuple):
+    """Sums and weights over all ranks."""
+
+    copy: HostCopy
+    """The loss, the sums of each name, and one weight of each name."""
+    weight: float
+    names: list[str]
+    sizes: list[int]
+    """Number of sums of each name."""
+    several: set[str]
+    """Names whose sum is a tensor with dimensions."""
+
+    def read(self) -> dict[str, float]:
+        """Waits for the device and returns `loss` and all metrics.
+
+        Metrics with the weight 0 are left out, also `loss`. `tokens` is a sum without division. If a sum is a tensor
+        with dimensions, its entries are returned as `<name>/0`, `<name>/1`, ...
+        """
+        reduced = self.copy.read().tolist()
+        values = {"loss": reduced[0] / self.weight} if self.weight else {}
         first = 1
-        for name, size, weight in zip(names, sizes, reduced[1 + sum(sizes) :], strict=True):
+        for name, size, weight in zip(self.names, self.sizes, reduced[1 + sum(self.sizes) :], strict=True):
             totals, first = reduced[first : first + size], first + size
-            several = isinstance(sums := self._sums[name], Tensor) and sums.dim() > 0
             for number, total in enumerate(totals):
                 if name == "tokens":
                     values[name] = total
                 elif weight:
-                    values[f"{name}/{number}" if several else name] = total / weight
+                    values[f"{name}/{number}" if name in self.several else name] = total / weight
         return values
