@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 Micro: TypeAlias = "dict[str, Tensor]"
 """A micro-batch: tensors by name, whose first dimension is the row.
 
-`input_ids`, `labels` and `position_ids` are (rows, tokens), int64.
+`input_ids`, `labels` and `position_ids` are (rows, tokens), int64. `BaseTrainer.prepare_micro` appends tensors whose
+first dimension is not the row.
 """
 
 MetricPairs: TypeAlias = "dict[str, tuple[Tensor | float, Tensor | float]]"

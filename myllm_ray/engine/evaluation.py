@@ -83,7 +83,7 @@ def evaluate(
     for batch in track(data.batches(Position(), count), "evaluating", count):
         on_batch()
         for micro in trainer.evaluation_micros(batch):
-            micro = accelerator.move(micro)
+            micro = accelerator.move(trainer.prepare_micro(micro))
             # On the CPU, like the weight of `MetricSum`. This synchronizes host and device for every micro-batch.
             total.weight += trainer.evaluation_weight(micro).double().cpu()
             with accelerator.autocast():

@@ -224,6 +224,7 @@ class TrainerEngine:
         The loss is summed over micro-batches and ranks and divided once, by the weight of the global batch. It does not
         depend on how the batch is split into micro-batches and ranks.
         """
+        micros = [self.trainer.prepare_micro(micro) for micro in micros]
         # Before the all-reduce: a rank that hangs there must not be reported in phase rollout.
         self.heartbeat.enter("forward", self.state.step + 1)
         # Synchronizes host and device: the first backward pass needs the global weight.

@@ -131,6 +131,7 @@ def decompose(engine: TrainerEngine, micros: list[Micro], drop: frozenset[int], 
         gradients: whether to compute gradients: one backward pass of the batch for the whole, and one for the rows.
     """
     trainer = engine.trainer
+    micros = [trainer.prepare_micro(micro) for micro in micros]
     weights = [float(trainer.batch_weight(micro)) for micro in micros]
     weight = sum(weights)
     rows: list[RowShare] = []

@@ -140,6 +140,19 @@ class BaseTrainer(ABC):
         """
         return micro["places"][:, 0] if "places" in micro else None
 
+    def prepare_micro(self, micro: Micro) -> Micro:
+        """Returns a micro-batch with the tensors that a step would otherwise have to read back from the device.
+
+        The engine calls this for every micro-batch while its tensors are on the CPU, before they are moved to the
+        device. It may be called in another thread, and again with its own result, which is then returned unchanged.
+        Boolean masks and `nonzero` synchronize with a device; indices that are computed here do not. The argument is
+        not modified. `train_step` must also accept micro-batches without the added tensors.
+
+        Returns:
+            The micro-batch, with added keys. Their tensors may have another first dimension than the rows.
+        """
+        return micro
+
     @abstractmethod
     def batch_weight(self, micro: Micro) -> Tensor:
         """Returns the weight of a micro-batch in the average of the loss, a scalar.
