@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from myllm_ray.common.modules import logits_of
 from myllm_ray.common.types import IGNORE, MetricPairs, Micro, StepOutput, TokenLosses, shifted_targets
 from myllm_ray.ops.cross_entropy import cross_entropy_from_logits
+from myllm_ray.ops.documents import Documents
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.routing import real_tokens, routing_inputs, rows_as_sequences, with_router_loss
 
 
-def token_losses(model: nn.Module, micro: Micro, routing: dict[str, Tensor] | None = None) -> TokenLosses:
+def token_losses(
+    model: nn.Module, micro: Micro, routing: dict[str, Tensor] | None = None, documents: Documents | None = None
+) -> TokenLosses:
     """Returns the losses at the target positions of a micro-batch.
 
     The model either computes the losses itself (`computes_token_losses`) or returns logits (B, S, V), as a tensor or as
@@ -32,6 +35,7 @@ def token_losses(model: nn.Module, micro: Micro, routing: dict[str, Tensor] | No
         model: The model, possibly inside a wrapper with the attribute `module`.
         micro: The micro-batch, with `input_ids` and `labels` (B, S), and optionally `position_ids` (B, S).
         routing: Arguments from `routing_inputs` (trainers/routing.py). A model that returns logits ignores them.
+        documents: The documents of the rows, for a model that takes them. A model that returns logits ignores them.
 
     Returns:
         The losses, in nats, in row-major order of the target positions.
@@ -39,7 +43,8 @@ def token_losses(model: nn.Module, micro: Micro, routing: dict[str, Tensor] | No
     inputs: Micro = {k: micro[k] for k in ("input_ids", "position_ids") if k in micro}
     # A model that computes the losses itself can avoid the full (B, S, V) logits.
     if getattr(getattr(model, "module", model), "computes_token_losses", False):
-        result: TokenLosses = model(labels=micro["labels"], **inputs, **(routing or {}))
+        more = {} if documents is None else {"documents": documents}
+        result: TokenLosses = model(labels=micro["labels"], **inputs, **(routing or {}), **more)
         return result
     return cross_entropy_from_logits(logits_of(model, inputs), shifted_targets(micro["labels"]))
 
@@ -73,6 +78,10 @@ class CausalLMTrainer(BaseTrainer):
 
     trains_routers = True
 
+    def prepare_micro(self, micro: Micro) -> Micro:
+        """Returns the micro-batch with the lengths of its documents, where the attention uses them."""
+        return self.with_documents(super().prepare_micro(micro))
+
     def batch_weight(self, micro: Micro) -> Tensor:
         """Returns the number of target tokens of the micro-batch."""
         # The first label of a row has no predictor, so it is not a target.
@@ -84,9 +93,8 @@ class CausalLMTrainer(BaseTrainer):
         kept = targets != IGNORE
         # Rows are the sequences of the routers' loss, each weighted by its number of target tokens.
         weights = kept.sum(1)
-        losses = token_losses(
-            self.model, micro, routing_inputs(self.model, rows_as_sequences(real_tokens(micro)), weights)
-        )
+        routing = routing_inputs(self.model, rows_as_sequences(real_tokens(micro)), weights)
+        losses = token_losses(self.model, micro, routing, self.documents_of(self.with_documents(micro)))
         sources = micro["source_ids"][kept] if "source_ids" in micro else None
         metrics = token_metrics(losses, targets[kept], sources, self.sources, self.bytes_per_token)
         # With routers, the logged training loss includes their loss. Perplexity is computed from this metric instead.
@@ -96,7 +104,7 @@ class CausalLMTrainer(BaseTrainer):
 
     def target_losses(self, micro: Micro) -> Tensor | None:
         """Returns (T,) -log p of each target token of the micro-batch, in nats."""
-        return token_losses(self.model, micro).nll
+        return token_losses(self.model, micro, documents=self.documents_of(self.with_documents(micro))).nll
 
     def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Returns the perplexity, exp(mean negative log-likelihood), in addition to the metrics of the base class."""

@@ -338,7 +338,14 @@ class OnlineTrainer(BaseTrainer):
         if computes and weights is not None:
             routing = routing_inputs(model, inputs["sequences"], weights)
         return score_tokens(
-            model, inputs, scored.predictors, scored.targets, self.sampler.temperature, entropy, routing
+            model,
+            inputs,
+            scored.predictors,
+            scored.targets,
+            self.sampler.temperature,
+            entropy,
+            routing,
+            self.documents_of(inputs),
         ), scored
 
     def minibatches_of(self, micros: list[Micro]) -> Iterator[list[Micro]]:
