@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -275,7 +275,7 @@ def test_combinations_that_are_refused(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("kernel", ["flex", "flash2", "flash3"])
+@pytest.mark.parametrize("kernel", KERNELS[1:])
 def test_kernels_of_gpus_are_refused_elsewhere(make_config: MakeConfig, kernel: str) -> None:
     config = absolute(make_config(f"model.attention={kernel}", "accelerator.device=cpu"))
     with pytest.raises(ConfigError, match=rf"^model\.attention: {kernel} can't be used: it needs a CUDA device; use"):
@@ -292,6 +292,7 @@ def test_kernels_of_gpus_are_refused_elsewhere(make_config: MakeConfig, kernel: 
 
 @pytest.mark.parametrize("choice", ["auto", "sdpa", "eager", "per_document"])
 def test_the_kernel_of_a_config(make_config: MakeConfig, choice: str) -> None:
+    assert {*KERNELS, "auto", "sdpa", "eager"} == {*get_args(ModelSection.model_fields["attention"].annotation)}
     config = absolute(make_config(f"model.attention={choice}"))
     kernel = document_kernel(config, prepare_data(config).isolation, torch.device("cpu"))
     assert kernel == (None if choice in ("sdpa", "eager") else choice)
