@@ -106,7 +106,7 @@ class Dependencies:
         return self._prepared.packs_answers
 
     def shared_prompt(self) -> bool:
-        if getattr(self._section, "shared_prompt", "never") == "never" or self._config.model.attention != "sdpa":
+        if getattr(self._section, "shared_prompt", "never") == "never" or self._config.model.attention == "eager":
             return False
         return shares_prompts(self._config.model, self._config.data.sequence_length)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from myllm_ray.common.pretrained import checkpoint_in, tokenizer_folder
@@ -16,12 +18,17 @@ from myllm_ray.config.sections import ModelSection
 from myllm_ray.config.trainers import takes_config
 from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.dependencies import _other_reference, _reward_section, kind_of_model, model_section, trainer_class_of
+from myllm_ray.models.architecture import config_of
 from myllm_ray.models.isolation import find_isolation
 from myllm_ray.models.load import build_skeleton
+from myllm_ray.ops.documents import KernelChoice
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.rewards import FunctionReward
 
 log = logging.getLogger(__name__)
+
+_FLASH = {"flash2": "flash_attn", "flash3": "flash_attn_interface"}
+"""The module of each kernel of FlashAttention."""
 
 
 def isolation_of(config: TrainerConfig) -> Isolation:
@@ -40,7 +47,10 @@ def isolation_of(config: TrainerConfig) -> Isolation:
         kind = kind_of_model(config) if cls.layout == "rollouts" else "causal_lm"
         models = [(section, kind), *((s, "causal_lm") for s in _other_policies(config, cls))]
         found = [find_isolation(s, kind, cls.layout, config.data.sequence_length, cache) for s, kind in models]
-        verdict = next((v for v in found if v.isolated is not True), found[0])
+        # All models score the same rows, so the one that supports least decides.
+        verdict = next(
+            (v for v in found if v.isolated is not True), next((v for v in found if not v.boundaries), found[0])
+        )
         if verdict.isolated:
             return verdict
         if config.data.packing == "required":
@@ -56,6 +66,81 @@ def _other_policies(config: TrainerConfig, cls: type[BaseTrainer]) -> list[Model
     """Returns models other than the trained one that score packed answers."""
     name = getattr(config.trainer_section, "reference_model", None) if cls.layout == "rollouts" else None
     return [] if name is None else [ModelSection(name=name, attention=config.model.attention)]
+
+
+def check_attention(config: TrainerConfig, isolation: Isolation) -> None:
+    """Refuses a kernel of `model.attention` that the run can't use for the documents of its rows.
+
+    Args:
+        config: The config of the run.
+        isolation: The result of `isolation_of`.
+
+    Raises:
+        ConfigError: The reason. `auto` is never refused: it uses a mask instead.
+    """
+    chosen = config.model.attention
+    if chosen in ("auto", "sdpa", "eager"):
+        return
+    why = _no_documents(config, isolation) or _no_kernel(config, chosen)
+    if why:
+        raise ConfigError(f"model.attention: {chosen} can't be used: {why}; use auto or sdpa")
+
+
+def document_kernel(config: TrainerConfig, isolation: Isolation | None, device: torch.device) -> KernelChoice | None:
+    """Returns the kernel for the documents of a run's rows, or None for attention with a mask.
+
+    It is a function of the config, of the device type and, for `auto` on CUDA, of the installed packages.
+
+    Args:
+        config: The config of the run.
+        isolation: The result of `isolation_of`; None: it is not known.
+        device: The device of this rank.
+
+    Raises:
+        ConfigError: The kernel needs another device.
+    """
+    chosen = config.model.attention
+    if chosen == "sdpa" or chosen == "eager" or isolation is None or _no_documents(config, isolation):
+        return None
+    if chosen == "auto":
+        fast = device.type == "cuda" and config.accelerator.precision != "fp32" and _installed("flash2")
+        return "flash2" if fast else "auto"
+    if chosen != "per_document" and device.type != "cuda":
+        raise ConfigError(f"model.attention: {chosen} needs a CUDA device, this rank has {device.type}; use auto")
+    return chosen
+
+
+def _no_documents(config: TrainerConfig, isolation: Isolation) -> str | None:
+    """Returns why attention can't be computed within the documents of a row, or None."""
+    cls = trainer_class_of(config)
+    if config.model.factory:
+        return "a model from model.factory computes its own attention"
+    if cls.layout == "padded" or (cls.layout == "rollouts" and not config.data.packing):
+        return f"trainer {config.trainer} has one example per row in this config"
+    if config.accelerator.compile != "none":
+        return f"accelerator.compile={config.accelerator.compile} would compile each layout of documents"
+    for name, value in config_of(model_section(config)).to_dict().items():
+        if "att" in name and "drop" in name and isinstance(value, float) and value > 0:
+            return f"it has no dropout, and model.config.{name} is {value}"
+    return None if isolation.boundaries else isolation.boundaries_reason
+
+
+def _no_kernel(config: TrainerConfig, kernel: str) -> str | None:
+    """Returns why a kernel does not run on the devices of a config, or None."""
+    if kernel == "per_document":
+        return None
+    scaling = config.scaling
+    # Workers of Ray see the GPUs that they request, which this process may not see.
+    cuda = scaling.gpus_per_worker > 0 if scaling.most else torch.cuda.is_available()
+    if config.accelerator.device == "cpu" or not cuda:
+        return "it needs a CUDA device"
+    if kernel in _FLASH and config.accelerator.precision == "fp32":
+        return "it has no fp32: set accelerator.precision=bf16"
+    return None if _installed(kernel) else f"the module {_FLASH[kernel]} is not installed"
+
+
+def _installed(kernel: str) -> bool:
+    return kernel not in _FLASH or importlib.util.find_spec(_FLASH[kernel]) is not None
 
 
 def check_dependencies(config: TrainerConfig, kind: str) -> None:

@@ -43,7 +43,7 @@ from myllm_ray.engine.reporting.trackers.base import numbered
 from myllm_ray.engine.run_folder import claim, folder_of
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.evaluate.training import check_tasks
-from myllm_ray.model_checks import check_dependencies, check_frozen, check_routers, isolation_of
+from myllm_ray.model_checks import check_attention, check_dependencies, check_frozen, check_routers, isolation_of
 from myllm_ray.models.load import build_skeleton
 from myllm_ray.trainers.causal_lm import CausalLMTrainer
 
@@ -181,6 +181,7 @@ def prepare_data(config: TrainerConfig, map_units: MapUnits = map) -> PreparedDa
     """
     with Task("checking whether documents may share a row"):
         isolation = isolation_of(config)
+    check_attention(config, isolation)
     prepared = prepare(config, map_units, isolation)
     prepared = replace(prepared, tasks=task_rows(config, prepared.tokenizer_folder, map_units))
     if config.data.packing and not isolation.isolated and prepared.train.plan.store.kind in (TOKENS, PROMPTS):

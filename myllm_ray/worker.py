@@ -51,6 +51,7 @@ from myllm_ray.engine.reporting.monitor import RunMonitor
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.evaluate.training import build_tasks
+from myllm_ray.model_checks import document_kernel
 from myllm_ray.models.architecture import save_architecture
 from myllm_ray.models.load import build_deferred
 from myllm_ray.preparation import absolute, build_callbacks, check_names, of_segment, prepare_run
@@ -176,6 +177,7 @@ def build_engine(
     trainer = build_trainer(
         config, model, tokenizer, stream.sources, Dependencies(config, tokenizer, prepared, services)
     )
+    trainer.document_kernel = document_kernel(config, prepared.isolation, accelerator.device)
     checkpoints = checkpoints_of(config)
     checkpoints.model = model
     return engine(

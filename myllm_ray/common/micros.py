@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SOURCE = "prepared_from/"
+ON_HOST = frozenset({"document_lengths"})
+"""Names of tensors that stay on the host, which reads their values in every forward pass."""
 _NONE: Mapping[int, Tensor] = MappingProxyType({})
 
 
@@ -36,7 +38,7 @@ def is_derived(micro: Micro, sources: tuple[str, ...]) -> bool:
 
 
 def to_device(micro: Micro, device: Any, non_blocking: bool = False, copies: Mapping[int, Tensor] = _NONE) -> Micro:
-    """Returns a micro-batch on a device. A tensor that has two names is copied once.
+    """Returns a micro-batch on a device, except the tensors `ON_HOST`. A tensor that has two names is copied once.
 
     Args:
         micro: The micro-batch.
@@ -45,7 +47,7 @@ def to_device(micro: Micro, device: Any, non_blocking: bool = False, copies: Map
         copies: Copies that exist already, by the `id` of the tensor.
     """
     moved = dict(copies)
-    for tensor in micro.values():
-        if id(tensor) not in moved:
+    for name, tensor in micro.items():
+        if name not in ON_HOST and id(tensor) not in moved:
             moved[id(tensor)] = tensor.to(device, non_blocking=non_blocking)
-    return {name: moved[id(tensor)] for name, tensor in micro.items()}
+    return {name: tensor if name in ON_HOST else moved[id(tensor)] for name, tensor in micro.items()}

@@ -120,6 +120,10 @@ class Isolation:
     """Largest difference, in nats, of a token's log-probability from its value in a row without other documents."""
     causal: bool = True
     """Whether a token depends only on the tokens before it; false for models that attend to later tokens."""
+    boundaries: bool = False
+    """Whether the model gives the same results with attention within documents (models/attention.py)."""
+    boundaries_reason: str = "the attention of the model can't be replaced"
+    """An explanation if `boundaries` is false."""
 
     def __str__(self) -> str:
         return self.reason

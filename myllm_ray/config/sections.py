@@ -42,7 +42,11 @@ class ModelSection(Section):
         None, description="import path of a function that builds the model: my_pkg.my_mod:build"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for the factory")
-    attention: Literal["sdpa", "eager"] = "sdpa"
+    attention: Literal["auto", "sdpa", "per_document", "flex", "flash2", "flash3", "eager"] = Field(
+        "auto",
+        description="sdpa, eager: attention with a mask; per_document, flex, flash2, flash3: a kernel that computes "
+        "each document of a packed row by itself; auto: the fastest that the model, the rows and the device support",
+    )
     resize_vocabulary: bool = Field(
         False, description="if the tokenizer has more tokens than the named model: add embeddings, equal to their mean"
     )

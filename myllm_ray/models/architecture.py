@@ -21,6 +21,7 @@ from transformers import (
 from myllm_ray.common.pretrained import architecture_folder, checkpoint_in, gguf_arguments, pretrained_folder
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import ModelSection
+from myllm_ray.models.attention import implementation
 from myllm_ray.models.trial_forward import one_line
 from myllm_ray.models.vocabulary import new_rows
 
@@ -30,6 +31,20 @@ _TOO_FEW = "the model has {} token embeddings, the tokenizer {} tokens: use the 
 def auto_class(kind: str) -> Any:
     """Returns the class of transformers that builds models of a kind (`models.load.build_deferred`)."""
     return AutoModelForSequenceClassification if kind == "reward_model" else AutoModelForCausalLM
+
+
+def implementation_of(section: ModelSection, config: Any, kind: str = "causal_lm") -> str | None:
+    """Returns the name of the section's attention in transformers, for a model of this config.
+
+    Args:
+        section: The section `model` of the config.
+        config: The transformers config.
+        kind: See `models.load.build_deferred`.
+
+    Raises:
+        ConfigError: The architecture does not support the attention; see `models.attention.implementation`.
+    """
+    return implementation(section.attention, auto_class(kind)._model_mapping.get(type(config), None))
 
 
 def config_of(section: ModelSection) -> Any:
@@ -80,7 +95,7 @@ def random_by_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedM
     try:
         model: PreTrainedModel = auto_class(kind).from_config(
             config,
-            attn_implementation=section.attention,
+            attn_implementation=implementation_of(section, config, kind),
             dtype=torch.float32,
             trust_remote_code=section.trust_remote_code,
         )
@@ -138,9 +153,11 @@ def from_config(section: ModelSection, tokenizer: Any, sequence_length: int, kin
     try:
         config = AutoConfig.for_model(model_type, **given, **({"num_labels": 1} if kind == "reward_model" else {}))
         model: PreTrainedModel = auto_class(kind).from_config(
-            config, attn_implementation=section.attention, dtype=torch.float32
+            config, attn_implementation=implementation_of(section, config, kind), dtype=torch.float32
         )
         return model
+    except ConfigError:
+        raise
     except Exception as error:  # the code of an architecture may raise any exception for an invalid value
         raise ConfigError(
             f"model.config: transformers can't build this {model_type}: {_attention_hint(error)}"

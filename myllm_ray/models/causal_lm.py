@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.types import RouterLosses, TokenLosses, TokenScores, shifted_targets
+from myllm_ray.models.attention import document_inputs
 from myllm_ray.models.packed_rows import known_packing
 from myllm_ray.models.routers import Routers
 from myllm_ray.ops.cross_entropy import cross_entropy_from_logits, linear_cross_entropy
+from myllm_ray.ops.documents import Documents
 from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
 
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -58,11 +60,13 @@ class CausalLM(nn.Module):
         sequences: Tensor | None = None,
         sequence_weights: Tensor | None = None,
         packed: bool | None = None,
+        documents: Documents | None = None,
     ) -> TokenLosses | TokenScores | Tensor:
         """Returns token losses for `labels`, token scores for `targets`, or the next logits for a `cache`.
 
         Restarting `position_ids` separate the documents of a packed row. transformers applies this separation only
         without an attention mask and without a cache. With either of them, documents silently attend to each other.
+        With `documents` the attention separates them without a mask (models/attention.py).
 
         Args:
             input_ids: (B, S) token ids.
@@ -80,6 +84,7 @@ class CausalLM(nn.Module):
                 `sequence_weights`; the result then includes the loss of the model's routers, if it has routers.
             sequence_weights: (N,) weights of the sequences in the loss of the routers.
             packed: See `known_packing` (models/packed_rows.py).
+            documents: The documents of each row, as in `position_ids`, instead of `attention_mask` and `cache`.
 
         Returns:
             `TokenLosses` for labels, `TokenScores` for targets, or (B, V) logits after the last token for a cache.
@@ -99,6 +104,7 @@ class CausalLM(nn.Module):
             "position_ids": position_ids,
             "use_cache": False,
             "attention_mask": attention_mask,
+            **document_inputs(documents, input_ids),
         }
         # transformers' own router loss is not used, and it does not support 4D masks.
         if getattr(self.config, "output_router_logits", False):

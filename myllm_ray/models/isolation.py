@@ -15,7 +15,7 @@ import logging
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,15 +31,17 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.sections import ModelSection
 from myllm_ray.models.architecture import config_of
+from myllm_ray.models.attention import takes_documents
 from myllm_ray.models.load import build_deferred
 from myllm_ray.models.shrink import small_model, without_dropout
+from myllm_ray.ops.documents import Documents, document_lengths
 from myllm_ray.ops.log_probs import log_probs_from_logits
 from myllm_ray.ops.rollouts import packed_answers, training_rows
 from myllm_ray.ops.segments import restarting_positions
 
 log = logging.getLogger(__name__)
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 """Part of the cache key of the results; increment it when the probe changes."""
 LAYOUTS = ("documents", "rollouts", "padded")
 """documents: several per row; rollouts: several prompts with their answers per row; padded: one document per row."""
@@ -157,7 +159,8 @@ def probe_isolation(
             model = _small(section, kind, sequence_length)
             if isinstance(model, Isolation):
                 return model
-            return _compare(model, layout, has_critic=kind.startswith("actor"))
+            found = _compare(model, layout, has_critic=kind.startswith("actor"))
+            return _with_boundaries(found, model, layout, has_critic=kind.startswith("actor"))
         except Exception as error:  # an architecture may raise anything; without a result, documents count as dependent
             return _untried(error)
 
@@ -214,7 +217,20 @@ def _of_factory(section: ModelSection, kind: str) -> nn.Module | Isolation:
     return build_deferred(section, _NoTokenizer(), _WIDTH, 0, kind).eval()
 
 
-def _compare(model: nn.Module, layout: str, has_critic: bool) -> Isolation:
+def _with_boundaries(found: Isolation, model: nn.Module, layout: str, has_critic: bool) -> Isolation:
+    """Returns the result with whether attention within documents gives the same outputs as documents alone."""
+    if not found.isolated or not takes_documents(model):
+        return found
+    try:
+        within = _compare(model, layout, has_critic, boundaries=True)
+    except Exception as error:  # an architecture may raise anything
+        return replace(found, boundaries_reason=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+    if within.isolated:
+        return replace(found, boundaries=True, boundaries_reason="", leak=max(found.leak, within.leak))
+    return replace(found, boundaries_reason=f"with attention within documents, {within.reason}")
+
+
+def _compare(model: nn.Module, layout: str, has_critic: bool, boundaries: bool = False) -> Isolation:
     documents = [torch.randint(1, _VOCABULARY, (length,)) for row in _ROWS for length in row]
     first = [len(d) // 2 if layout == "rollouts" else 1 for d in documents]
     weights = torch.rand(sum(len(d) - f for d, f in zip(documents, first, strict=True))) + 0.5
@@ -223,7 +239,7 @@ def _compare(model: nn.Module, layout: str, has_critic: bool) -> Isolation:
         """Returns the log-probabilities and the critic's values, (targets, 1 or 2), ordered by document."""
         found = []
         for laid in lay(given, first):
-            scored = _score(model, laid)
+            scored = _score(model, laid, boundaries and lay is not _lay_alone)
             columns = [scored.log_probs] + ([scored.values] if has_critic and scored.values is not None else [])
             found.append((torch.stack(columns, 1), laid.document))
         order = torch.cat([document for _, document in found]).argsort(stable=True)
@@ -314,9 +330,12 @@ def _largest(values: Tensor) -> float:
     return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
-def _score(model: nn.Module, laid: _Laid) -> TokenScores:
+def _score(model: nn.Module, laid: _Laid, boundaries: bool) -> TokenScores:
     if getattr(model, "computes_token_losses", False):
-        scores: TokenScores = model(predictors=laid.predictors, targets=laid.targets, **laid.inputs)
+        inputs: dict[str, Any] = {name: laid.inputs[name] for name in ("input_ids", "position_ids")}
+        if boundaries:
+            inputs["documents"] = Documents(document_lengths(laid.inputs["position_ids"]), "per_document")
+        scores: TokenScores = model(predictors=laid.predictors, targets=laid.targets, **inputs)
         return scores
     return log_probs_from_logits(logits_of(model, laid.inputs).flatten(0, 1)[laid.predictors], laid.targets)
 

@@ -19,7 +19,14 @@ from myllm_ray.common.seeds import seed_all
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.sections import ModelSection
-from myllm_ray.models.architecture import auto_class, check_fit, config_of_name, from_config, random_by_name
+from myllm_ray.models.architecture import (
+    auto_class,
+    check_fit,
+    config_of_name,
+    from_config,
+    implementation_of,
+    random_by_name,
+)
 from myllm_ray.models.causal_lm import CausalLM
 from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, record_initialization
 from myllm_ray.models.heads import ActorCritic, RewardModel
@@ -160,7 +167,7 @@ def build_skeleton(
         return None
     skeleton = _skeleton(section, tokenizer, sequence_length, kind)
     if section.name is None:
-        check_forward(skeleton.config, section.attention, sequence_length)
+        check_forward(skeleton.config, skeleton.config._attn_implementation, sequence_length)
     elif checkpoint_in(section.name) is None and (folder := Path(section.name).expanduser()).is_dir():
         weight_files(folder)  # a damaged file is an error before the run starts; files of the hub are checked later
     with torch.device("meta"):
@@ -263,7 +270,7 @@ def _from_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel
             model, info = auto_class(kind).from_pretrained(
                 folder,
                 dtype=torch.float32,
-                attn_implementation=section.attention,
+                attn_implementation=implementation_of(section, config_of_name(section), kind),
                 trust_remote_code=section.trust_remote_code,
                 **(gguf or {"use_safetensors": True}),
                 **({"num_labels": 1} if kind == "reward_model" else {}),

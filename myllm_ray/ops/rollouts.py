@@ -81,20 +81,24 @@ def packed(micro: Micro) -> tuple[Micro, Tensor]:
     rows by their position ids, as with packed documents.
 
     Returns:
-        `input_ids` (R, W); `position_ids` (R, W), which restart at each training row; and `sequences` (R, W), the index
-        of the training row of each token, or -1 for padding. Also (N,) the start of each training row in the flattened
+        `input_ids` (R, W); `position_ids` (R, W), which restart at each training row; `sequences` (R, W), the index of
+        the training row of each token, or -1 for padding; and `document_lengths` (see `ops.documents.document_lengths`)
+        of the training rows and the padding, on the CPU. Also (N,) the start of each training row in the flattened
         result.
     """
     sizes = (micro["prompt_lengths"] + micro["lengths"])[:, 0].tolist()
     width = -(-2 * max(sizes) // 8) * 8
     spaces: list[int] = []
     homes = {}
+    lengths: list[list[int]] = []
     for row in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         home = next((r for r, space in enumerate(spaces) if space >= sizes[row]), len(spaces))
         if home == len(spaces):
             spaces.append(width)
+            lengths.append([])
         homes[row] = home * width + width - spaces[home]
         spaces[home] -= sizes[row]
+        lengths[home].append(sizes[row])
     ids = micro["input_ids"].new_zeros(len(spaces) * width)
     # The positions of the padding start at 0 too, so models treat it as a separate document.
     positions = torch.cat([torch.arange(-(width - space), space, device=ids.device) for space in spaces])
@@ -103,11 +107,13 @@ def packed(micro: Micro) -> tuple[Micro, Tensor]:
         sequences[homes[row] : homes[row] + size] = row
         ids[homes[row] : homes[row] + size] = micro["input_ids"][row, :size]
         positions[homes[row] : homes[row] + size] = micro["position_ids"][row, :size]
+    rows = [torch.tensor([*row, *([space] if space else [])]) for row, space in zip(lengths, spaces, strict=True)]
     starts = torch.tensor([homes[row] for row in range(len(sizes))], device=ids.device)
     return {
         "input_ids": ids.view(-1, width),
         "position_ids": positions.view(-1, width),
         "sequences": sequences.view(-1, width),
+        "document_lengths": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
     }, starts
 
 

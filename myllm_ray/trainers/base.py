@@ -18,6 +18,7 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import Section
 from myllm_ray.config.trainers import TrainerSection
 from myllm_ray.config.validation import typed
+from myllm_ray.ops.documents import Documents, KernelChoice, chosen_kernel, document_lengths
 from myllm_ray.trainers.routing import expert_metrics
 
 
@@ -56,6 +57,8 @@ class BaseTrainer(ABC):
     """Whether the loss includes the load-balancing loss of mixture-of-experts routers (trainers/routing.py)."""
     layout: ClassVar[str] = "documents"
     """Content of a row (models/isolation.py): "documents" or "rollouts", several per row; "padded": one example."""
+    document_kernel: KernelChoice | None = None
+    """Attention within the documents of a row, for models that take `documents`; None: attention with a mask."""
     steps_per_batch = 1
     """Number of optimizer steps that `optimizer_steps` yields per global batch."""
 
@@ -152,6 +155,18 @@ class BaseTrainer(ABC):
             The micro-batch, with added keys. Their tensors may have another first dimension than the rows.
         """
         return micro
+
+    def with_documents(self, micro: Micro) -> Micro:
+        """Returns a micro-batch with `document_lengths` (ops/documents.py), if `document_kernel` uses them."""
+        if self.document_kernel is None or "document_lengths" in micro or "position_ids" not in micro:
+            return micro
+        return {**micro, "document_lengths": document_lengths(micro["position_ids"])}
+
+    def documents_of(self, micro: Micro) -> Documents | None:
+        """Returns the documents of the rows of a micro-batch, or None for attention with a mask."""
+        lengths = micro.get("document_lengths")
+        kernel = None if lengths is None else chosen_kernel(self.document_kernel, lengths)
+        return None if lengths is None or kernel is None else Documents(lengths, kernel)
 
     @abstractmethod
     def batch_weight(self, micro: Micro) -> Tensor:

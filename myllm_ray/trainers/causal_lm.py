@@ -19,6 +19,7 @@ from myllm_ray.common.micros import is_derived, with_derived
 from myllm_ray.common.modules import logits_of
 from myllm_ray.common.types import IGNORE, MetricPairs, Micro, StepOutput, TokenLosses, shifted_targets
 from myllm_ray.ops.cross_entropy import cross_entropy_from_logits
+from myllm_ray.ops.documents import Documents
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.routing import real_tokens, routing_inputs, rows_as_sequences, with_router_loss
 
@@ -50,7 +51,9 @@ def with_targets(micro: Micro, sources: int = 0) -> Micro:
     return with_derived(micro, read, added)
 
 
-def token_losses(model: nn.Module, micro: Micro, routing: dict[str, Tensor] | None = None) -> TokenLosses:
+def token_losses(
+    model: nn.Module, micro: Micro, routing: dict[str, Tensor] | None = None, documents: Documents | None = None
+) -> TokenLosses:
     """Returns the losses at the target positions of a micro-batch.
 
     The model either computes the losses itself (`computes_token_losses`) or returns logits (B, S, V), as a tensor or as
@@ -62,6 +65,7 @@ def token_losses(model: nn.Module, micro: Micro, routing: dict[str, Tensor] | No
         micro: The micro-batch, with `input_ids` and `labels` (B, S), and optionally `position_ids` (B, S). Without the
             tensors of `with_targets`, they are computed here, which synchronizes with the device.
         routing: Arguments from `routing_inputs` (trainers/routing.py). A model that returns logits ignores them.
+        documents: The documents of the rows, for a model that takes them. A model that returns logits ignores them.
 
     Returns:
         The losses, in nats, in row-major order of the target positions.
@@ -70,7 +74,9 @@ def token_losses(model: nn.Module, micro: Micro, routing: dict[str, Tensor] | No
     inputs: Micro = {k: micro[k] for k in ("input_ids", "position_ids") if k in micro}
     # A model that computes the losses itself can avoid the full (B, S, V) logits.
     if getattr(getattr(model, "module", model), "computes_token_losses", False):
-        result: TokenLosses = model(labels=micro["labels"], **inputs, **_places(model, micro), **(routing or {}))
+        more = {} if documents is None else {"documents": documents}
+        places = _places(model, micro)
+        result: TokenLosses = model(labels=micro["labels"], **inputs, **places, **(routing or {}), **more)
         return result
     return cross_entropy_from_logits(logits_of(model, inputs), micro["targets"], micro["predictors"])
 
@@ -112,8 +118,11 @@ class CausalLMTrainer(BaseTrainer):
     trains_routers = True
 
     def prepare_micro(self, micro: Micro) -> Micro:
-        """Returns the micro-batch with the places of its targets; see `with_targets`."""
-        return with_targets(micro, len(self.sources) if len(self.sources) > 1 else 0)
+        """Returns the micro-batch with the places of its targets, and the lengths of its documents where they are used.
+
+        See `with_targets` and `with_documents`.
+        """
+        return self.with_documents(with_targets(micro, len(self.sources) if len(self.sources) > 1 else 0))
 
     def batch_weight(self, micro: Micro) -> Tensor:
         """Returns the number of target tokens of the micro-batch."""
@@ -125,9 +134,8 @@ class CausalLMTrainer(BaseTrainer):
         micro = self.prepare_micro(micro)
         # Rows are the sequences of the routers' loss, each weighted by its number of target tokens.
         weights = (shifted_targets(micro["labels"]) != IGNORE).sum(1)
-        losses = token_losses(
-            self.model, micro, routing_inputs(self.model, rows_as_sequences(real_tokens(micro)), weights)
-        )
+        routing = routing_inputs(self.model, rows_as_sequences(real_tokens(micro)), weights)
+        losses = token_losses(self.model, micro, routing, self.documents_of(micro))
         metrics = token_metrics(losses, micro, self.sources, self.bytes_per_token)
         # With routers, the logged training loss includes their loss. Perplexity is computed from this metric instead.
         if losses.router is not None:
@@ -136,7 +144,8 @@ class CausalLMTrainer(BaseTrainer):
 
     def target_losses(self, micro: Micro) -> Tensor | None:
         """Returns (T,) -log p of each target token of the micro-batch, in nats."""
-        return token_losses(self.model, self.prepare_micro(micro)).nll
+        micro = self.prepare_micro(micro)
+        return token_losses(self.model, micro, documents=self.documents_of(micro)).nll
 
     def derived_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """Returns the perplexity, exp(mean negative log-likelihood), in addition to the metrics of the base class."""

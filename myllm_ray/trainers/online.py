@@ -337,8 +337,9 @@ class OnlineTrainer(BaseTrainer):
         inputs, scored = packed_answers(rows) if packs_rows else padded_answers(rows)
         if computes and weights is not None:
             routing = routing_inputs(model, inputs["sequences"], weights)
+        temperature, documents = self.sampler.temperature, self.documents_of(inputs)
         return score_tokens(
-            model, inputs, scored.predictors, scored.targets, self.sampler.temperature, entropy, routing
+            model, inputs, scored.predictors, scored.targets, temperature, entropy, routing, documents=documents
         ), scored
 
     def minibatches_of(self, micros: list[Micro]) -> Iterator[list[Micro]]:

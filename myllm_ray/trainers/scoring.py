@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from myllm_ray.common.modules import logits_of
 from myllm_ray.common.types import Micro, TokenScores
+from myllm_ray.ops.documents import Documents
 from myllm_ray.ops.log_probs import log_probs_from_logits
 
 
@@ -18,6 +19,7 @@ def score_tokens(
     entropy: bool = False,
     routing: dict[str, Tensor] | None = None,
     packed: bool | None = None,
+    documents: Documents | None = None,
 ) -> TokenScores:
     """Returns the scores of the targets under a model.
 
@@ -33,6 +35,7 @@ def score_tokens(
         entropy: Whether to compute entropies. If false, they are zeros.
         routing: Arguments from `routing_inputs` (trainers/routing.py). A model that returns logits ignores them.
         packed: Whether a row has more than one document, for a model with `takes_places`; None: unknown.
+        documents: The documents of the rows, for a model that takes them. A model that returns logits ignores them.
     """
     inputs = {k: inputs[k] for k in ("input_ids", "position_ids", "attention_mask") if k in inputs}
     # A model that computes the scores itself can avoid the full (B, S, V) logits.
@@ -47,6 +50,7 @@ def score_tokens(
             **inputs,
             **(routing or {}),
             **known,
+            **({} if documents is None else {"documents": documents}),
         )
         return scores
     # Only the logits at the predictors are normalized, not those of prompts and padding.

@@ -106,19 +106,21 @@ def test_frozen_models_and_sampling_of_sharded_backends(train: Run, kind: str, n
         assert found[0]["rewards/margins"] == 0, "policy and reference start equal, bit for bit"
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
-def test_every_attention(train: Run, attention: str) -> None:
-    """Compares packed documents with eager attention on the CPU."""
-    if attention not in str(ModelSection.model_fields["attention"].annotation):
-        pytest.skip(f"model.attention has no {attention}")
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "auto", "per_document", "flex", "flash2", "flash3"])
+def test_every_attention(train: Run, attention: str, model_type: str) -> None:
+    """Compares packed documents with eager attention on the CPU; Gemma 3 has windows shorter than the documents."""
     if attention.startswith("fl") and not ON_GPU:
         pytest.skip(f"{attention} needs a GPU")
-    if attention == "flash_attention_2":
-        pytest.importorskip("flash_attn")
-    precision = "bf16" if attention == "flash_attention_2" else "fp32"
+    if attention.startswith("flash"):
+        pytest.importorskip({"flash2": "flash_attn", "flash3": "flash_attn_interface"}[attention])
+    precision = "bf16" if attention.startswith("flash") else "fp32"
     packed = ["data.packing=true", "data.sequence_length=256"]
-    found = train(attention, f"model.attention={attention}", f"accelerator.precision={precision}", *packed)
-    close(found, train("eager", "model.attention=eager", *packed, device="cpu"), TOLERANCE[precision])
+    if model_type == "gemma3_text":
+        packed += ["model.config.model_type=gemma3_text", "model.config.head_dim=32", "model.config.sliding_window=16"]
+    options = (f"model.attention={attention}", f"accelerator.precision={precision}")
+    found = train(f"{model_type}-{attention}", *options, *packed)
+    close(found, train(f"{model_type}-eager", "model.attention=eager", *packed, device="cpu"), TOLERANCE[precision])
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ def test_an_attention_that_the_architecture_lacks_is_one_line(tmp_path: Path) ->
     with pytest.raises(
         ConfigError, match=r"^model\.name: .* the architecture has no model\.attention: sdpa; use eager$"
     ):
-        build_skeleton(ModelSection(name=str(folder)), byte_tokenizer(), 16)
+        build_skeleton(ModelSection(name=str(folder), attention="sdpa"), byte_tokenizer(), 16)
+    build_skeleton(ModelSection(name=str(folder)), byte_tokenizer(), 16)
 
 
 @pytest.mark.parametrize("shape", ["tied", "untied"])
