@@ -1,4 +1,4 @@
-"""The sides of `throughput.py`: functions that train one epoch and return the times at the ends of its steps."""
+"""The sides of `throughput.py`: functions that train one epoch and measure its steps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from peers import VOCABULARIES, here, model_config, word_tokenizer
+from peers import VOCABULARIES, model_config, word_tokenizer
 
 LENGTH, ROWS = 256, 4
 """Tokens per row, and rows per optimizer step."""
@@ -33,24 +33,41 @@ def text(ids: list[int]) -> str:
     return " ".join(f"w{i}" for i in ids)
 
 
-def rate(made: list[Document], times: list[float]) -> float:
-    """Returns the tokens per second from the times at the ends of all steps of the epoch."""
-    tokens = sum(len(p) + len(a) for p, a in made)
-    return tokens * (len(times) - 1) / len(times) / (times[-1] - times[0])
+class Epoch(NamedTuple):
+    """One epoch of a side."""
+
+    times: list[float]
+    """Times at the ends of the steps, in seconds."""
+    tokens: float
+    """Number of tokens of the documents, without padding, in the steps after the first one."""
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, from the end of the first step to the end of the last one."""
+        return self.tokens / (self.times[-1] - self.times[0])
 
 
-def ours(workload: str, vocabulary: str, made: list[Document], folder: Path) -> list[float]:
-    """Trains with this package and returns the times at the ends of the steps."""
+def tokens_after_first(made: list[Document], examples: int, batch: int) -> float:
+    """Returns the number of tokens after the first of the epoch's steps, which has `batch` of the `examples`."""
+    return sum(len(p) + len(a) for p, a in made) * (1 - batch / examples)
+
+
+def ours(workload: str, vocabulary: str, made: list[Document], folder: Path) -> Epoch:
+    """Trains with this package."""
     from myllm_ray.common.types import RunState
     from myllm_ray.config.load import validate
     from myllm_ray.engine.callbacks import Callback
     from myllm_ray.worker import run_local
 
     times: list[float] = []
+    targets: list[float] = []
 
     class Clock(Callback):
         def on_batch_end(self, state: RunState) -> None:
             times.append(time.perf_counter())
+
+        def on_log(self, state: RunState, metrics: dict[str, float]) -> None:
+            targets.append(metrics["tokens"])
 
     tokenizer = folder / "tokenizer"
     word_tokenizer(VOCABULARIES[vocabulary]).save_pretrained(tokenizer)
@@ -80,7 +97,10 @@ def ours(workload: str, vocabulary: str, made: list[Document], folder: Path) -> 
         "gradient_clip": 1.0,
     }
     run_local(validate(config), [Clock()])
-    return times
+    assert len(times) == len(targets)
+    # The metric `tokens` counts targets: those of answers, or all tokens except the first one of each document.
+    all_targets = sum(len(a) if workload == "sft" else len(p) + len(a) - 1 for p, a in made)
+    return Epoch(times, sum(targets[1:]) / all_targets * sum(len(p) + len(a) for p, a in made))
 
 
 def threads() -> int:
@@ -125,8 +145,8 @@ def rows_of(workload: str, made: list[Document]) -> list[dict[str, list[int]]]:
     return rows
 
 
-def bare(workload: str, vocabulary: str, made: list[Document]) -> list[float]:
-    """Trains with a loop in plain PyTorch and returns the times at the ends of the steps."""
+def bare(workload: str, vocabulary: str, made: list[Document]) -> Epoch:
+    """Trains with a loop in plain PyTorch."""
     import torch
     from torch.nn import functional
 
@@ -147,21 +167,21 @@ def bare(workload: str, vocabulary: str, made: list[Document]) -> list[float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter())
-    return times
+    return Epoch(times, tokens_after_first(made, len(rows), ROWS))
 
 
-def in_ray(vocabulary: str, made: list[Document], folder: Path, count: int) -> list[float]:
-    """Trains with the bare loop in Ray's TorchTrainer and returns the times at the ends of the steps."""
+def in_ray(vocabulary: str, made: list[Document], folder: Path, count: int) -> Epoch:
+    """Trains with the bare loop in Ray's TorchTrainer."""
     import ray
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    out = folder / "times.json"
+    out, scripts = folder / "times.json", str(Path(__file__).resolve().parent)
 
     def loop() -> None:
         import torch
 
-        sys.path.insert(0, str(Path(here(__file__)).parent))
+        sys.path.insert(0, scripts)
         from sides import bare
 
         torch.set_num_threads(count)
@@ -171,12 +191,11 @@ def in_ray(vocabulary: str, made: list[Document], folder: Path, count: int) -> l
     scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": count})
     TorchTrainer(loop, scaling_config=scaling, run_config=RunConfig(storage_path=str(folder), name="peer")).fit()
     ray.shutdown()
-    times: list[float] = json.loads(out.read_text())
-    return times
+    return Epoch(*json.loads(out.read_text()))
 
 
-def with_trainer(side: str, workload: str, vocabulary: str, made: list[Document], folder: Path) -> list[float]:
-    """Trains with transformers' Trainer or TRL's SFTTrainer and returns the times at the ends of the steps."""
+def with_trainer(side: str, workload: str, vocabulary: str, made: list[Document], folder: Path) -> Epoch:
+    """Trains with transformers' Trainer or TRL's SFTTrainer."""
     from datasets import Dataset
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
@@ -238,4 +257,5 @@ def with_trainer(side: str, workload: str, vocabulary: str, made: list[Document]
             callbacks=[Clock()],
         )
     trainer.train()
-    return times
+    batch = trainer.args.per_device_train_batch_size
+    return Epoch(times, tokens_after_first(made, len(trainer.train_dataset), batch))

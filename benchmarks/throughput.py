@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import ALLOCATOR, VOCABULARIES, here, interleave, measure, ratios
-from sides import bare, documents, in_ray, ours, rate, threads, with_trainer
+from sides import bare, documents, in_ray, ours, threads, with_trainer
 
 BASELINE = Path(__file__).with_name("baseline.json")
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
@@ -67,15 +67,15 @@ def run_side(side: str, workload: str, vocabulary: str, count: int) -> dict[str,
         keep_large_blocks()
     with tempfile.TemporaryDirectory() as name:
         if side == "ours":
-            times = ours(workload, vocabulary, made, Path(name))
+            epoch = ours(workload, vocabulary, made, Path(name))
         elif side == "bare":
-            times = bare(workload, vocabulary, made)
+            epoch = bare(workload, vocabulary, made)
         elif side == "ray":
-            times = in_ray(vocabulary, made, Path(name), threads())
+            epoch = in_ray(vocabulary, made, Path(name), threads())
         else:
-            times = with_trainer(side, workload, vocabulary, made, Path(name))
+            epoch = with_trainer(side, workload, vocabulary, made, Path(name))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {"rate": rate(made, times), "steps": len(times), "peak_mb": memory}
+    return {"rate": epoch.rate, "steps": len(epoch.times), "peak_mb": memory}
 
 
 def compare_workload(workload: str, vocabulary: str, rounds: int, count: int) -> dict[str, Any]:
