@@ -58,9 +58,18 @@ def save_memory(model: nn.Module, section: AcceleratorSection, cache: str | None
         module.compile(dynamic=True)
     if compiled != "none":
         if cache is not None:
-            os.environ.setdefault(CACHE_VARIABLE, cache)
+            _keep_compiled(cache)
         # By default a width that equals another size by chance (the hidden size) is compiled as if it always did.
         torch.fx.experimental._config.use_duck_shape = False
+
+
+def _keep_compiled(cache: str) -> None:
+    """Makes a folder inductor's cache, unless the user has chosen another one."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Inductor itself sets the variable to its default when a library imports it.
+    if os.environ.get(CACHE_VARIABLE) in (None, os.path.abspath(default_cache_dir())):
+        os.environ[CACHE_VARIABLE] = cache
 
 
 def compile_cache(config: Any) -> str | None:

@@ -106,7 +106,7 @@ def test_blocks_are_compiled_once_for_all_widths(monkeypatch: pytest.MonkeyPatch
     from torch._dynamo.testing import CompileCounter
 
     counter, original = CompileCounter(), torch.nn.Module.compile
-    monkeypatch.setenv(CACHE_VARIABLE, "chosen by the user")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "own"))
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **given: original(self, backend=counter, fullgraph=True, **given)
     )
@@ -114,7 +114,7 @@ def test_blocks_are_compiled_once_for_all_widths(monkeypatch: pytest.MonkeyPatch
     torch._dynamo.reset()
     plain, model = (build_model(ModelSection(config=LLAMA), byte_tokenizer(), 64, 0) for _ in range(2))
     save_memory(model, AcceleratorSection(compile="blocks"), str(tmp_path))
-    assert os.environ[CACHE_VARIABLE] == "chosen by the user"
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / "own")
     for rows, width in ((2, 32), (2, 24), (3, 48), (2, 64)):
         ids = torch.randint(0, 250, (rows, width))
         positions = torch.arange(width // 2).repeat(2).expand(rows, width)
@@ -124,15 +124,24 @@ def test_blocks_are_compiled_once_for_all_widths(monkeypatch: pytest.MonkeyPatch
         assert counter.frame_count == 1, width
 
 
-def test_compiled_code_is_kept_in_the_data_cache(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
-    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+@pytest.mark.parametrize("imported", [False, True], ids=["unset", "set by inductor"])
+def test_compiled_code_is_kept_in_the_data_cache(
+    monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig, tmp_path: Path, imported: bool
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv(CACHE_VARIABLE, "")  # so that the original value is restored
+    monkeypatch.delenv(CACHE_VARIABLE)
+    if imported:
+        cache_dir()
+        assert CACHE_VARIABLE in os.environ
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: None)
-    config = make_config("accelerator.compile=blocks", "data.cache=/somewhere")
+    config = make_config("accelerator.compile=blocks", f"data.cache={tmp_path}")
     accelerator = resolve("accelerators", "single", "accelerator.name")(config)
     accelerator.setup()
     model = build_model(ModelSection(config=LLAMA), byte_tokenizer(), 64, 0)
     accelerator.prepare(model, OptimizerManager(model, config).build, SchedulerManager(config=config).build)
-    assert os.environ[CACHE_VARIABLE] == "/somewhere/compiled"
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / "compiled")
 
 
 def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
