@@ -10,6 +10,8 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def measure(
 
     Args:
         script: Path of the benchmark. The last line of its output is JSON.
-        side: `ours` or `peer`.
+        side: Name of the side, the argument `--side` of the script.
         vocabulary: A key of `VOCABULARIES`.
         environment: Additional environment variables.
         arguments: Additional arguments of the script.
@@ -72,6 +74,27 @@ def measure(
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def interleave(sides: Mapping[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Measures every side once per round and returns the results of each side, one per round.
+
+    The order alternates from round to round, so that a drift of the machine affects no side more than the others.
+
+    Args:
+        sides: A function per name, which measures the side and returns its `rate` and other values.
+        rounds: Number of rounds.
+    """
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in sides if number % 2 == 0 else reversed(list(sides)):
+            found[name].append(sides[name]())
+    return found
+
+
+def ratios(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> list[float]:
+    """Returns the ratio of the rates of each round, in increasing order."""
+    return sorted(a["rate"] / b["rate"] for a, b in zip(ours, peer, strict=True))
 
 
 def compare(
@@ -98,17 +121,15 @@ def compare(
         peer_environment: Additional environment variables for the other library.
         peer_python: The Python interpreter for the other library.
     """
-    found: dict[str, list[float]] = {"ours": [], "peer": []}
-    extra: dict[str, Any] = {}
-    for _ in range(rounds):
-        for side, environment, options, python in (
-            ("ours", None, ours, None),
-            ("peer", peer_environment, peer, peer_python),
-        ):
-            result = measure(script, side, vocabulary, environment, *options, python=python)
-            found[side].append(result.pop("rate"))
-            extra.update({f"{name}_{side}": value for name, value in result.items()})
-    medians = {side: statistics.median(values) for side, values in found.items()}
+    found = interleave(
+        {
+            "ours": partial(measure, script, "ours", vocabulary, None, *ours),
+            "peer": partial(measure, script, "peer", vocabulary, peer_environment, *peer, python=peer_python),
+        },
+        rounds,
+    )
+    medians = {side: statistics.median(r["rate"] for r in results) for side, results in found.items()}
+    extra = {f"{k}_{side}": v for side, results in found.items() for k, v in results[-1].items() if k != "rate"}
     print(
         json.dumps(
             {
@@ -116,10 +137,11 @@ def compare(
                 "vocabulary": vocabulary,
                 **{k: round(v, 2) for k, v in medians.items()},
                 "ratio": round(medians["ours"] / medians["peer"], 2),
+                "ratios": [round(r, 2) for r in ratios(found["ours"], found["peer"])],
                 "unit": unit,
                 **extra,
                 "allocator_of_peer": "as ours" if peer_environment else "default",
-                "rounds": {side: [round(v, 2) for v in values] for side, values in found.items()},
+                "rounds": {side: [round(r["rate"], 2) for r in results] for side, results in found.items()},
             }
         ),
         flush=True,

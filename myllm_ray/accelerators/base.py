@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from myllm_ray.accelerators.collectives import Collectives
-from myllm_ray.accelerators.memory import check_compiled_dropout, save_memory
+from myllm_ray.accelerators.memory import check_compiled_dropout, check_compiler, compile_cache, save_memory
 from myllm_ray.accelerators.optimizer_state import OptimizerLayout, create_moments
 from myllm_ray.accelerators.precision import (
     DTYPES,
@@ -122,7 +122,7 @@ class Accelerator(Collectives, Transfers, ABC):
         """Checks whether this machine supports the config, without starting anything.
 
         Raises:
-            ConfigError: The device does not exist, it does not support the precision, or a folder can't be written.
+            ConfigError: The device does not exist or lacks the precision, or a compiler or folder is missing.
         """
         device = self._choose_device()
         # Limits of the backend come first: if no machine supports the config, advice about this device does not help.
@@ -130,6 +130,7 @@ class Accelerator(Collectives, Transfers, ABC):
         check_precision(self.precision, device)
         if self.section.tf32:
             check_tf32(device)
+        check_compiler(self.section, device)
 
     def check_backend(self, device: torch.device) -> None:
         """Rejects a config that this backend does not support on any device of this type.
@@ -215,7 +216,7 @@ class Accelerator(Collectives, Transfers, ABC):
         """
         # Order: `save_memory` changes the blocks inside the wrapper, and sharding replaces the parameters, so the
         # optimizer is built after `wrap`.
-        save_memory(model, self.section)
+        save_memory(model, self.section, compile_cache(self.config))
         if self.mixes_dtypes and not self.keeps_frozen:
             hold_weights(model, self.precision, frozen_only=True)
         self.module = model

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, Judge, StepResult
 from myllm_ray.accelerators.deepspeed_config import check_json, deepspeed_config, frozen_config
-from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.accelerators.memory import compile_cache, save_memory
 from myllm_ray.accelerators.optimizer_state import OptimizerLayout
 from myllm_ray.accelerators.precision import DTYPES, autocast_forward, hold_in
 from myllm_ray.accelerators.process_group import keep_group
@@ -125,7 +125,7 @@ class DeepSpeedAccelerator(Accelerator):
             )
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
-        save_memory(model, self.section)
+        save_memory(model, self.section, compile_cache(self.config))
         self._autocast_inside(model)
         self.module, source = model, source_of(model)
         os.environ.setdefault("LOCAL_RANK", "0")  # read by zero.Init

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from myllm_ray.accelerators.base import Accelerator, BuildOptimizer, BuildSchedule, Judge, StepResult
 from myllm_ray.accelerators.ddp import fix_buckets
 from myllm_ray.accelerators.fsdp import FSDPAccelerator
-from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.accelerators.memory import compile_cache, save_memory
 from myllm_ray.accelerators.optimizer_state import OptimizerLayout
 from myllm_ray.accelerators.options import keyword_options
 from myllm_ray.accelerators.precision import autocast_forward
@@ -134,7 +134,7 @@ class HFAccelerator(Accelerator):
             )
 
     def prepare(self, model: nn.Module, build_optimizer: BuildOptimizer, build_schedule: BuildSchedule) -> nn.Module:
-        save_memory(model, self.section)
+        save_memory(model, self.section, compile_cache(self.config))
         self._forget()
         self.check_model(model)
         blocks = {type(block).__name__ for block in repeated_blocks(model)}

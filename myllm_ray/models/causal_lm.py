@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from myllm_ray.common.types import RouterLosses, TokenLosses, TokenScores, shifted_targets
 from myllm_ray.models.attention import document_inputs
+from myllm_ray.models.output_head import find_change
 from myllm_ray.models.packed_rows import known_packing
 from myllm_ray.models.routers import Routers
 from myllm_ray.ops.cross_entropy import cross_entropy_from_logits, linear_cross_entropy
 from myllm_ray.ops.documents import Documents
 from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
-
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+from myllm_ray.ops.logits import UNCHANGED
 
 
 class CausalLM(nn.Module):
@@ -37,11 +37,10 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config
-        head = model.get_output_embeddings()
-        # Some architectures scale or cap the logits. The fused head does not, so such models use their own head.
-        changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in _LOGIT_CHANGES)
-        self.fused = isinstance(head, nn.Linear) and head.bias is None and not changed and model.base_model is not model
-        """Whether the logits are exactly `hidden @ head.T`, so that the fused head can replace the model's own head."""
+        change = find_change(model)
+        self.fused = change is not None
+        """Whether the logits are `logit_change` of the linear head, so that the fused head can replace the model's."""
+        self.logit_change = change or UNCHANGED
         self.routers = Routers([model.base_model])
         self.router_loss_weight = 0.0
         """Factor by which trainers multiply the load-balancing loss of the routers; see `models/routers.py`."""
@@ -132,7 +131,14 @@ class CausalLM(nn.Module):
         """
         if not self.fused:
             return cross_entropy_from_logits(self.model(**inputs).logits, targets, predictors)
-        return linear_cross_entropy(self.hidden(inputs), self.head, targets, predictors=predictors)
+        return linear_cross_entropy(
+            self.hidden(inputs),
+            self.head,
+            targets,
+            predictors=predictors,
+            bias=self.head_bias,
+            change=self.logit_change,
+        )
 
     def score(
         self, inputs: dict[str, Any], predictors: Tensor, targets: Tensor, temperature: float, entropy: bool
@@ -150,15 +156,23 @@ class CausalLM(nn.Module):
             logits = self.model(**inputs).logits.flatten(0, 1)[predictors]
             return log_probs_from_logits(logits, targets, temperature, entropy)
         # Rows are selected before the head, so that no logits are computed at positions without a target.
-        hidden = self.hidden(inputs).flatten(0, 1)[predictors]
-        return linear_log_probs(hidden, self.head, targets, temperature, entropy)
+        return self.head_scores(self.hidden(inputs).flatten(0, 1)[predictors], targets, temperature, entropy)
+
+    def head_scores(self, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool) -> TokenScores:
+        """Returns the scores of the targets for the (T, H) hidden states that predict them, with the fused head."""
+        return linear_log_probs(
+            hidden, self.head, targets, temperature, entropy, bias=self.head_bias, change=self.logit_change
+        )
 
     def next_logits(self, inputs: dict[str, Any]) -> Tensor:
         """Returns the (B, V) logits after the last token of each row."""
         if not self.fused:
             return self.model(**inputs, logits_to_keep=1).logits[:, -1]  # type: ignore[no-any-return]
         hidden = self.hidden(inputs)[:, -1]
-        return hidden @ self.head.T.to(hidden.dtype)
+        logits = hidden @ self.head.T.to(hidden.dtype)
+        if self.head_bias is not None:
+            logits = logits + self.head_bias.to(hidden.dtype)
+        return self.logit_change.apply(logits)
 
     def hidden(self, inputs: dict[str, Any]) -> Tensor:
         """Returns the (B, S, H) hidden states that are the input of the head."""
@@ -171,13 +185,19 @@ class CausalLM(nn.Module):
         weight: Tensor = self.model.get_output_embeddings().weight
         return weight
 
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The bias of the output head, (V,), or None."""
+        bias: Tensor | None = self.model.get_output_embeddings().bias
+        return bias
+
     def parameters_used_directly(self) -> list[nn.Parameter]:
         """Returns the parameters that `forward` uses without calling the module that contains them.
 
         The forward hooks of that module do not run for them, so DeepSpeed registers them as external parameters
         (ZeRO-3).
         """
-        return [self.model.get_output_embeddings().weight] if self.fused else []
+        return list(self.model.get_output_embeddings().parameters()) if self.fused else []
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles the model in place with `torch.compile`.

@@ -12,7 +12,7 @@ from myllm_ray.common.types import RouterLosses, TokenScores
 from myllm_ray.models.causal_lm import CausalLM, router_losses
 from myllm_ray.models.packed_rows import known_packing
 from myllm_ray.models.routers import Routers
-from myllm_ray.ops.log_probs import linear_log_probs, log_probs_from_logits
+from myllm_ray.ops.log_probs import log_probs_from_logits
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class ActorCritic(CausalLM):
         """
         if self.fused:
             hidden = self.hidden(inputs).flatten(0, 1)[predictors]
-            scores = linear_log_probs(hidden, self.head, targets, temperature, entropy)
+            scores = self.head_scores(hidden, targets, temperature, entropy)
         else:
             output = self.model(**inputs, output_hidden_states=True)
             hidden = output.hidden_states[-1].flatten(0, 1)[predictors]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from myllm_ray.accelerators.base import Accelerator
+from myllm_ray.accelerators.memory import cpp_compiler
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.resolve import names, resolve
 from myllm_ray.config.schema import TrainerConfig
@@ -89,7 +89,7 @@ def examine(config: TrainerConfig | None = None) -> Iterator[Line]:
             _packing(ModelSection(config={"model_type": name}, attention=attention)) for name, attention in PACKED
         )  # type: ignore[arg-type]
     yield _disk_offload()
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    compiler = cpp_compiler()
     yield Line(
         "torch.compile on the CPU",
         compiler is not None,

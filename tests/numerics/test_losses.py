@@ -131,28 +131,6 @@ def test_packed_documents_do_not_see_each_other(model_type: str) -> None:
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_with_changed_logits_is_not_fused() -> None:
-    config = AutoConfig.for_model(
-        "gemma2",
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        head_dim=16,
-        vocab_size=50,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        final_logit_softcapping=5.0,
-        pad_token_id=None,
-    )
-    model = CausalLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-    assert not model.fused
-    ids = torch.randint(0, 50, (1, 6))
-    plain = torch.nn.functional.cross_entropy(
-        model.model(input_ids=ids, use_cache=False).logits[0, :-1].float(), ids[0, 1:], reduction="sum"
-    )
-    torch.testing.assert_close(model(ids, ids, torch.arange(6)[None]).nll_sum, plain, atol=1e-4, rtol=1e-5)
-
-
 def test_metrics_by_hand() -> None:
     """Two sources with known probabilities: loss per source, accuracy, bits per byte and perplexity."""
 

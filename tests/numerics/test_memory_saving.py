@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import resource
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch.distributed as dist
 from conftest import MakeConfig, comparable
 from spawned import BACKENDS, SHARED, run_all, start_processes
 
+from myllm_ray.accelerators import memory
 from myllm_ray.accelerators.base import Accelerator
-from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.accelerators.memory import CACHE_VARIABLE, save_memory
 from myllm_ray.common.materialize import source_of
 from myllm_ray.config import ConfigError
 from myllm_ray.config.resolve import resolve
@@ -26,6 +28,7 @@ from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.models.load import build_deferred, build_model
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 2, "resid_pdrop": 0.3}
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 FEW = (
     "run.max_steps=4",
     "data.validation=null",
@@ -96,6 +99,100 @@ def test_compiled_is_the_same_run(make_config: MakeConfig, what: str) -> None:
     for name in ("single", "ddp", "fsdp", "deepspeed-2", "deepspeed-3"):
         (folder,) = run_all(1, [make_config(f"run.name={name}", *BACKENDS[name], f"accelerator.compile={what}", *FEW)])
         assert losses(folder) == pytest.approx(losses(plain), rel=1e-5), name
+
+
+def test_blocks_are_compiled_once_for_all_widths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows of several widths, also one that equals the hidden size, with packed documents; the results are eager's."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, original = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "own"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **given: original(self, backend=counter, fullgraph=True, **given)
+    )
+    monkeypatch.setattr(torch.fx.experimental._config, "use_duck_shape", True)
+    torch._dynamo.reset()
+    plain, model = (build_model(ModelSection(config=LLAMA), byte_tokenizer(), 64, 0) for _ in range(2))
+    save_memory(model, AcceleratorSection(compile="blocks"), str(tmp_path))
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / "own")
+    for rows, width in ((2, 32), (2, 24), (3, 48), (2, 64)):
+        ids = torch.randint(0, 250, (rows, width))
+        positions = torch.arange(width // 2).repeat(2).expand(rows, width)
+        found, expected = (m(ids, ids, positions).nll_sum for m in (model, plain))
+        found.backward()
+        torch.testing.assert_close(found, expected)
+        assert counter.frame_count == 1, width
+
+
+@pytest.mark.parametrize("imported", [False, True], ids=["unset", "set by inductor"])
+def test_compiled_code_is_kept_in_the_data_cache(
+    monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig, tmp_path: Path, imported: bool
+) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv(CACHE_VARIABLE, "")  # so that the original value is restored
+    monkeypatch.delenv(CACHE_VARIABLE)
+    if imported:
+        cache_dir()
+        assert CACHE_VARIABLE in os.environ
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **given: None)
+    config = make_config("accelerator.compile=blocks", f"data.cache={tmp_path}")
+    accelerator = resolve("accelerators", "single", "accelerator.name")(config)
+    accelerator.setup()
+    model = build_model(ModelSection(config=LLAMA), byte_tokenizer(), 64, 0)
+    accelerator.prepare(model, OptimizerManager(model, config).build, SchedulerManager(config=config).build)
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / "compiled")
+
+
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch, make_config: MakeConfig) -> None:
+    monkeypatch.setattr(memory, "cpp_compiler", lambda: None)
+    accelerator = resolve("accelerators", "single", "accelerator.name")(make_config("accelerator.compile=blocks"))
+    with pytest.raises(ConfigError, match=r"accelerator\.compile=blocks: torch\.compile needs a C\+\+ compiler"):
+        accelerator.check()
+    resolve("accelerators", "single", "accelerator.name")(make_config()).check()
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_the_compiled_code(tmp_path: Path) -> None:
+    """Its first step compiles nothing: everything is in the cache of the first process."""
+    import subprocess
+    import sys
+
+    program = """
+import json, sys, time
+import torch
+from torch._dynamo.utils import counters
+from myllm_ray.accelerators.memory import save_memory
+from myllm_ray.config.sections import AcceleratorSection, ModelSection
+from myllm_ray.data.tokenizer import byte_tokenizer
+from myllm_ray.models.load import build_model
+config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+model = build_model(ModelSection(config=config), byte_tokenizer(), 64, 0)
+save_memory(model, AcceleratorSection(compile="blocks"), sys.argv[1])
+ids = torch.ones(2, 48, dtype=torch.int64)
+begun = time.perf_counter()
+model(ids, ids, torch.arange(48).expand(2, 48)).nll_sum.backward()
+seconds = time.perf_counter() - begun
+print(json.dumps({"seconds": seconds, **{k: v for k, v in counters["inductor"].items() if "fxgraph" in k}}))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != CACHE_VARIABLE}
+    first, second = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)],
+                env=environment,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.splitlines()[-1]
+        )
+        for _ in range(2)
+    )
+    print(first, second)
+    assert first["fxgraph_cache_miss"] > 0
+    assert second["fxgraph_cache_hit"] == first["fxgraph_cache_miss"]
+    assert "fxgraph_cache_miss" not in second
+    assert second["seconds"] < first["seconds"] / 2
 
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,86 @@
+"""The parts of the benchmarks that measure nothing: the rows of the peers, ratios, tables and the comparison."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import throughput
+from gpu import flops_per_token
+from peers import interleave, ratios
+from sides import LENGTH, Epoch, documents, rows_of, tokens_after_first
+
+
+def result(*quotients: float, side: str = "trl") -> dict[str, Any]:
+    values = {"rates": [100.0, 130.0], "steps": 3, "peak_mb": 900, "ratios": sorted(quotients)}
+    ours = {**values, "ratios": [1.0]}
+    return {
+        "machine": {"cpu": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "trl": "1"},
+        "rounds": 2,
+        "results": [{"workload": "sft", "vocabulary": "4k", "sides": {"ours": ours, side: values}}],
+    }
+
+
+def test_sides_alternate_and_ratios_are_those_of_a_round() -> None:
+    order: list[str] = []
+    values = {"a": iter([{"rate": 6.0}, {"rate": 2.0}]), "b": iter([{"rate": 3.0}, {"rate": 4.0}])}
+
+    def one(name: str) -> dict[str, Any]:
+        order.append(name)
+        return next(values[name])
+
+    found = interleave({name: lambda name=name: one(name) for name in values}, 2)
+    assert order == ["a", "b", "b", "a"]
+    assert ratios(found["a"], found["b"]) == [0.5, 2.0]
+
+
+def test_the_rows_of_the_peers_contain_every_document_once() -> None:
+    made = documents("4k", 20)
+    total = sum(len(p) + len(a) for p, a in made)
+    for workload in ("pretrain", "sft"):
+        rows = rows_of(workload, made)
+        assert all(len(values) == LENGTH for row in rows for values in row.values())
+        ids = [t for row in rows for t in row["input_ids"]]
+        if workload == "pretrain":
+            assert ids[:total] == [t for p, a in made for t in (*p, *a)]
+            assert len(rows) == -(-total // LENGTH)
+        # A document starts at position 0 and its first token has no label.
+        starts = [(r, i) for r in rows for i, p in enumerate(r["position_ids"]) if p == 0 and r["labels"][i] != -100]
+        assert workload == "pretrain" or not starts
+        answers = [t for row in rows for t in row["labels"] if t != -100]
+        if workload == "sft":
+            assert answers == [t for _, a in made for t in a]
+    assert Epoch([5.0, 6.0, 8.0], tokens_after_first(made, 20, 5)).rate == pytest.approx(total * 15 / 20 / 3)
+
+
+def test_a_ratio_far_below_the_baseline_is_reported() -> None:
+    baseline = {"sft/4k/trl": 2.0, "sft/4k/absent": 3.0}
+    assert throughput.check(result(1.6, 1.75, 1.9), baseline) == []
+    (line,) = throughput.check(result(1.5, 1.6, 1.9), baseline)
+    assert line == "sft/4k/trl: 1.60 times the peer's rate, 2.00 in the baseline"
+
+
+def test_the_table_replaces_the_one_between_the_markers(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{throughput.BEGIN}old\n{throughput.END}after\n")
+    assert throughput.write_table(result(2.0, 3.0, 4.0), page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| sft | 4k | TRL | 115 (100 to 130) | 3.00 (2.00 to 4.00) | 900 |" in text
+    page.write_text("no markers")
+    assert not throughput.write_table(result(2.0), page)
+    assert page.read_text() == "no markers"
+
+
+def test_flops_of_a_token_by_hand() -> None:
+    """Llama 3.2 1B: 973 M parameters in its layers and 263 M in its head; documents of 1000 tokens."""
+    matrices = 16 * (2048 * 2048 * 2 + 2048 * 512 * 2 + 3 * 2048 * 8192) + 2048 * 128256
+    assert flops_per_token([[0] * 1000] * 3) == 6 * matrices + 6 * 16 * 2048 * 1000
