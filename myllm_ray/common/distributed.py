@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -65,9 +66,20 @@ def all_reduce_(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:
         tensor: The tensor to reduce.
         op: The reduction; default: sum.
     """
+    global _seconds
     if is_distributed() and world_size() > 1:
+        started = time.perf_counter()
         dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
+        _seconds += time.perf_counter() - started
     return tensor
+
+
+_seconds = 0.0
+
+
+def seconds_in_collectives() -> float:
+    """Returns the seconds that this process has spent in `all_reduce_`. Collectives of the backends do not count."""
+    return _seconds
 
 
 def lost_a_peer(error: BaseException) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from myllm_ray.engine.evaluation import EvaluationTasks, evaluate_all
 from myllm_ray.engine.exits import AGREED, SAVED, exit_of
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
 from myllm_ray.engine.optimizer import OptimizerManager
+from myllm_ray.engine.reporting.figures import Figures
 from myllm_ray.engine.reporting.jsonl import Ledger, SampleTable
 from myllm_ray.engine.reporting.metrics import MetricSum
 from myllm_ray.engine.scheduler import SchedulerManager
@@ -36,6 +37,7 @@ from myllm_ray.engine.settings import EngineSettings
 from myllm_ray.engine.stability import Stability
 from myllm_ray.engine.stream import InMemoryStream
 from myllm_ray.ops.dropout import StepDropout
+from myllm_ray.ops.workload import Workload
 from myllm_ray.trainers.base import BaseTrainer
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class TrainerEngine:
         manifest: entries (JSON) that every checkpoint's manifest contains in addition.
         constants: metrics that do not change and are repeated in every line of the log (skipped rows).
         heartbeat: reports the phase of this rank, and receives requests from other processes.
+        flops: the operations of the forward and backward pass of a workload; None: they are not logged.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class TrainerEngine:
         constants: dict[str, float] | None = None,
         heartbeat: Heartbeat | None = None,
         tasks: EvaluationTasks | None = None,
+        flops: Callable[[Workload], float] | None = None,
     ):
         self.trainer, self.accelerator = trainer, accelerator
         self.optimizers, self.schedulers = optimizer_manager, scheduler_manager or SchedulerManager(config=config)
@@ -83,7 +87,7 @@ class TrainerEngine:
         on_request = checkpoint_manager is not None and checkpoint_manager.on_request
         if on_request and not as_mapping(config).get("checkpoint"):
             self.settings.checkpoint.at_end = False
-        self.stream, self.validation, self.tasks = stream, validation, tasks
+        self.stream, self.validation, self.tasks, self._flops = stream, validation, tasks, flops
         self._evaluates = validation is not None or tasks is not None
         self.manifest, self.constants = manifest or {}, constants or {}
         self.heartbeat, self.average = heartbeat or Heartbeat(), WeightAverage(config)
@@ -117,6 +121,7 @@ class TrainerEngine:
             )
         self._weights = WeightCheck(self.trainer, self.stream)
         self.callbacks = CallbackList(self._callbacks, self.state.is_main)
+        self.figures = Figures(self.trainer, self.accelerator, self.heartbeat, self._flops)
         self.stability.load_interventions()
         self.schedulers.total_steps = self.state.total_steps
         manifest = opened(self, resume)
@@ -224,6 +229,7 @@ class TrainerEngine:
         The loss is summed over micro-batches and ranks and divided once, by the weight of the global batch. It does not
         depend on how the batch is split into micro-batches and ranks.
         """
+        self.figures.count(micros)
         # Before the all-reduce: a rank that hangs there must not be reported in phase rollout.
         self.heartbeat.enter("forward", self.state.step + 1)
         # Synchronizes host and device: the first backward pass needs the global weight.
@@ -322,20 +328,14 @@ class TrainerEngine:
         ):
             evaluated = self.evaluate()
             self._agree(0)
-        if (
-            evaluated
-            or self.state.step % self.settings.logging.every_steps == 0
-            or self.state.step == self.state.total_steps
-        ):
+        step = self.state.step
+        if evaluated or step % self.settings.logging.every_steps == 0 or step == self.state.total_steps:
             self._log(result, sums, evaluated, seconds)
 
     def _log(self, result: StepResult, sums: MetricSum | None, evaluated: dict[str, float], seconds: float) -> None:
         values = sums.reduce(self.accelerator) if sums else {}  # a collective that also waits for the device
-        self.metrics = {
-            **values,
-            **(self.trainer.derived_metrics(values) if values else {}),
-            "learning_rate": self.last_rate,
-        }
+        derived = self.trainer.derived_metrics(values) if values else {}
+        self.metrics = {**values, **derived, "learning_rate": self.last_rate}
         self.metrics = {name: value for name, value in self.metrics.items() if name[0] != "_"}
         if not result.skipped:  # an overflowing gradient has no norm
             self.metrics["grad_norm"] = result.grad_norm
@@ -345,7 +345,7 @@ class TrainerEngine:
             self.metrics["skipped_steps"] = float(self.skipped_steps)
             self.metrics = {name: value for name, value in self.metrics.items() if math.isfinite(value)}
         rates = {"time": time.time(), "tokens_per_second": values.get("tokens", 0.0) / seconds}
-        self.metrics.update({**evaluated, **self.constants, **rates})
+        self.metrics.update({**evaluated, **self.constants, **rates, **self.figures.read()})
         self.callbacks.emit("on_log", self.state, self.metrics)
 
     def _due(self, every: int | None, request: str, since: int | None = None) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from myllm_ray.common.distributed import all_reduce_
 from myllm_ray.common.types import Batch, MetricPairs, Micro, StepOutput
+from myllm_ray.ops.workload import Workload, pair_work
 from myllm_ray.trainers.dpo import DPOTrainer
 from myllm_ray.trainers.preference import ReferenceTable
 from myllm_ray.trainers.routing import with_router_loss
@@ -96,6 +97,9 @@ class KTOTrainer(DPOTrainer):
         tokens = scores.lengths[kept][:, :1].sum()
         metrics = {**self._answer_metrics(ratios.detach(), desirable > 0, divergence), "tokens": (tokens, 1.0)}
         return with_router_loss(self.model, StepOutput(losses.sum(), metrics), scores.router, kept.float())
+
+    def workload(self, micro: Micro) -> Workload:
+        return pair_work(micro, self.shared_prompt, answers=1)
 
     def _answer_metrics(self, ratios: Tensor, desirable: Tensor, divergence: Tensor) -> MetricPairs:
         """Returns metrics per label. A mean over either label has its own number of answers as weight."""
