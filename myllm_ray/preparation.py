@@ -21,6 +21,7 @@ from myllm_ray.data.evaluation_rows import task_rows
 from myllm_ray.data.examples import PROMPTS, TOKENS
 from myllm_ray.data.inspect import end_warnings
 from myllm_ray.data.prepare import MapUnits, PreparedData, prepare
+from myllm_ray.data.row_tokens import batches_for_tokens
 from myllm_ray.data.summary import summarize
 from myllm_ray.data.targets import check_targets, target_warnings
 from myllm_ray.data.templates import NAMED
@@ -30,7 +31,9 @@ from myllm_ray.data.tokenizer import (
 )
 from myllm_ray.dependencies import kind_of_model, model_section, trainer_class_of
 from myllm_ray.engine.amendments import check_segments
+from myllm_ray.engine.budget import reason_to_stop, seconds_used
 from myllm_ray.engine.callbacks import Callback
+from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import (
     check_starting_weights,
     named_models,
@@ -40,7 +43,7 @@ from myllm_ray.engine.ema import WeightAverage
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.reporting.jsonl import JSONLCallback
 from myllm_ray.engine.reporting.trackers.base import numbered
-from myllm_ray.engine.run_folder import claim, folder_of
+from myllm_ray.engine.run_folder import claim, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.evaluate.training import check_tasks
 from myllm_ray.model_checks import check_attention, check_dependencies, check_frozen, check_routers, isolation_of
@@ -133,6 +136,7 @@ def prepare_run(
     prepared = with_base(config, prepared)
     if warn:
         warn_of_data(prepared)
+    check_budget(config, prepared)
     claim(config, prepared.identity, plan_of(config, prepared))
     _write_data_summary(config, prepared)
     return prepared
@@ -153,6 +157,44 @@ def plan_of(config: TrainerConfig, prepared: PreparedData) -> dict[str, Any]:
         "steps": config.run.total_steps(config.steps_per_batch, prepared.train.steps_in_epoch),
         "tokenizer": Path(prepared.tokenizer_folder).name.removeprefix("tokenizer-"),
     }
+
+
+def last_step(config: TrainerConfig, prepared: PreparedData) -> int | None:
+    """Returns the step after which the tokens of `run.budget` are used up, or None if the run does not reach it."""
+    budget = config.run.budget
+    if budget is None or budget.tokens is None:
+        return None
+    per_batch = config.steps_per_batch
+    most = config.run.total_steps(per_batch, prepared.train.steps_in_epoch) // per_batch
+    found = batches_for_tokens(prepared.train, budget.tokens, most)
+    return None if found is None else per_batch * found
+
+
+def check_budget(config: TrainerConfig, prepared: PreparedData) -> None:
+    """Checks `run.budget` against the data, and whether a run that resumes has used it up.
+
+    Raises:
+        ConfigError: the tokens of the trainer's data are not known in advance, or nothing of the budget is left.
+    """
+    budget = config.run.budget
+    if budget is None:
+        return
+    if budget.tokens is not None and prepared.train.plan.store.kind != TOKENS:
+        raise ConfigError(
+            f"run.budget.tokens: trainer {config.trainer} does not read tokens; use run.budget.hours or run.max_steps"
+        )
+    if budget.tokens is not None and any("batch.global_size" in a.set for a in config.run.amendments):
+        raise ConfigError(
+            "run.budget.tokens: run.amendments changes batch.global_size, and with it the tokens of a step; use "
+            "run.budget.hours or run.max_steps"
+        )
+    start = resume_point(config) if config.checkpoint.resume == "auto" else None
+    if start is None:
+        return
+    step, folder = int(read_manifest(start)["step"]), folder_of(config)
+    reason = reason_to_stop(budget, seconds_used(folder), step, last_step(config, prepared))
+    if reason is not None:
+        raise ConfigError(f"{folder} is at step {step:,} and has used its budget ({reason}); increase it to resume")
 
 
 def of_segment(prepared: PreparedData, config: TrainerConfig) -> PreparedData:

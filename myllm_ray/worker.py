@@ -35,6 +35,7 @@ from myllm_ray.data.tokenizer import (
 from myllm_ray.dependencies import Dependencies, Services, kind_of_model, model_section, trainer_class_of
 from myllm_ray.engine.amendments import described, take_requests, with_recorded
 from myllm_ray.engine.attempt import RecordedAttempt
+from myllm_ray.engine.budget import RunBudget
 from myllm_ray.engine.callbacks import Callback, observing
 from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import (
@@ -48,13 +49,15 @@ from myllm_ray.engine.loop import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.reporting.events import EventLog, recorded_warnings
 from myllm_ray.engine.reporting.monitor import RunMonitor
+from myllm_ray.engine.reporting.profile import StepProfiler
 from myllm_ray.engine.run_folder import checkpoints_of, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.evaluate.training import build_tasks
 from myllm_ray.model_checks import document_kernel
 from myllm_ray.models.architecture import save_architecture
+from myllm_ray.models.flops import model_flops
 from myllm_ray.models.load import build_deferred
-from myllm_ray.preparation import absolute, build_callbacks, check_names, of_segment, prepare_run
+from myllm_ray.preparation import absolute, build_callbacks, check_names, last_step, of_segment, prepare_run
 from myllm_ray.trained_model import save_tokenizer
 from myllm_ray.trainers.base import BaseTrainer
 
@@ -172,6 +175,7 @@ def build_engine(
     model = build_deferred(
         model_section(config), tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config)
     )
+    flops = model_flops(model).of
     stream = stream or LocalStream(prepared.train)
     validation = LocalStream(prepared.validation) if prepared.validation else None
     trainer = build_trainer(
@@ -193,6 +197,7 @@ def build_engine(
         folder=None if folder is None else str(folder),
         constants=data_counts(prepared),
         heartbeat=heartbeat,
+        flops=flops,
         tasks=build_tasks(config, prepared, tokenizer),
         manifest={
             # Rank 0 decides what a checkpoint holds: the ranks of a run made again prepare the data separately.
@@ -247,7 +252,7 @@ def _run(
         accelerator,
         engine=TrainerEngine,
         stream=stream,
-        callbacks=[RunMonitor(events, heartbeat), *callbacks],
+        callbacks=[RunMonitor(events, heartbeat), *added_callbacks(config, prepared), *callbacks],
         services=services,
         folder=folder,
         heartbeat=heartbeat,
@@ -283,6 +288,15 @@ def _run(
         "exit": state.exit,
         "parameter_bytes": held,
     }
+
+
+def added_callbacks(config: TrainerConfig, prepared: PreparedData) -> list[Callback]:
+    """Returns the callbacks that other keys of the config need: `run.budget` and `logging.profile`."""
+    budget, profile = config.run.budget, config.logging.profile
+    return [
+        *([] if budget is None else [RunBudget(budget, folder_of(config), last_step(config, prepared))]),
+        *([] if profile is None else [StepProfiler(*profile)]),
+    ]
 
 
 def start_of(config: TrainerConfig, start: Path | None) -> tuple[Path | None, int]:

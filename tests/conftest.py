@@ -18,9 +18,9 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
+from myllm_ray.common.types import is_measured
 from myllm_ray.config import TrainerConfig, validate
 from myllm_ray.config.load import apply_override
-from myllm_ray.runs.folder import CLOCK
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA = {
@@ -55,7 +55,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def comparable(folder: str | Path) -> list[dict[str, Any]]:
     """Returns the rows of metrics.jsonl without the values that depend on a clock."""
     rows = read_jsonl(Path(folder) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+    return [{k: v for k, v in row.items() if not is_measured(k)} for row in rows]
 
 
 def ledger(folder: str | Path) -> list[dict[str, Any]]:

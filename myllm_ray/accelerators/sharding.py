@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed.tensor import Shard
 
 from myllm_ray.common.modules import outside_blocks, repeated_blocks
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.config.sections import AcceleratorSection
 
 CLASSES = "transformer_layer_cls_to_wrap"
 """The option with the class names of the blocks, named like the key in `fsdp_config` of transformers."""
@@ -149,3 +151,23 @@ def local_bytes(parameter: Tensor) -> int:
         return partition.numel() * partition.element_size()
     local: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     return local.numel() * local.element_size()
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Over how many workers a backend divides the parameters, the gradients and the state of the optimizer."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
+def sharding_of(section: AcceleratorSection, workers: int) -> Sharding:
+    """Returns the division of a built-in backend; other backends are taken to hold everything on each worker."""
+    name, stage = section.name, section.stage
+    if name == "fsdp":
+        return Sharding(workers, workers, workers)
+    if name != "deepspeed":
+        return Sharding(1, 1, 1)
+    stage = 2 if stage is None else stage
+    return Sharding(workers if stage == 3 else 1, workers if stage >= 2 else 1, workers if stage >= 1 else 1)

@@ -14,7 +14,7 @@ from myllm_ray.cli import train  # noqa: F401
 from myllm_ray.cli import amend  # noqa: F401
 
 # isort: split
-from myllm_ray.cli import chat, check, evaluate, models, serve  # noqa: F401
+from myllm_ray.cli import chat, check, evaluate, figures, models, serve  # noqa: F401
 
 # isort: split
 from myllm_ray.cli import export, replay, report, runs  # noqa: F401

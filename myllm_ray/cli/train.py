@@ -10,6 +10,7 @@ import typer
 
 from myllm_ray.cli.app import EXIT_PREEMPTED, Config, LogFormat, Overrides, Plain, app, set_format
 from myllm_ray.cli.tables import out
+from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.load import load_config
 
 
@@ -18,6 +19,10 @@ def train(
     config: Config,
     overrides: Overrides = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="show Ray's own logs")] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="A:B", help="profile the steps A to B: a trace and the ten most expensive operations"),
+    ] = None,
     log_format: LogFormat = None,
     plain: Plain = False,
 ) -> None:
@@ -26,7 +31,7 @@ def train(
 
     as_json = set_format(log_format, plain)
     try:
-        result = run(config, overrides or [], verbose)
+        result = run(config, [*(overrides or []), *_profiled(profile)], verbose)
     except KeyboardInterrupt:
         print("stopped without saving; the newest checkpoint is kept (resume: checkpoint.resume=auto)", file=sys.stderr)
         sys.exit(130)
@@ -36,6 +41,20 @@ def train(
         if not as_json:
             out.print(f"stopped early ({result.exit.reason}); to resume: the same command with checkpoint.resume=auto")
         sys.exit(EXIT_PREEMPTED)
+
+
+def _profiled(steps: str | None) -> list[str]:
+    """Returns the override of `--profile`.
+
+    Raises:
+        ConfigError: it is not of the form A:B.
+    """
+    if steps is None:
+        return []
+    first, mark, last = steps.partition(":")
+    if not mark or not first.isdigit() or not last.isdigit():
+        raise ConfigError(f"--profile {steps}: give the first and the last step, such as 10:12")
+    return [f"logging.profile=[{int(first)}, {int(last)}]"]
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -65,8 +66,11 @@ def all_reduce_(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:
         tensor: The tensor to reduce.
         op: The reduction; default: sum.
     """
+    global _seconds
     if is_distributed() and world_size() > 1:
+        started = time.perf_counter()
         dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM)
+        _seconds += time.perf_counter() - started
     return tensor
 
 
@@ -80,9 +84,16 @@ def all_reduce_on_host_(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     group = dist.distributed_c10d._get_default_group()
     if torch.device("cpu") in group._device_types:
-        dist.all_reduce(tensor)
-        return tensor
+        return all_reduce_(tensor)
     return tensor.copy_(all_reduce_(tensor.to(group._device_types[0])))
+
+
+_seconds = 0.0
+
+
+def seconds_in_collectives() -> float:
+    """Returns the seconds that this process has spent in `all_reduce_`. Collectives of the backends do not count."""
+    return _seconds
 
 
 def lost_a_peer(error: BaseException) -> bool:

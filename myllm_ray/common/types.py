@@ -25,6 +25,16 @@ MetricPairs: TypeAlias = "dict[str, tuple[Tensor | float, Tensor | float]]"
 REQUESTS = ("save", "evaluate", "stop", "preempt", "abort")
 """The actions that a callback can request from the engine (`RunState.request`)."""
 
+MEASURED = ("time", "tokens_per_second", "tflops_per_second", "mfu", "data_wait", "data_wait_share")
+"""Metrics that depend on a clock or the machine, in addition to those whose names begin with `MEASURED_BEFORE`."""
+MEASURED_BEFORE = ("time/", "memory/")
+
+
+def is_measured(metric: str) -> bool:
+    """Returns whether a metric depends on a clock or the machine, so that it differs between two equal runs."""
+    return metric in MEASURED or metric.startswith(MEASURED_BEFORE)
+
+
 IGNORE = -100
 """The label of a token that is not a target of the loss."""
 

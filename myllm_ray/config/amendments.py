@@ -91,6 +91,8 @@ REFUSED = {
     "optimizer.fused": "it is not a property of a step: change it in the config when the run resumes",
     "ema": "the average in a checkpoint belongs to it: change it in the config when the run resumes",
     "scheduler.start_step": "an amendment of the schedule sets it to its own step",
+    "logging.profile": _ON_RESUME,
+    "run.budget": _ON_RESUME,
     "run.name": "it is the run's folder",
     "run.storage": "it is the run's folder",
     "run.seed": "order of the data and dropout are functions of it: start a new run",

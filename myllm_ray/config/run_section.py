@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from myllm_ray.config.sections import Section
 
@@ -31,6 +31,25 @@ class AmendmentSection(Section):
         return flat(values)
 
 
+class BudgetSection(Section):
+    """What a run may use, over all its attempts. It saves a checkpoint and stops when one of them is used up."""
+
+    hours: PositiveFloat | None = Field(None, description="hours of training")
+    tokens: PositiveInt | None = Field(
+        None, description="tokens of the data without padding; for trainers that read tokens (pretrain, sft)"
+    )
+    usd: PositiveFloat | None = Field(None, description="price of the hours of training; needs usd_per_hour")
+    usd_per_hour: PositiveFloat | None = Field(None, description="price per hour of all hardware of the run together")
+
+    @model_validator(mode="after")
+    def _complete(self) -> BudgetSection:
+        if self.hours is None and self.tokens is None and self.usd is None:
+            raise ValueError("give hours, tokens or usd")
+        if (self.usd is None) != (self.usd_per_hour is None):
+            raise ValueError("usd and usd_per_hour belong together: give both or neither")
+        return self
+
+
 class RunSection(Section):
     """The run's name, its folder `<storage>/<name>`, its length and its seed."""
 
@@ -44,6 +63,7 @@ class RunSection(Section):
         description="strict: use only deterministic algorithms of torch; default: runs on CUDA agree within rounding",
     )
     overwrite: bool = Field(False, description="replace an earlier run of the same name")
+    budget: BudgetSection | None = Field(None, description="hours, tokens or price at which the run saves and stops")
     amendments: list[AmendmentSection] = Field(
         default_factory=list, description="changes of the config within the run; written by `myllm-ray amend`"
     )

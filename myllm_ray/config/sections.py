@@ -297,6 +297,11 @@ class AcceleratorSection(Section):
     compile: Literal["none", "model", "blocks"] = Field(
         "none", description="torch.compile for the whole model, or for each block"
     )
+    peak_tflops: PositiveFloat | None = Field(
+        None,
+        description="peak TFLOP/s of one device in the precision of the run, for the metric mfu; default: from a table "
+        "of GPUs",
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="backend options: docs/accelerators.md")
 
 
@@ -387,3 +392,12 @@ class LoggingSection(Section):
     samples_every_steps: PositiveInt | None = Field(
         10, description="ppo, grpo: interval at which some answers and their rewards are written to samples.jsonl"
     )
+    profile: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="[first, last]: steps that rank 0 profiles, into the folder `profile` of the run"
+    )
+
+    @model_validator(mode="after")
+    def _ascending(self) -> LoggingSection:
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile: the first step {self.profile[0]} is after the last one, {self.profile[1]}")
+        return self

@@ -232,6 +232,9 @@ def validate_sweep(raw: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
     assert isinstance(sweep.base, dict)
     # Writes out the defaults, so that the recorded config keeps its meaning if a later version changes them.
     sweep.base = validate(sweep.base, where=f"{where}: base").model_dump(mode="json")
+    # A trial that stops early would be compared with trials that do not.
+    if sweep.base["run"]["budget"] is not None or any(key.startswith("run.budget") for key in sweep.space):
+        raise ConfigError(f"{where}: run.budget: a sweep has a budget of its own: budget.minutes, budget.trial_hours")
     for key, dimension in sweep.space.items():
         problems = [problem for value in dimension.examples() if (problem := _problem(sweep, {key: value}))]
         # A value may be valid only in combination with a value of another key. An unknown key is never valid.

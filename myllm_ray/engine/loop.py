@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from myllm_ray.engine.exits import AGREED, SAVED, exit_of
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.prefetch import PrefetchedBatches
+from myllm_ray.engine.reporting.figures import Figures
 from myllm_ray.engine.reporting.jsonl import Ledger, SampleTable
 from myllm_ray.engine.reporting.metrics import MetricSum
 from myllm_ray.engine.reporting.step_report import StepReports
@@ -37,6 +38,7 @@ from myllm_ray.engine.settings import EngineSettings
 from myllm_ray.engine.stability import Stability
 from myllm_ray.engine.stream import InMemoryStream
 from myllm_ray.ops.dropout import StepDropout
+from myllm_ray.ops.workload import Workload
 from myllm_ray.trainers.base import BaseTrainer
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ class TrainerEngine:
         manifest: entries (JSON) that every checkpoint's manifest contains in addition.
         constants: metrics that do not change and are repeated in every line of the log (skipped rows).
         heartbeat: reports the phase of this rank, and receives requests from other processes.
+        flops: the operations of the forward and backward pass of a workload; None: they are not logged.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class TrainerEngine:
         constants: dict[str, float] | None = None,
         heartbeat: Heartbeat | None = None,
         tasks: EvaluationTasks | None = None,
+        flops: Callable[[Workload], float] | None = None,
     ):
         self.trainer, self.accelerator = trainer, accelerator
         self.optimizers, self.schedulers = optimizer_manager, scheduler_manager or SchedulerManager(config=config)
@@ -84,7 +88,7 @@ class TrainerEngine:
         on_request = checkpoint_manager is not None and checkpoint_manager.on_request
         if on_request and not as_mapping(config).get("checkpoint"):
             self.settings.checkpoint.at_end = False
-        self.stream, self.validation, self.tasks = stream, validation, tasks
+        self.stream, self.validation, self.tasks, self._flops = stream, validation, tasks, flops
         self.evaluates = validation is not None or tasks is not None
         self.manifest, self.constants = manifest or {}, constants or {}
         self.heartbeat, self.average = heartbeat or Heartbeat(), WeightAverage(config)
@@ -120,6 +124,7 @@ class TrainerEngine:
             )
         self._weights = WeightCheck(self.trainer, self.stream)
         self.callbacks = CallbackList(self._callbacks, self.state.is_main)
+        self.figures = Figures(self.trainer, self.accelerator, self.heartbeat, self._flops)
         self.stability.load_interventions()
         self.schedulers.total_steps = self.state.total_steps
         manifest = opened(self, resume)
@@ -238,6 +243,7 @@ class TrainerEngine:
         depend on how the batch is split into micro-batches and ranks.
         """
         micros = [self.trainer.prepare_micro(micro) for micro in micros]
+        self.figures.count(micros)
         # Before the all-reduce: a rank that hangs there must not be reported in phase rollout.
         self.heartbeat.enter("forward", self.state.step + 1)
         # On the host: the first backward pass needs the global weight.

@@ -22,7 +22,8 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.ops.load_balancing import load_balancing_loss, router_probabilities
 
 _OWN_WEIGHT = ("router_aux_loss_coef", "aux_loss_coef")
-_CHOSEN_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "top_k")
+CHOSEN_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "top_k")
+"""Names of the number of experts per token, in a router or in the config of a model."""
 
 
 class Routers:
@@ -191,7 +192,7 @@ def _chosen(output: Any, logits: Tensor, router: nn.Module, config: Any) -> Tens
             if len(flat) == len(logits):
                 return flat
     for owner in (router, config):
-        for name in _CHOSEN_PER_TOKEN:
+        for name in CHOSEN_PER_TOKEN:
             if isinstance(count := getattr(owner, name, None), int):
                 return logits.topk(count, -1).indices
     raise ConfigError(f"model: {type(router).__name__} does not declare its number of experts per token")

@@ -45,12 +45,12 @@ def find_lr(
         )
     raw = config.model_dump(mode="json")
     raw["run"] |= {"name": f"{config.run.name}-lr-find", "max_steps": steps, "epochs": None, "overwrite": True}
-    raw["run"]["amendments"] = []
+    raw["run"] |= {"amendments": [], "budget": None}
     raw["optimizer"]["lr"] = high
     raw["scheduler"] = {"name": "range_test", "min_lr_ratio": low / high, "decay_steps": steps - 1}
     raw["checkpoint"] |= {"every_steps": None, "at_end": False, "resume": "never", "mirror": None}
     raw["evaluation"] |= {"every_steps": None, "max_batches": 1, "tasks": []}  # the held-out share stays held out
-    raw["logging"] |= {"every_steps": 1}
+    raw["logging"] |= {"every_steps": 1, "profile": None}
     raw["callbacks"] = ["jsonl", "console", "myllm_ray.engine.lr_finder:StopWhenDiverged"]
     raw["tracking"] = []
     short = validate(raw, where="lr-find")

@@ -179,7 +179,7 @@ def _try(raw: dict[str, Any], size: int, folder: str) -> None:
                 **raw,
                 "batch": {"global_size": global_size, "micro_size": size},
                 "scaling": {**raw["scaling"], "workers": 1},
-                "run": {**raw["run"], "amendments": []},
+                "run": {**raw["run"], "amendments": [], "budget": None},
             }
         )
     )
@@ -191,7 +191,7 @@ def _try(raw: dict[str, Any], size: int, folder: str) -> None:
         None,
     )
     config.evaluation.every_steps, config.evaluation.tasks = None, []
-    config.callbacks, config.tracking = [], []
+    config.callbacks, config.tracking, config.logging.profile = [], [], None
     prepared = prepare_run(config, warn=False)
     check_targets(prepared.train, "data.train", 2**40, each=False)
     prepared.validation = None

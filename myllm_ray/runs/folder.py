@@ -13,14 +13,13 @@ from typing import Any
 import yaml
 
 from myllm_ray.common.files import read_jsonl
+from myllm_ray.common.types import is_measured
 from myllm_ray.config.errors import CheckpointError, ConfigError
 
 _TAIL_BYTES = 16_384
 _MOST_TAIL_BYTES = 1 << 20
 _RECORDS = ("environment.json", "metrics.jsonl", "ledger.jsonl", "checkpoints")
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is ten times as fast
-CLOCK = ("time", "tokens_per_second", "data_wait", "data_wait_share")
-"""Metrics that depend on a clock, so they differ between two equal runs."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class RunFolder:
         """The metrics of each logged step without those that depend on a clock, from `metrics.jsonl`."""
         found: dict[int, dict[str, float]] = {}
         for row in self.rows("metrics.jsonl"):
-            numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k not in CLOCK}
+            numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not is_measured(k)}
             step = int(numbers.pop("step", 0))
             found[step] = {**found.get(step, {}), **numbers}
         return found

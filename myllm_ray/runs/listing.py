@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from myllm_ray.common.files import read_jsonl
+from myllm_ray.common.types import is_measured
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.engine.liveness.heartbeat import DRIVER, heartbeat_folder
 from myllm_ray.engine.reporting.attempts import end_status
 from myllm_ray.engine.reporting.run_page import JUDGED_BY
-from myllm_ray.runs.folder import CLOCK, RunFolder, size_of, tail_rows, why_no_run
+from myllm_ray.runs.folder import RunFolder, size_of, tail_rows, why_no_run
 
 STATUSES = ("active", "finished", "stopped", "preempted", "failed", "dead", "ended", "unreadable")
 """active: its heartbeat changes. finished: all steps are done. stopped: ended early by a callback. preempted: saved and
@@ -202,7 +203,7 @@ def best_of(run: RunFolder, metric: str | None = None) -> tuple[str | None, floa
     except (OSError, ValueError, KeyError, TypeError):
         pass
     rows = [row for row in tail_rows(run.path / "metrics.jsonl") if int(row.get("step", 0)) > step]
-    names = {*found, *(k for row in rows for k in row)} - {"step", "epoch", *CLOCK}
+    names = {k for k in (*found, *(k for row in rows for k in row)) if not is_measured(k)} - {"step", "epoch"}
     keep_best = run.get("checkpoint.keep_best")
     name = next((n for n in ([metric] if metric else [keep_best, *JUDGED_BY]) if n in names), None)
     if name is None:

@@ -10,9 +10,10 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from myllm_ray.common.flatten import flatten
+from myllm_ray.common.types import is_measured
 from myllm_ray.config.errors import CheckpointError
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.runs.folder import CLOCK, RunFolder
+from myllm_ray.runs.folder import RunFolder
 from myllm_ray.runs.listing import Activity, Summary, is_higher_better, summarize
 
 
@@ -83,7 +84,7 @@ def _ranges(run: RunFolder) -> list[MetricRange]:
     series: dict[str, list[tuple[float, int]]] = {}
     for step, row in run.metrics.items():
         for name, value in row.items():
-            if name not in ("epoch", *CLOCK) and value == value:
+            if name != "epoch" and not is_measured(name) and value == value:
                 series.setdefault(name, []).append((value, step))
     found = []
     for name, values in series.items():

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from myllm_ray.common.types import is_measured
 from myllm_ray.config.resolve import SHORT_NAMES
 from myllm_ray.runs import rerun
-from myllm_ray.runs.folder import CLOCK
 from myllm_ray.runs.places import Place
 from myllm_ray.runs.records import Step
 
@@ -158,7 +158,7 @@ def _outcome(result: Mapping[str, Any]) -> Outcome:
         return Outcome(error=str(result["error"]))
     steps = {}
     for step, row in result["rows"].items():
-        numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and k not in CLOCK}
+        numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and not is_measured(k)}
         steps[int(step)] = Step(row.get("tokens_hash"), numbers)
     return Outcome(steps)
 
@@ -176,6 +176,7 @@ def for_rerun(raw: Mapping[str, Any], alone: bool = True) -> dict[str, Any]:
     resume = (found.get("checkpoint") or {}).get("resume", "never")
     found["checkpoint"] = {"at_end": False, "resume": "never" if resume in ("auto", "never") else resume}
     found["callbacks"] = found["tracking"] = []
+    found["run"] = {**(found.get("run") or {}), "budget": None}
     found["evaluation"] = {"at_end": False}
     found["logging"] = {"every_steps": 1, "samples_every_steps": None}
     found["stability"] = {**(found.get("stability") or {}), "hang_seconds": None}

@@ -19,6 +19,7 @@ from myllm_ray.config.sections import Section
 from myllm_ray.config.trainers import TrainerSection
 from myllm_ray.config.validation import typed
 from myllm_ray.ops.documents import Documents, KernelChoice, chosen_kernel, document_lengths
+from myllm_ray.ops.workload import Workload, answer_work, document_work
 from myllm_ray.trainers.routing import expert_metrics
 
 
@@ -167,6 +168,14 @@ class BaseTrainer(ABC):
         lengths = micro.get("document_lengths")
         kernel = None if lengths is None else chosen_kernel(self.document_kernel, lengths)
         return None if lengths is None or kernel is None else Documents(lengths, kernel)
+
+    def workload(self, micro: Micro) -> Workload:
+        """Returns what `train_step` computes with the trained model, for the number of operations of a step.
+
+        The engine calls it before the micro-batch is moved to the device. A trainer whose rows are not packed documents
+        overrides it.
+        """
+        return answer_work(micro) if "prompt_lengths" in micro else document_work(micro)
 
     @abstractmethod
     def batch_weight(self, micro: Micro) -> Tensor:

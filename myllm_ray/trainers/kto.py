@@ -21,6 +21,7 @@ from torch import Tensor
 from myllm_ray.common.distributed import all_reduce_
 from myllm_ray.common.micros import to_device
 from myllm_ray.common.types import Batch, MetricPairs, Micro, StepOutput
+from myllm_ray.ops.workload import Workload, pair_work
 from myllm_ray.trainers.dpo import DPOTrainer
 from myllm_ray.trainers.preference import ReferenceTable
 from myllm_ray.trainers.routing import with_router_loss
@@ -100,6 +101,9 @@ class KTOTrainer(DPOTrainer):
         return with_router_loss(
             self.model, StepOutput(losses.sum(), metrics), scores.router, filled_rows(micro).float()
         )
+
+    def workload(self, micro: Micro) -> Workload:
+        return pair_work(micro, self.shared_prompt, answers=1)
 
     def _answer_metrics(self, ratios: Tensor, desirable: Tensor, divergence: Tensor) -> MetricPairs:
         """Returns metrics per label. A mean over either label has its own number of answers as weight."""

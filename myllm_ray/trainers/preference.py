@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from myllm_ray.common.micros import is_derived, with_derived
 from myllm_ray.common.types import Batch, Micro, RouterLosses
 from myllm_ray.ops.pairs import Answers, answers, one_answer_per_row, shared_prompt_mask, sum_by
+from myllm_ray.ops.workload import Workload, pair_work
 from myllm_ray.trainers.base import BaseTrainer
 from myllm_ray.trainers.routing import routing_inputs
 from myllm_ray.trainers.scoring import filled_rows, score_tokens
@@ -127,6 +128,9 @@ class PreferenceTrainer(BaseTrainer):
         if places is None or self.shared_prompt:
             return places
         return torch.stack([2 * places, 2 * places + 1], 1).flatten()
+
+    def workload(self, micro: Micro) -> Workload:
+        return pair_work(micro, self.shared_prompt)
 
     def batch_weight(self, micro: Micro) -> Tensor:
         """Returns the number of pairs, without the empty rows that fill up the last batch of an epoch."""

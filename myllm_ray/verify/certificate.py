@@ -224,7 +224,7 @@ def shrink(config: TrainerConfig, steps: int) -> tuple[TrainerConfig, str]:
         source.limit = min(source.limit or 128, 128)
     small.batch.micro_size = 1
     small.batch.global_size = 4 if config.batch.global_size < 8 else 8
-    small.run.epochs, small.run.max_steps, small.run.amendments = None, steps, []
+    small.run.epochs, small.run.max_steps, small.run.amendments, small.run.budget = None, steps, [], None
     # Within a few steps a long warm-up would never end, and the rest of the schedule would not be compared.
     if (config.scheduler.warmup_steps or 0) > 2:
         small.scheduler.warmup_steps = 2

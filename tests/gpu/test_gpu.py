@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import LLAMA, MakeConfig, comparable
+from conftest import LLAMA, MakeConfig, comparable, read_jsonl
+from spawned import run_all
 from torch import nn
 
 from myllm_ray.accelerators.base import Accelerator
@@ -280,3 +281,17 @@ def test_doctor_finds_no_fault() -> None:
     failed = [f"{line.what}: {line.detail}" for line in examine() if ", cuda" in line.what and not line.works]
     assert failed == []
     assert os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+def test_figures_on_the_device(make_config: MakeConfig) -> None:
+    """Phases are measured by events, and the peak memory of the device is logged."""
+    if not ON_GPU:
+        pytest.skip("events of CUDA")
+    config = make_config("accelerator.device=cuda", "run.max_steps=8", "logging.every_steps=4", "run.name=figures")
+    (folder,) = run_all(1, [config])
+    row = read_jsonl(folder / "metrics.jsonl")[-1]
+    assert row["memory/device_peak"] > 0
+    assert row["time/forward"] > 0
+    assert row["time/backward"] > 0
+    assert row["tflops_per_second"] > 0
+    assert 0 <= row.get("mfu", 0) < 1

@@ -167,6 +167,8 @@ class Heartbeat:
         self._now: tuple[str, int, float] = ("start", 0, time.monotonic())
         self.spent: dict[str, float] = {}
         """Seconds in each phase that has ended, summed over the steps."""
+        self.on_enter: Callable[[str], None] | None = None
+        """Called in the training thread at the begin of each phase, with its name."""
         self._main = threading.get_ident()
         self._stop = threading.Event()
         self._dumped: set[str] = set()
@@ -185,6 +187,8 @@ class Heartbeat:
         now, (before, _, since) = time.monotonic(), self._now
         self.spent[before] = self.spent.get(before, 0.0) + now - since
         self._now = (phase, step, now)
+        if self.on_enter is not None:
+            self.on_enter(phase)
 
     def seconds_in(self, phase: str) -> float:
         """Returns the seconds spent in a phase so far, also if it has not ended."""

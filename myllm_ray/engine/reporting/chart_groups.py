@@ -32,7 +32,10 @@ ORDER = (
     "Data",
     "Other",
 )
-_FIRST = ("loss", "perplexity", "token_accuracy", "reward", "kl", "grad_norm", "learning_rate", "tokens_per_second")
+_FIRST = (
+    *("loss", "perplexity", "token_accuracy", "reward", "kl", "grad_norm", "learning_rate"),
+    *("tokens_per_second", "mfu", "tflops_per_second"),
+)
 _PAIRS = re.compile(r"^(?P<prefix>.+)/(?:chosen|rejected)$")
 _LAYERS = re.compile(r"^experts/(?:layer_\d+/)?(?P<what>[^/]+)$")
 _MOST = 16
@@ -72,6 +75,8 @@ def _title(name: str, sources: Sequence[str]) -> str:
     base = name.removeprefix(_VALIDATION)
     if base.startswith("loss/") and base[5:] in sources:
         return "validation loss by source" if name != base else "loss by source"
+    if base.startswith("time/"):
+        return "seconds per step"
     if pair := _PAIRS.match(base):
         return pair["prefix"]
     if layer := _LAYERS.match(base):
@@ -83,6 +88,8 @@ def _label(name: str, title: str, sources: Sequence[str]) -> str:
     base = name.removeprefix(_VALIDATION)
     if title.endswith("by source"):
         return base[5:]
+    if base.startswith("time/"):
+        return base.removeprefix("time/")
     if title.startswith("experts/"):
         return base.removeprefix("experts/")
     short = base.removeprefix(f"{title}/") if base != title else "training"

@@ -48,6 +48,7 @@ _ALL = (
     "grad_norm",
     "learning_rate",
     "tokens_per_second",
+    "mfu",
 )
 
 
@@ -62,6 +63,8 @@ def format_metrics(metrics: dict[str, Any], names: tuple[str, ...] = _ALL) -> st
             shown.append(f"lr {value:.2e}")
         elif name == "tokens_per_second":
             shown.append(f"{value:,.0f} tok/s")
+        elif name == "mfu":
+            shown.append(f"MFU {value:.1%}")
         else:
             shown.append(
                 f"{name.replace('validation_', 'validation ')} {value:.4g}"

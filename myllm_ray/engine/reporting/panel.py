@@ -27,7 +27,7 @@ _METRICS = (
     ("rewards/accuracies", "accuracy"),
     ("accuracy", "accuracy"),
     ("perplexity", "perplexity"),
-    ("mfu", "MFU"),
+    ("tflops_per_second", "TFLOP/s"),
     ("skipped_steps", "skipped"),
 )
 """Further metrics that are shown if the run logs them, with their labels."""
@@ -187,6 +187,8 @@ class RunPanel:
         ]
         if self.main == "reward":
             pairs.insert(0, ("loss", number(found.get("loss"))))
+        if isinstance(mfu := found.get("mfu"), (int, float)):
+            pairs.append(("MFU", f"{mfu:.1%}"))
         extra = [(label, number(found[name])) for name, label in _METRICS if name in found]
         return pairs + extra
 

@@ -184,6 +184,7 @@ class StepReports:
             metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         waited = engine.batches.waited if engine.batches is not None else 0.0
         engine.metrics = {**metrics, **evaluated, **engine.constants, **self.rates.read(tokens, waited)}
+        engine.metrics |= engine.figures.read()
         # The position of the reported step, which may be the one before the current step.
         current = state.position, state.epoch
         state.position, state.epoch = report.position, report.position.epoch
