@@ -164,6 +164,11 @@ class DataSection(Section):
     )
     on_bad_row: Literal["error", "skip"] = "error"
     cache: str | None = Field(None, description="folder of prepared data; default: <run.storage>/.data")
+    feed: Literal["auto", "ray", "worker"] = Field(
+        "auto",
+        description="what reads the rows of a run on Ray. worker: each worker reads its own; ray: tasks of Ray Data, "
+        "which need a free CPU; auto: worker. The batches are the same. Without Ray the process reads its own",
+    )
 
     @property
     def sources(self) -> list[SourceSection]:

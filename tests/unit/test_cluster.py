@@ -1,4 +1,4 @@
-"""The number of workers that fit: free resources, draining nodes, and the CPU that reads data."""
+"""The number of workers that fit: free resources, draining nodes, and the CPU of Ray Data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from conftest import MakeConfig
 
 from myllm_ray.config import ConfigError, TrainerConfig
-from myllm_ray.orchestration import cluster, supervisor
+from myllm_ray.orchestration import cluster, group
 
 A, B, C = "node-a", "node-b", "node-c"
 
@@ -43,8 +43,13 @@ def test_workers_that_fit(
 ) -> None:
     monkeypatch.setattr(cluster, "draining_nodes", lambda: leaving)
     monkeypatch.setattr(cluster.state, "available_resources_per_node", lambda: {n: {"CPU": c} for n, c in free.items()})
-    config = make_config("scaling.workers=[1,4]", "accelerator.name=ddp", "batch.micro_size=1")
-    assert cluster.workers_that_fit(config, placed) == expected
+    common = ("scaling.workers=[1,4]", "accelerator.name=ddp", "batch.micro_size=1")
+    assert cluster.workers_that_fit(make_config("data.feed=ray", *common), placed) == expected
+    without = cluster.workers_that_fit(make_config(*common), placed)
+    assert without >= expected, "workers that read their own rows leave one more CPU"
+    if not placed:
+        staying = sum(int(cpus) for node, cpus in free.items() if node not in leaving)
+        assert without == max(n for n in (0, 1, 2, 4) if n <= staying)
 
 
 def test_custom_resources_count_by_node(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +80,7 @@ def online(make_config: MakeConfig, workers: str, *overrides: str) -> TrainerCon
         "scaling.gpus_per_worker=1",
         "rollout={placement: actors}",
         "grpo={reward: [{function: 'math:prod'}], group_size: 2}",
+        "data.feed=ray",
         *overrides,
         trainer="grpo",
     )
@@ -162,8 +168,8 @@ def test_the_process_group_under_ray(
     backend.
     """
     found: dict[str, Any] = {}
-    monkeypatch.setattr(supervisor, "TorchTrainer", lambda *_, **named: found.update(named))
+    monkeypatch.setattr(group, "Trainer", lambda *_, **named: found.update(named))
     config = make_config(f"scaling.gpus_per_worker={gpus}", "scaling.workers=1", "accelerator.name=ddp")
-    supervisor._trainer(config, config, cast(Any, None), [], 1, None)
+    group._trainer(config, config, cast(Any, None), [], 1, None)
     assert (found["torch_config"].backend, found["torch_config"].timeout_s) == (backend, 7200)
     assert found["scaling_config"].use_gpu is bool(gpus)
