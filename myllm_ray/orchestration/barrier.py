@@ -18,9 +18,10 @@ class Barrier:
 
     def _barrier(self) -> Any:
         if self._made is None:
-            from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
+            from ray.train.v2._internal.execution.checkpoint import sync_actor
 
-            self._made = SynchronizationActor.__ray_metadata__.modified_class(**self._settings)
+            actor: Any = sync_actor.SynchronizationActor
+            self._made = actor.__ray_metadata__.modified_class(**self._settings)
         return self._made
 
     async def broadcast_from_rank_zero(self, *arguments: Any, **named: Any) -> Any:

@@ -121,12 +121,13 @@ class _Controller(TrainController):
 @contextmanager
 def _light_barrier() -> Iterator[None]:
     """Makes worker groups that start in this process use `Barrier`."""
-    original = worker_group.SynchronizationActor
-    worker_group.SynchronizationActor = cast(Any, ray).remote(num_cpus=0)(Barrier)
+    module: Any = worker_group
+    original = module.SynchronizationActor
+    module.SynchronizationActor = cast(Any, ray).remote(num_cpus=0)(Barrier)
     try:
         yield
     finally:
-        worker_group.SynchronizationActor = original
+        module.SynchronizationActor = original
 
 
 def _init_workers(group: Any, workers: Any, sync_actor: Any, arguments: dict[str, list[Any]]) -> None:

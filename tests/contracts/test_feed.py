@@ -71,7 +71,7 @@ def test_both_feeds_give_the_same_batches(
         tasks, own = both(spec, monkeypatch, start, steps, rank, world)
         assert len(tasks) == len(own) == steps
         for a, b in zip(tasks, own, strict=True):
-            assert (a.start, a.next, a.fingerprint) == (b.start, b.next, b.fingerprint)
+            assert (a.position, a.next, a.fingerprint) == (b.position, b.next, b.fingerprint)
             assert len(a.micros) == len(b.micros) == 6 // world
             for left, right in zip(a.micros, b.micros, strict=True):
                 assert left.keys() == right.keys()
