@@ -129,6 +129,17 @@ def workers_that_fit(config: TrainerConfig, placed: Iterable[str] = ()) -> int:
     return 0
 
 
+def largest_group(config: TrainerConfig) -> int:
+    """Returns the largest number of workers of `scaling.workers` for which the nodes that stay are large enough.
+
+    Resources that are in use count as free, unlike in `workers_that_fit`.
+    """
+    leaving = draining_nodes()
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    capacity, cpus = fitting(config, nodes, config.scaling.most), sum(has.get("CPU", 0.0) for has in nodes)
+    return max((n for n in config.worker_counts() if n <= capacity and cpus_needed(config, n) <= cpus), default=0)
+
+
 def slots(nodes: Iterable[Mapping[str, float]], need: Mapping[str, float]) -> int:
     """Returns how often `need` fits on the nodes, each time on one node. Both map resource names to amounts."""
     # The small constant absorbs the rounding of fractional resources.

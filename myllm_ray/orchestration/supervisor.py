@@ -42,7 +42,7 @@ from myllm_ray.engine.environment import write_attempt
 from myllm_ray.engine.liveness.hang_detector import HangDetector, Straggler
 from myllm_ray.engine.liveness.heartbeat import asked, clear, read_heartbeats, request
 from myllm_ray.engine.run_folder import folder_of, resume_point
-from myllm_ray.orchestration.cluster import draining_nodes, worker_resources, workers_that_fit
+from myllm_ray.orchestration.cluster import draining_nodes, largest_group, worker_resources, workers_that_fit
 from myllm_ray.orchestration.failures import Failure
 from myllm_ray.orchestration.group import END_SECONDS, Group, without_watcher
 from myllm_ray.preparation import of_segment
@@ -75,6 +75,8 @@ class Supervisor:
         """The config of the present segment of the run: with the amendments until now applied."""
         self.folder = folder_of(config)
         self.failures = self.restarts = 0
+        self._began = False
+        """Whether an earlier group has run."""
         self._node_leaves = False
         """Whether a node of the present group is about to leave."""
         self.events = startup.events
@@ -126,7 +128,7 @@ class Supervisor:
         self.startup.phase(f"starting {workers} worker{'s' * (workers > 1)}")
         log.info("starting %d worker%s%s", workers, "s" * (workers > 1), f", from step {step}" if step else "")
         group = Group(self.config, self.now, of_segment(self.prepared, self.now), self.callbacks, workers, start)
-        self._node_leaves = False
+        self._node_leaves, self._began = False, True
         try:
             straggler = self._watch(group, workers)
         except BaseException:  # also a second Ctrl-C: the workers must not outlive the driver
@@ -203,6 +205,11 @@ class Supervisor:
                     worker_resources(self.config.scaling),
                 )
             time.sleep(_LOOK_SECONDS)
+        # Ray gives back the reservations of the previous group some time after the group has ended.
+        limit = time.monotonic() + (_STEADY_SECONDS if self._began else 0.0)
+        while time.monotonic() < limit and workers < largest_group(self.now) and asked(self.folder) is None:
+            time.sleep(0.1)
+            workers = max(workers, workers_that_fit(self.now))
         return workers
 
     def _watch(self, group: Group, workers: int) -> Straggler | None:

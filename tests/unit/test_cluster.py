@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from conftest import MakeConfig
 
 from myllm_ray.config import ConfigError, TrainerConfig
-from myllm_ray.orchestration import cluster, group
+from myllm_ray.orchestration import cluster, group, supervisor
 
 A, B, C = "node-a", "node-b", "node-c"
 
@@ -173,3 +174,24 @@ def test_the_process_group_under_ray(
     group._trainer(config, config, cast(Any, None), [], 1, None)
     assert (found["torch_config"].backend, found["torch_config"].timeout_s) == (backend, 7200)
     assert found["scaling_config"].use_gpu is bool(gpus)
+
+
+def test_a_resize_waits_until_the_previous_group_has_given_back_its_place(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the group after a resize had the size of what was free at that moment, and was resized again."""
+    config = make_config("scaling.workers=[1,2]", "accelerator.name=ddp", "batch.micro_size=1")
+    nodes = [{"Alive": True, "NodeID": node, "Resources": {"CPU": 1.0}} for node in (A, B)]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(cluster, "draining_nodes", set)
+    fit = iter([1, 1, 1, 2])
+    monkeypatch.setattr(supervisor, "workers_that_fit", lambda _: next(fit))
+    run = supervisor.Supervisor(config, cast(Any, None), [], cast(Any, SimpleNamespace(events=None)))
+    run._began = True
+    assert run._wait_for_resources() == 2
+    monkeypatch.setattr(supervisor, "workers_that_fit", lambda _: 1)
+    run._began = False
+    assert run._wait_for_resources() == 1, "nothing to wait for at the start"
+    monkeypatch.setattr(cluster, "draining_nodes", lambda: {B})
+    run._began = True
+    assert run._wait_for_resources() == 1, "no larger group fits without the node that leaves"
