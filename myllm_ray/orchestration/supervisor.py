@@ -210,7 +210,7 @@ class Supervisor:
         while time.monotonic() < limit and workers < largest_group(self.now) and asked(self.folder) is None:
             time.sleep(0.1)
             workers = max(workers, workers_that_fit(self.now))
-        return workers
+        return 0 if asked(self.folder) is not None else workers
 
     def _watch(self, group: Group, workers: int) -> Straggler | None:
         """Watches a group until it has ended.
