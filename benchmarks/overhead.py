@@ -35,7 +35,7 @@ from console import Clock, config
 
 from myllm_ray.config.load import validate
 from myllm_ray.engine.callbacks import CallbackList
-from myllm_ray.preparation import build_callbacks
+from myllm_ray.engine.configured import build_callbacks
 from myllm_ray.worker import run_local
 
 _WARM = 20

@@ -13,7 +13,6 @@ from myllm_ray.base_weights import base_identity, check_bases
 from myllm_ray.common.determinism import check_determinism
 from myllm_ray.common.files import write_json
 from myllm_ray.common.progress import Task
-from myllm_ray.config.components import callback_config, callback_entries, tracker_configs
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.schema import TrainerConfig
@@ -32,17 +31,15 @@ from myllm_ray.data.tokenizer import (
 from myllm_ray.dependencies import kind_of_model, model_section, trainer_class_of
 from myllm_ray.engine.amendments import check_segments
 from myllm_ray.engine.budget import reason_to_stop, seconds_used
-from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import (
     check_starting_weights,
     named_models,
     pinned,
 )
+from myllm_ray.engine.configured import build_callbacks
 from myllm_ray.engine.ema import WeightAverage
 from myllm_ray.engine.optimizer import OptimizerManager
-from myllm_ray.engine.reporting.jsonl import JSONLCallback
-from myllm_ray.engine.reporting.trackers.base import numbered
 from myllm_ray.engine.run_folder import claim, folder_of, resume_point
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.evaluate.training import check_tasks
@@ -292,24 +289,3 @@ def warn_of_data(prepared: PreparedData) -> None:
         *end_warnings(prepared.train.plan.store, tokenizer),
     ]:
         log.warning("%s", line)
-
-
-def build_callbacks(config: TrainerConfig) -> list[Callback]:
-    """Returns the callbacks of the config, in the order of the config, then its trackers.
-
-    With trackers, `jsonl` is added if the config does not list it, because they send what `metrics.jsonl` contains.
-
-    Raises:
-        ConfigError: a callback does not accept its options.
-    """
-    built: list[Callback] = []
-    for name, options in callback_entries(config):
-        cls, arguments = callback_config(name, options)
-        try:
-            built.append(cls(**arguments))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"callbacks: {name} does not accept its options: {error}") from None
-    trackers = [cls(options) for cls, options in tracker_configs(config)]
-    if trackers and not any(isinstance(c, JSONLCallback) for c in built):
-        built.append(JSONLCallback())
-    return [*built, *numbered(trackers)]

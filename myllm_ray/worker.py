@@ -41,6 +41,7 @@ from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import (
     starting_weights,
 )
+from myllm_ray.engine.configured import build_callbacks
 from myllm_ray.engine.environment import record_attempt
 from myllm_ray.engine.liveness.hang_detector import HangDetector
 from myllm_ray.engine.liveness.heartbeat import Heartbeat
@@ -57,7 +58,7 @@ from myllm_ray.model_checks import document_kernel
 from myllm_ray.models.architecture import save_architecture
 from myllm_ray.models.flops import model_flops
 from myllm_ray.models.load import build_deferred
-from myllm_ray.preparation import absolute, build_callbacks, check_names, last_step, of_segment, prepare_run
+from myllm_ray.preparation import absolute, check_names, last_step, of_segment, prepare_run
 from myllm_ray.trained_model import save_tokenizer
 from myllm_ray.trainers.base import BaseTrainer
 

@@ -171,6 +171,11 @@ class DataSection(Section):
     prefetch_batches: NonNegativeInt = Field(
         2, description="global batches that a thread prepares and copies to the device in advance; 0: no thread"
     )
+    feed: Literal["auto", "ray", "worker"] = Field(
+        "auto",
+        description="what reads the rows of a run on Ray. worker: each worker reads its own; ray: tasks of Ray Data, "
+        "which need a free CPU; auto: worker. The batches are the same. Without Ray the process reads its own",
+    )
 
     @property
     def sources(self) -> list[SourceSection]:

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,33 @@ class TokenStore:
             os.close(descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenStore, (str(self.folder),)  # a Ray task opens its own file descriptors
+        # Another process opens its own file descriptors, and the folder may be another one on its node.
+        return open_same, (str(self.folder), self.content_hash)
+
+
+def open_same(folder: str, content_hash: str) -> TokenStore:
+    """Opens a store that another process has opened, possibly on another node.
+
+    Args:
+        folder: folder of the store.
+        content_hash: `TokenStore.content_hash` in the other process.
+
+    Raises:
+        DataError: this node has no such folder, or it contains other data.
+    """
+    node = socket.gethostname()
+    try:
+        store = TokenStore(folder)
+    except OSError:
+        raise DataError(
+            f"data.cache: node {node} can't read {folder}: use a folder that all nodes share (data.cache, run.storage)"
+        ) from None
+    if store.content_hash != content_hash:
+        raise DataError(
+            f"data.cache: {folder} on node {node} contains other data than on the node that started the run: "
+            "use a folder that all nodes share (data.cache, run.storage)"
+        )
+    return store
 
 
 def describe_documents(store: TokenStore, documents: Sequence[int]) -> str:

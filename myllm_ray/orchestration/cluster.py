@@ -57,9 +57,9 @@ def rollout_actors(config: TrainerConfig) -> int:
 
 
 def cpus_needed(config: TrainerConfig, workers: int) -> float:
-    """Returns the CPUs that the workers and their actors reserve, plus one for the tasks of Ray Data."""
+    """Returns the CPUs that the workers and their actors reserve, plus one for the tasks of Ray Data if it is used."""
     # Without a free CPU the data tasks are never scheduled, and training waits without limit.
-    return workers * (1 + rollout_actors(config)) * config.scaling.cpus_per_worker + 1
+    return workers * (1 + rollout_actors(config)) * config.scaling.cpus_per_worker + (config.data.feed == "ray")
 
 
 def fitting(config: TrainerConfig, nodes: Collection[Mapping[str, float]], most: int) -> int:
@@ -89,7 +89,7 @@ def check_size(config: TrainerConfig) -> None:
     beside = f" and {actors} rollout actor{'s' * (actors > 1)} beside each" if actors else ""
     for name, amount in wanted.items():
         if amount > has.get(name, 0):
-            extra = " (one of them for reading data)" if name == "CPU" else ""
+            extra = " (one of them for reading data)" if name == "CPU" and config.data.feed == "ray" else ""
             raise ConfigError(
                 f"scaling.workers={workers}{beside} need {amount:g} {name}{extra}, the Ray cluster has "
                 f"{has.get(name, 0):g}: use fewer workers{' or rollout.actors' if actors else ''} or a larger cluster"
@@ -121,12 +121,23 @@ def workers_that_fit(config: TrainerConfig, placed: Iterable[str] = ()) -> int:
     cpus = sum(has.get("CPU", 0.0) for has in free)
     for count in reversed(config.worker_counts()):
         more = max(0, count - staying)
-        # Further workers need a free CPU for reading data. The present group may or may not use its one right now, so a
-        # group that needs no further workers and loses none passes without this check.
+        # With Ray Data, further workers need a free CPU for reading data. The present group may or may not use its one
+        # right now, so a group that needs no further workers and loses none passes without this check.
         enough = more <= capacity and (cpus >= cpus_needed(config, more) or (more == 0 and staying == len(placed) > 0))
         if enough:
             return count
     return 0
+
+
+def largest_group(config: TrainerConfig) -> int:
+    """Returns the largest number of workers of `scaling.workers` for which the nodes that stay are large enough.
+
+    Resources that are in use count as free, unlike in `workers_that_fit`.
+    """
+    leaving = draining_nodes()
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    capacity, cpus = fitting(config, nodes, config.scaling.most), sum(has.get("CPU", 0.0) for has in nodes)
+    return max((n for n in config.worker_counts() if n <= capacity and cpus_needed(config, n) <= cpus), default=0)
 
 
 def slots(nodes: Iterable[Mapping[str, float]], need: Mapping[str, float]) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 AUTH_MODE = "RAY_AUTH_MODE"
@@ -32,6 +34,21 @@ def prepare(joining: bool | None = None) -> None:
     # Ray reads the mode at import. If Ray is imported already, `session.use_token` changes the mode.
     if joining and has_token() and "ray" not in sys.modules:
         os.environ.setdefault(AUTH_MODE, "token")
+
+
+@contextmanager
+def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables inside the context and restores them at the end."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def has_token() -> bool:

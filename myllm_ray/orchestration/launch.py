@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,25 +99,31 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
 
     from myllm_ray.engine.amendments import with_recorded
     from myllm_ray.engine.callbacks import observing
+    from myllm_ray.engine.configured import build_callbacks
     from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
     from myllm_ray.orchestration import session
     from myllm_ray.orchestration.cluster import on_a_worker
     from myllm_ray.orchestration.driver_events import DriverEvents, ForwardCallback
     from myllm_ray.orchestration.failures import clearly
-    from myllm_ray.orchestration.ray_data import map_units
-    from myllm_ray.orchestration.supervisor import Supervisor
-    from myllm_ray.preparation import absolute, build_callbacks, check_names, prepare_run
 
-    config = absolute(config)
-    check_names(config)
+    config = config.model_copy(deep=True)
+    config.run.storage = str(Path(config.run.storage).expanduser().absolute())
     shown = [c for c in build_callbacks(config) if c.on_driver]
     with observing(shown), Startup(config) as startup:
         started = False
         try:
-            config = with_recorded(config)  # no command can amend the run from here on
             startup.phase("connecting to Ray")
             log.info("connecting to Ray")
-            started = session.connect(config, verbose)
+            with _imported("myllm_ray.preparation"):
+                started = session.connect(config, verbose)
+            # Imports that take seconds, while Ray starts processes for the workers.
+            from myllm_ray.orchestration.ray_data import map_units
+            from myllm_ray.orchestration.supervisor import Supervisor
+            from myllm_ray.preparation import absolute, check_names, prepare_run
+
+            config = absolute(config)
+            check_names(config)
+            config = with_recorded(config)  # no command can amend the run from here on
             startup.phase("determining batch.micro_size")
             config = with_micro_size(config, on_a_worker(config))
             prepared = clearly(lambda: prepare_run(config, map_units, startup.phase), startup.folder)
@@ -128,3 +137,15 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
         finally:
             if started:
                 ray.shutdown()
+
+
+@contextmanager
+def _imported(module: str) -> Iterator[None]:
+    """Imports a module in a thread while the context runs, and waits for the import at the end.
+
+    The start of Ray mostly waits for other processes. It stays in the main thread, because Linux ends the processes
+    that Ray has started together with the thread that has started them.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(importlib.import_module, module)
+        yield

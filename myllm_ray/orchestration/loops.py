@@ -11,25 +11,29 @@ start, and imports at module level would take CPU time from them for seconds.
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.load import validate
 from myllm_ray.config.resolve import SHORT_NAMES
 from myllm_ray.config.schema import TrainerConfig
 
 if TYPE_CHECKING:
+    from myllm_ray.common.types import BatchStream
     from myllm_ray.data.prepare import PreparedData
     from myllm_ray.engine.attempt import RecordedAttempt
 
 LAUNCHED = "myllm_ray.launched"
 """Key of the objects that `train(config)` adds to the config of the loop.
 
-The value is a dict {"prepared": PreparedData, "callbacks": callbacks in addition to those of the config, "start":
-checkpoint to resume from, or None}.
+The value is a dict {"prepared": a pickled PreparedData, "callbacks": callbacks in addition to those of the config,
+"start": checkpoint to resume from, or None}. The data is unpickled in the worker only, so that a folder that its node
+does not have is an error of the worker with one line, and Ray's controller does not read it.
 """
 
 
@@ -57,12 +61,13 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
 
     from myllm_ray.common import distributed
     from myllm_ray.engine.amendments import take_requests
+    from myllm_ray.engine.configured import build_callbacks
     from myllm_ray.engine.reporting.events import listening
     from myllm_ray.engine.run_folder import folder_of
     from myllm_ray.orchestration.actor_pools import services
     from myllm_ray.orchestration.driver_events import ForwardCallback
     from myllm_ray.orchestration.output import forwarded_output
-    from myllm_ray.preparation import absolute, build_callbacks
+    from myllm_ray.preparation import absolute
     from myllm_ray.worker import run_worker
 
     raw = {k: v for k, v in config.items() if k != LAUNCHED}
@@ -72,6 +77,8 @@ def _train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
     _use_assigned_gpu()
     launched = config.get(LAUNCHED)
     if launched is None:
+        if parsed.data.feed == "ray":
+            raise ConfigError("data.feed=ray needs `train(config)` or the command line; here workers read their rows")
         from myllm_ray.orchestration.ray_metrics import RayMetrics
         from myllm_ray.orchestration.reporting import RayTrainReport
 
@@ -114,27 +121,33 @@ def _attempt(folder: Path) -> Iterator[RecordedAttempt]:
 def _launched(config: TrainerConfig, launched: Mapping[str, Any]) -> dict[str, Any]:
     """Runs a worker of a run that was started by `train(config)`."""
     import ray
-    import ray.train
 
+    from myllm_ray.engine.configured import build_callbacks
     from myllm_ray.orchestration.actor_pools import services
-    from myllm_ray.orchestration.ray_data import RayStream
     from myllm_ray.orchestration.ray_metrics import RayMetrics
-    from myllm_ray.preparation import build_callbacks
     from myllm_ray.worker import run_worker
 
-    prepared = launched["prepared"]
+    prepared: PreparedData = pickle.loads(launched["prepared"])
     own = [c for c in build_callbacks(config) if not c.on_driver]
-    stream = RayStream(prepared.train, ray.train.get_dataset_shard("train"))
     start = Path(launched["start"]) if launched["start"] else None
     return run_worker(
         config,
         prepared,
-        stream,
+        _ray_stream(prepared) if config.data.feed == "ray" else None,
         [*own, RayMetrics(config), *launched["callbacks"]],
         start,
         watched={"node": ray.get_runtime_context().get_node_id()},
         services=services(config, prepared),
     )
+
+
+def _ray_stream(prepared: PreparedData) -> BatchStream:
+    """Returns the stream that reads this worker's shard of the run's dataset."""
+    import ray.train
+
+    from myllm_ray.orchestration.ray_data import RayStream
+
+    return RayStream(prepared.train, ray.train.get_dataset_shard("train"))
 
 
 def _use_assigned_gpu() -> None:

@@ -25,9 +25,12 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.orchestration import environment
 from myllm_ray.orchestration.cluster import check_size, cpus_needed
+from myllm_ray.orchestration.environment import environment_variables
 
 log = logging.getLogger(__name__)
 _CONNECT_SECONDS = 5.0
+_own: str | None = None
+"""Address of the Ray that this process has started."""
 
 
 def connect(config: TrainerConfig | None, verbose: bool = False, cpus: float | None = None) -> bool:
@@ -60,14 +63,15 @@ def connect(config: TrainerConfig | None, verbose: bool = False, cpus: float | N
             "logging_level": logging.INFO if verbose else logging.ERROR,
         }
         if not address:
-            least = math.ceil(cpus)
             # More logical CPUs than cores are allowed, so that a laptop with 2 cores can run 2 workers and the data
-            # tasks.
+            # tasks. Ray starts a process for each CPU while the run is prepared: for the workers, `EventQueue` and
+            # `Barrier`.
+            least = math.ceil(cpus) + 2 * (run is not None)
             options |= {
                 "address": "local",
                 "num_cpus": max(os.cpu_count() or 1, least),
                 "include_dashboard": False,
-                "runtime_env": {"env_vars": _worker_environment(), **interpreter()},
+                **({"runtime_env": other} if (other := interpreter()) else {}),
             }
             started = True
             _token_without_a_file()
@@ -75,7 +79,9 @@ def connect(config: TrainerConfig | None, verbose: bool = False, cpus: float | N
             use_token()
             _check_address(address)
         try:
-            with _own_signals():
+            # The processes of a Ray of our own inherit the variables. A runtime environment would set them too, but
+            # Ray starts the processes of such an environment only when an actor needs one, each in a second or more.
+            with _own_signals(), environment_variables(_worker_environment() if started else {}):
                 ray.init(**options)
         except Exception as error:  # Ray raises plain `Exception`s too: "The current node timed out during startup"
             ray.shutdown()
@@ -83,13 +89,23 @@ def connect(config: TrainerConfig | None, verbose: bool = False, cpus: float | N
         except BaseException:  # a signal during the start
             ray.shutdown()
             raise
+    if started:
+        global _own
+        _own = ray.get_runtime_context().gcs_address
     if not verbose:
         for name in ("ray.train", "ray.data", "ray.tune", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # The controller runs in this process. It logs the errors that it also raises, with their tracebacks.
+        logging.getLogger("ray.train.v2").setLevel(logging.CRITICAL)
         _shorten_error_messages()
     if run is not None:
         check_size(run)
     return started
+
+
+def owns_ray() -> bool:
+    """Returns whether this process has started the Ray that it is connected to."""
+    return ray.is_initialized() and ray.get_runtime_context().gcs_address == _own
 
 
 def _shorten_error_messages() -> None:

@@ -23,25 +23,17 @@ every attempt. Therefore each attempt is a separate TorchTrainer without retries
 from __future__ import annotations
 
 import logging
-import math
-import shutil
-import threading
 import time
-import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import ray
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-
-from myllm_ray.common.distributed import backend
 from myllm_ray.common.files import read_jsonl
 from myllm_ray.common.signals import stop_on_signals
-from myllm_ray.common.types import Exit, Position
+from myllm_ray.common.types import Exit
 from myllm_ray.config.amendments import effective
-from myllm_ray.config.errors import TrainingError, UserError
+from myllm_ray.config.errors import TrainingError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine.amendments import take_requests
 from myllm_ray.engine.callbacks import Callback
@@ -50,11 +42,9 @@ from myllm_ray.engine.environment import write_attempt
 from myllm_ray.engine.liveness.hang_detector import HangDetector, Straggler
 from myllm_ray.engine.liveness.heartbeat import asked, clear, read_heartbeats, request
 from myllm_ray.engine.run_folder import folder_of, resume_point
-from myllm_ray.orchestration.cluster import draining_nodes, kill_process, worker_resources, workers_that_fit
-from myllm_ray.orchestration.controller import END, EndOnRequest
-from myllm_ray.orchestration.failures import Failure, explain
-from myllm_ray.orchestration.loops import LAUNCHED, train_loop
-from myllm_ray.orchestration.ray_data import build_dataset, execution_options
+from myllm_ray.orchestration.cluster import draining_nodes, largest_group, worker_resources, workers_that_fit
+from myllm_ray.orchestration.failures import Failure
+from myllm_ray.orchestration.group import END_SECONDS, Group, without_watcher
 from myllm_ray.preparation import of_segment
 
 if TYPE_CHECKING:
@@ -66,8 +56,6 @@ log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.5
 _STEADY_SECONDS = 3.0
 """How long a different number of workers must fit before the run is resized. Resources fluctuate while nodes join."""
-_END_SECONDS = 30.0
-"""How long the other workers may take to detect that a worker was ended."""
 _SAY_SECONDS = 30.0
 
 
@@ -87,6 +75,10 @@ class Supervisor:
         """The config of the present segment of the run: with the amendments until now applied."""
         self.folder = folder_of(config)
         self.failures = self.restarts = 0
+        self._began = False
+        """Whether an earlier group has run."""
+        self._node_leaves = False
+        """Whether a node of the present group is about to leave."""
         self.events = startup.events
 
     def run(self) -> dict[str, Any]:
@@ -98,7 +90,7 @@ class Supervisor:
         Raises:
             UserError: the error that ended the run.
         """
-        with stop_on_signals(self._ask_to_stop):
+        with stop_on_signals(self._ask_to_stop), without_watcher():
             while True:
                 # A preempted attempt is followed by another one only without a request to stop the whole run.
                 summary, why = self._attempt()
@@ -135,13 +127,16 @@ class Supervisor:
         clear(self.folder)
         self.startup.phase(f"starting {workers} worker{'s' * (workers > 1)}")
         log.info("starting %d worker%s%s", workers, "s" * (workers > 1), f", from step {step}" if step else "")
-        group = _Group(self.config, self.now, of_segment(self.prepared, self.now), self.callbacks, workers, start)
+        group = Group(self.config, self.now, of_segment(self.prepared, self.now), self.callbacks, workers, start)
+        self._node_leaves, self._began = False, True
         try:
             straggler = self._watch(group, workers)
         except BaseException:  # also a second Ctrl-C: the workers must not outlive the driver
             group.kill()
             raise
         failure = group.failure
+        if failure is not None and failure.again and self._node_leaves:  # before its workers had saved
+            failure = replace(failure, reason="a node of the workers was preempted", charged=False)
         how, stopped = "done", group.ended and straggler is None and not group.summary
         if stopped:
             how = f"preempted: {asked(self.folder)}, before its first step"
@@ -210,9 +205,14 @@ class Supervisor:
                     worker_resources(self.config.scaling),
                 )
             time.sleep(_LOOK_SECONDS)
-        return workers
+        # Ray gives back the reservations of the previous group some time after the group has ended.
+        limit = time.monotonic() + (_STEADY_SECONDS if self._began else 0.0)
+        while time.monotonic() < limit and workers < largest_group(self.now) and asked(self.folder) is None:
+            time.sleep(0.1)
+            workers = max(workers, workers_that_fit(self.now))
+        return 0 if asked(self.folder) is not None else workers
 
-    def _watch(self, group: _Group, workers: int) -> Straggler | None:
+    def _watch(self, group: Group, workers: int) -> Straggler | None:
         """Watches a group until it has ended.
 
         Ends a worker that hangs, and requests a preemption when the group should end so that a group of another size or
@@ -239,7 +239,7 @@ class Supervisor:
                 self.events.emit("rank_hung", hung.step, failed_rank=hung.rank, **where, reason=str(hung))
                 group.kill(only=hung.rank)
                 ended = time.monotonic()
-            if hung is not None and time.monotonic() - ended > _END_SECONDS:  # the others did not fail
+            if hung is not None and time.monotonic() - ended > END_SECONDS:  # the others did not fail
                 group.kill()
             # Until every worker has a heartbeat, the nodes of the group are not all known.
             if len(beats) < workers or leaves:
@@ -250,7 +250,7 @@ class Supervisor:
             if reason != change[0]:
                 change = (reason, now)
             if reason is not None and (now - change[1] >= _STEADY_SECONDS or "about to leave" in reason):
-                leaves = True
+                leaves, self._node_leaves = True, "about to leave" in reason
                 log.info("%s: saving a checkpoint first", reason)
                 request(self.folder, "preempt", reason)
                 self.events.emit("request", request="preempt", reason=reason)
@@ -271,122 +271,3 @@ class Supervisor:
         if scaling.least < scaling.most and (fit := workers_that_fit(self.now, nodes)) not in (0, workers):
             return f"{fit} workers fit instead of {workers}"
         return None
-
-
-class _Group:
-    """One TorchTrainer that runs in a thread.
-
-    The main thread stays free to watch the workers and to handle Ctrl-C.
-
-    Args:
-        config: the run's config, which the workers receive.
-        now: the config of the present segment.
-        prepared: the run's data, with the batch sizes of the segment.
-        callbacks: see `Supervisor`.
-        workers: number of workers.
-        start: checkpoint to resume from, or None.
-
-    Attributes:
-        summary: the summary of the run when `fit` has succeeded, else empty.
-        failure: the error of `fit`, or None.
-    """
-
-    def __init__(
-        self,
-        config: TrainerConfig,
-        now: TrainerConfig,
-        prepared: PreparedData,
-        callbacks: Sequence[Callback],
-        workers: int,
-        start: Path | None,
-    ):
-        self.summary: dict[str, Any] = {}
-        self.ended = False
-        """Whether `kill` was called for the whole group."""
-        self.failure: Failure | None = None
-        self._folder = folder_of(config)
-        self._trainer = _trainer(config, now, prepared, callbacks, workers, start)
-        self._thread = threading.Thread(target=self._fit, name="myllm-ray-fit", daemon=True)
-        self._thread.start()
-
-    def _fit(self) -> None:
-        try:
-            self.summary = cast(Any, self._trainer.fit()).return_value
-        except UserError as error:
-            self.failure = Failure(error, str(error), again=False)
-        except BaseException as error:
-            # A traceback that `kill` has caused is of no use to the user, so it is not written to a file.
-            self.failure = explain(error) if self.ended else explain(error).kept(self._folder)
-        finally:
-            shutil.rmtree(self._folder / ".ray", ignore_errors=True)
-
-    def is_running(self, seconds: float) -> bool:
-        """Waits for at most `seconds` and returns whether the group still runs."""
-        self._thread.join(seconds)
-        return self._thread.is_alive()
-
-    def kill(self, only: int | None = None) -> None:
-        """Ends all workers and the controller, or one worker, whatever they are doing.
-
-        Args:
-            only: the rank to end; None: all.
-        """
-        if only is None:
-            # The controller first: it may be about to start workers, which have no heartbeat yet.
-            self.ended = True
-            request(self._folder, END, "")
-            self._thread.join(_END_SECONDS)
-            if not self._thread.is_alive():
-                return
-        for rank, beat in read_heartbeats(self._folder).items():
-            try:
-                if only in (None, rank):
-                    kill_process(beat)
-            except Exception as error:  # Ray is shutting down, and ends the workers itself
-                log.debug("could not end worker %s: %s", beat.get("rank"), error)
-        if only is None:
-            self._thread.join(20)
-
-
-def _trainer(
-    config: TrainerConfig,
-    now: TrainerConfig,
-    prepared: PreparedData,
-    callbacks: Sequence[Callback],
-    workers: int,
-    start: Path | None,
-) -> TorchTrainer:
-    scaling = config.scaling
-
-    def remaining() -> ray.data.Dataset:
-        """Returns the data from the checkpoint to the end of the run."""
-        manifest: dict[str, Any] = read_manifest(start) if start else {"step": 0, "position": {"epoch": 0, "row": 0}}
-        per_batch = config.steps_per_batch
-        total = now.run.total_steps(per_batch, prepared.train.steps_in_epoch)
-        return build_dataset(
-            prepared.train, Position(**manifest["position"]), max(0, total - manifest["step"]) // per_batch
-        )
-
-    launched = {"prepared": prepared, "callbacks": list(callbacks), "start": str(start) if start else None}
-    # A unique name per attempt: with a known name, Ray would silently resume from its own records. Retries are off in
-    # `FailureConfig`, because the supervisor decides on the next attempt.
-    return TorchTrainer(
-        cast(Any, train_loop),
-        train_loop_config={**config.model_dump(mode="json"), LAUNCHED: launched},
-        torch_config=TorchConfig(
-            backend=backend("cuda" if scaling.gpus_per_worker else "cpu"), timeout_s=math.ceil(scaling.timeout_seconds)
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=bool(scaling.gpus_per_worker), resources_per_worker=worker_resources(scaling)
-        ),
-        run_config=RunConfig(
-            name=uuid.uuid4().hex[:12],
-            storage_path=str(folder_of(config) / ".ray"),
-            callbacks=cast(Any, [EndOnRequest(str(folder_of(config)))]),
-            failure_config=cast(Any, FailureConfig)(
-                max_failures=0, max_preemption_failures=0, controller_failure_limit=0
-            ),
-        ),
-        datasets={"train": remaining},
-        dataset_config=DataConfig(execution_options=execution_options(), enable_shard_locality=False),
-    )

@@ -1,14 +1,15 @@
-"""The number of workers that fit: free resources, draining nodes, and the CPU that reads data."""
+"""The number of workers that fit: free resources, draining nodes, and the CPU of Ray Data."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from conftest import MakeConfig
 
 from myllm_ray.config import ConfigError, TrainerConfig
-from myllm_ray.orchestration import cluster, supervisor
+from myllm_ray.orchestration import cluster, group, supervisor
 
 A, B, C = "node-a", "node-b", "node-c"
 
@@ -43,8 +44,13 @@ def test_workers_that_fit(
 ) -> None:
     monkeypatch.setattr(cluster, "draining_nodes", lambda: leaving)
     monkeypatch.setattr(cluster.state, "available_resources_per_node", lambda: {n: {"CPU": c} for n, c in free.items()})
-    config = make_config("scaling.workers=[1,4]", "accelerator.name=ddp", "batch.micro_size=1")
-    assert cluster.workers_that_fit(config, placed) == expected
+    common = ("scaling.workers=[1,4]", "accelerator.name=ddp", "batch.micro_size=1")
+    assert cluster.workers_that_fit(make_config("data.feed=ray", *common), placed) == expected
+    without = cluster.workers_that_fit(make_config(*common), placed)
+    assert without >= expected, "workers that read their own rows leave one more CPU"
+    if not placed:
+        staying = sum(int(cpus) for node, cpus in free.items() if node not in leaving)
+        assert without == max(n for n in (0, 1, 2, 4) if n <= staying)
 
 
 def test_custom_resources_count_by_node(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +81,7 @@ def online(make_config: MakeConfig, workers: str, *overrides: str) -> TrainerCon
         "scaling.gpus_per_worker=1",
         "rollout={placement: actors}",
         "grpo={reward: [{function: 'math:prod'}], group_size: 2}",
+        "data.feed=ray",
         *overrides,
         trainer="grpo",
     )
@@ -162,8 +169,29 @@ def test_the_process_group_under_ray(
     backend.
     """
     found: dict[str, Any] = {}
-    monkeypatch.setattr(supervisor, "TorchTrainer", lambda *_, **named: found.update(named))
+    monkeypatch.setattr(group, "Trainer", lambda *_, **named: found.update(named))
     config = make_config(f"scaling.gpus_per_worker={gpus}", "scaling.workers=1", "accelerator.name=ddp")
-    supervisor._trainer(config, config, cast(Any, None), [], 1, None)
+    group._trainer(config, config, cast(Any, None), [], 1, None)
     assert (found["torch_config"].backend, found["torch_config"].timeout_s) == (backend, 7200)
     assert found["scaling_config"].use_gpu is bool(gpus)
+
+
+def test_a_resize_waits_until_the_previous_group_has_given_back_its_place(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: the group after a resize had the size of what was free at that moment, and was resized again."""
+    config = make_config("scaling.workers=[1,2]", "accelerator.name=ddp", "batch.micro_size=1")
+    nodes = [{"Alive": True, "NodeID": node, "Resources": {"CPU": 1.0}} for node in (A, B)]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(cluster, "draining_nodes", set)
+    fit = iter([1, 1, 1, 2])
+    monkeypatch.setattr(supervisor, "workers_that_fit", lambda _: next(fit))
+    run = supervisor.Supervisor(config, cast(Any, None), [], cast(Any, SimpleNamespace(events=None)))
+    run._began = True
+    assert run._wait_for_resources() == 2
+    monkeypatch.setattr(supervisor, "workers_that_fit", lambda _: 1)
+    run._began = False
+    assert run._wait_for_resources() == 1, "nothing to wait for at the start"
+    monkeypatch.setattr(cluster, "draining_nodes", lambda: {B})
+    run._began = True
+    assert run._wait_for_resources() == 1, "no larger group fits without the node that leaves"

@@ -17,10 +17,10 @@ from tracker_classes import Recording
 from myllm_ray.common.types import RunState
 from myllm_ray.config import ConfigError
 from myllm_ray.config.errors import UserError
+from myllm_ray.engine.configured import build_callbacks
 from myllm_ray.engine.reporting.trackers.base import Point, Tracker, numbered
 from myllm_ray.engine.reporting.trackers.delivery import Delivery
 from myllm_ray.engine.reporting.trackers.process import read_state
-from myllm_ray.preparation import build_callbacks
 from myllm_ray.runs.candidates import config_candidates
 from myllm_ray.runs.replay import replay
 from myllm_ray.runs.reruns import for_rerun

@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +28,7 @@ from myllm_ray.data.prepare import PreparedData
 from myllm_ray.engine.run_folder import resume_source
 from myllm_ray.orchestration import session
 from myllm_ray.orchestration.cluster import check_size, cpus_needed, fitting, on_a_worker, slots, worker_resources
+from myllm_ray.orchestration.environment import environment_variables
 from myllm_ray.orchestration.failures import clearly
 from myllm_ray.orchestration.micro_size import with_micro_size
 from myllm_ray.orchestration.ray_data import map_units
@@ -171,7 +170,7 @@ class _Sweep:
         budget = Budget(self.sweep.budget, self.folder.rows)
         with SweepConsole(self.sweep, total) as display:
             callback = SweepCallback(self.folder, display, budget)
-            with stop_on_signals(callback.interrupt), _environment(_TUNE):
+            with stop_on_signals(callback.interrupt), environment_variables(_TUNE):
                 self._tuner(shared, planned, steps, at_a_time, callback, budget).fit()
         # Trials that ended in the last seconds, or were interrupted, may have left a placement group.
         for folder in self.folder.trials.glob("*"):
@@ -305,18 +304,3 @@ class _Sweep:
 def _steps(config: TrainerConfig, prepared: PreparedData) -> int:
     """Returns the optimizer steps of a whole trial."""
     return config.run.total_steps(config.steps_per_batch, prepared.train.steps_in_epoch)
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables inside the context and restores them at the end."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

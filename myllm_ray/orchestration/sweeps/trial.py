@@ -340,9 +340,9 @@ class _InProcess(_Run):
 
     @staticmethod
     def _train(config: TrainerConfig, reporter: TrialReporter) -> dict[str, Any]:
+        from myllm_ray.engine.configured import build_callbacks
         from myllm_ray.orchestration.actor_pools import services
         from myllm_ray.orchestration.ray_metrics import RayMetrics
-        from myllm_ray.preparation import build_callbacks
         from myllm_ray.worker import run_local
 
         return run_local(config, [*build_callbacks(config), RayMetrics(config), reporter], services)
