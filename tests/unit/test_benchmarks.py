@@ -12,7 +12,7 @@ from conftest import ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 
 import throughput
-from gpu import flops_per_token
+from one_gpu import flops_per_token
 from peers import interleave, ratios
 from sides import LENGTH, Epoch, documents, rows_of, tokens_after_first
 

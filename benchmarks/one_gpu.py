@@ -1,6 +1,6 @@
 """Measures tokens per second and model FLOPs utilization (MFU) of pretraining on one GPU, beside TRL and torchtitan.
 
-    python benchmarks/gpu.py [--peak 989] [--steps 12] [--torchtitan 'COMMAND'] [--out FILE]
+    python benchmarks/one_gpu.py [--peak 989] [--steps 12] [--torchtitan 'COMMAND'] [--out FILE]
 
 The model has the shape of Llama 3.2 1B, in bf16 with fp32 master weights, on random documents of 200 to 3000 tokens.
 Rows have 4096 tokens (4 per step) and 32768 tokens (1 per step), and each row contains several documents. The sides are
