@@ -24,9 +24,9 @@ from myllm_ray.config.sections import (
     ScalingSection,
     SchedulerSection,
     Section,
-    StabilitySection,
     TokenizerSection,
 )
+from myllm_ray.config.stability_section import StabilitySection
 from myllm_ray.config.trainers import TrainerSection, config_class
 
 

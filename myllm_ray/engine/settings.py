@@ -17,8 +17,8 @@ from myllm_ray.config.sections import (
     BatchSection,
     CheckpointSection,
     LoggingSection,
-    StabilitySection,
 )
+from myllm_ray.config.stability_section import StabilitySection
 from myllm_ray.config.validation import section_of
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from myllm_ray.common import distributed
 from myllm_ray.common.files import JSONLines, read_jsonl
 from myllm_ray.config.errors import TrainingError
-from myllm_ray.config.sections import StabilitySection
+from myllm_ray.config.stability_section import StabilitySection
 
 _FLOOR = 0.01
 """Smallest standard deviation, as a share of the mean. Without it, every fluctuation on a plateau would be a spike."""

@@ -12,7 +12,7 @@ from torch.multiprocessing import ProcessRaisedException
 from myllm_ray.common import distributed
 from myllm_ray.common.types import RunState
 from myllm_ray.config import ConfigError
-from myllm_ray.config.sections import StabilitySection
+from myllm_ray.config.stability_section import StabilitySection
 from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.liveness.heartbeat import Heartbeat, heartbeat_folder, request
