@@ -66,7 +66,7 @@ DEVICES = (
     Device("T4", 16e9, 65, 0, 8.1, 0.32e12, 16e9, bf16=False),
 )
 """Known accelerators."""
-_DIFFERENT = ("A10G", "A100X", "L40", "H100 CNX", "MIG")
+_DIFFERENT = ("A10G", "A100X", "L40", "H100 CNX", "MIG", "LAPTOP", "MAX Q")
 """Names of devices that contain a name of the table and have other peaks, unless the table has the whole name."""
 
 

@@ -101,6 +101,9 @@ def test_compiled_is_the_same_run(make_config: MakeConfig, what: str) -> None:
         assert losses(folder) == pytest.approx(losses(plain), rel=1e-5), name
 
 
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # torch, compiling
 def test_blocks_are_compiled_once_for_all_widths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Rows of several widths, also one that equals the hidden size, with packed documents; the results are eager's."""
     from torch._dynamo.testing import CompileCounter
