@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 READY := $(VENV)/.ready
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-slow test-promise test-browser test-chaos test-hostile test-gpu bench check docs schema models-supported features golden clean
+.PHONY: quickstart test test-slow test-promise test-browser test-chaos test-hostile test-gpu test-trl bench bench-check bench-gpu check docs schema models-supported features golden clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "myllm_ray needs Python 3.11 or later: make PYTHON=python3.11")'
@@ -45,8 +45,20 @@ test-chaos test-hostile test-gpu: test-%: $(READY)  ## as the markers in pyproje
 test-browser: $(READY)  ## the HTML pages in a headless Chromium (Debian: apt-get install chromium chromium-driver)
 	$(BIN)/python -m pytest -m browser
 
-bench: $(READY)
+test-trl: $(READY)  ## the losses of TRL beside ours; needs the extra bench
 	$(BIN)/python -m pytest -m bench --timeout 3600
+
+bench: $(READY)  ## this package beside a bare loop, HF Trainer, TRL and Ray: the table of docs/performance.md
+	@mkdir -p runs
+	$(BIN)/python benchmarks/throughput.py --out runs/bench.json
+
+bench-check: $(READY)  ## fails if a ratio is 15 % below the one in benchmarks/baseline.json
+	@mkdir -p runs
+	$(BIN)/python benchmarks/throughput.py --out runs/bench.json --page /dev/null
+	$(BIN)/python benchmarks/throughput.py --check runs/bench.json
+
+bench-gpu: $(READY)  ## a model of 1.2 billion parameters on one GPU, ten minutes
+	$(BIN)/python benchmarks/one_gpu.py
 
 check: $(READY)  ## format, lint, types, layers; then comments per 100 lines of code
 	$(BIN)/ruff format --check .

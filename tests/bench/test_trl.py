@@ -1,6 +1,6 @@
 """Compares losses and gradients with TRL 1.16 on the same batch, within 1e-5.
 
-It needs the extra `bench`; run it with `make bench`. TRL no longer has PPO, which is compared with the written
+It needs the extra `bench`; run it with `make test-trl`. TRL no longer has PPO, which is compared with the written
 reference only (tests/numerics/test_rl_losses.py).
 """
 

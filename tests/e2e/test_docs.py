@@ -39,7 +39,7 @@ def test_readme_commands(
         for line in block.splitlines()
         if line.startswith(".venv/bin/myllm-ray")
     ]
-    assert len(lines) == 16
+    assert len(lines) == 18
     for line in lines:
         code, out, err = call(capsys, monkeypatch, *shlex.split(line)[1:])
         assert code == 0, (line, err)
