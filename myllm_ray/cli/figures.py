@@ -76,7 +76,11 @@ def estimate(
         print(json.dumps(found.as_json()))
         return
     data, steps = found.data, max(1, found.data.steps)
-    table = Table(title=f"{found.workers} workers, {found.hardware}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"{found.workers} worker{'s' * (found.workers > 1)}, {found.hardware}",
+        title_justify="left",
+        show_header=False,
+    )
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("parameters", f"{found.parameters:,}")
