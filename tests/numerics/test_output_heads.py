@@ -87,11 +87,11 @@ def test_cross_entropy_equals_autograd(change: LogitChange, biased: bool, chunk:
     leaves = tuple(t for t in (hidden, weight, bias) if t is not None)
     logits = change.apply(torch.nn.functional.linear(hidden, weight, bias))
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    losses = linear_cross_entropy(hidden, weight, targets, chunk, bias, change)
+    losses = linear_cross_entropy(hidden, weight, targets, chunk, bias=bias, change=change)
     torch.testing.assert_close(losses.nll_sum, plain, atol=1e-10, rtol=1e-10)
     equal(torch.autograd.grad(3 * losses.nll_sum, leaves), torch.autograd.grad(3 * plain, leaves))
     with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(hidden, weight, targets, chunk, bias, change).nll, losses.nll)
+        assert torch.equal(linear_cross_entropy(hidden, weight, targets, chunk, bias=bias, change=change).nll, losses.nll)
 
 
 @pytest.mark.parametrize(
