@@ -91,7 +91,9 @@ def test_cross_entropy_equals_autograd(change: LogitChange, biased: bool, chunk:
     torch.testing.assert_close(losses.nll_sum, plain, atol=1e-10, rtol=1e-10)
     equal(torch.autograd.grad(3 * losses.nll_sum, leaves), torch.autograd.grad(3 * plain, leaves))
     with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(hidden, weight, targets, chunk, bias=bias, change=change).nll, losses.nll)
+        assert torch.equal(
+            linear_cross_entropy(hidden, weight, targets, chunk, bias=bias, change=change).nll, losses.nll
+        )
 
 
 @pytest.mark.parametrize(
