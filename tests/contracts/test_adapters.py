@@ -59,7 +59,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["qwen3_moe"], id="one"),
+        pytest.param(["qwen3_moe"], id="one", marks=pytest.mark.promise),
         pytest.param([name for name in SHAPES if name != "qwen3_moe"], id="others", marks=pytest.mark.slow),
     ],
 )

@@ -95,6 +95,7 @@ def test_options_change_no_loss_and_checkpoints_move_between_them(make_config: M
     assert_same([back], plain)
 
 
+@pytest.mark.promise
 def test_hybrid_sharding_on_four(make_config: MakeConfig) -> None:
     """Two groups of two ranks: sharded within a group, replicated between groups; the checkpoint is the usual one."""
     (plain,) = run_all(1, [make_config("run.name=plain", *SIX)])
@@ -168,6 +169,7 @@ def test_offload_to_disk(make_config: MakeConfig, tmp_path: Path) -> None:
     assert_same(run_all(2, [validate(raw)]), plain)
 
 
+@pytest.mark.promise
 def test_zero_3_resumes_in_one_process_without_deepspeed(make_config: MakeConfig, tmp_path: Path) -> None:
     (plain,) = run_all(1, [make_config("run.name=plain", *SIX)])
     (zero,) = run_all(

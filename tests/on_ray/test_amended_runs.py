@@ -18,7 +18,7 @@ from myllm_ray import train
 from myllm_ray.engine.amendments import recorded
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_active_run_on_ray(tmp_path: Path) -> None:
     """Two workers, amended by the command (batch size, learning rate and length), then one worker is killed."""

@@ -9,7 +9,7 @@ from conftest import ROOT
 from e2e.test_docs import blocks
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_ray_and_sweeps_pages_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -73,7 +73,7 @@ def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.promise), "SIGINT", "command"])
+@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT", "command"])
 def test_a_run_that_is_requested_to_stop_saves_first(
     tmp_path: Path, how: str, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,7 +215,7 @@ def test_a_rank_that_sleeps_is_named(tmp_path: Path, phase: str, ray_cluster: No
     assert ledger(result.folder) == ledger(whole)
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_rewind_on_ray(tmp_path: Path, ray_cluster: None) -> None:
     """A poisoned batch in step 7: the next worker group starts from step 4 and skips it; no failure is counted."""

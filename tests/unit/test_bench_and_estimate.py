@@ -65,6 +65,7 @@ def test_estimated_tokens_are_those_of_the_run(make_config: MakeConfig) -> None:
         assert found.flops > 6 * found.tokens
 
 
+@pytest.mark.slow
 def test_parts_of_the_memory(make_config: MakeConfig) -> None:
     parts = estimate(make_config(SIZES)).memory
     model = estimate(make_config(SIZES))
