@@ -52,13 +52,14 @@ class KillAtCheckpoint(KillOnce):
 
 
 class Slow(Callback):
-    """Makes each step longer."""
+    """Makes each step longer, until the file `until` exists."""
 
-    def __init__(self, seconds: float):
-        self.seconds = seconds
+    def __init__(self, seconds: float, until: str = ""):
+        self.seconds, self.until = seconds, until
 
     def on_step_end(self, state: RunState) -> None:
-        time.sleep(self.seconds)
+        if not self.until or not Path(self.until).exists():
+            time.sleep(self.seconds)
 
 
 class SlowStart(Callback):

@@ -290,7 +290,8 @@ def test_a_job_that_is_stopped_loses_no_step(tmp_path: Path) -> None:
         "job",
         "accelerator.name=ddp",
         "checkpoint.every_steps=100",
-        "callbacks=[console, jsonl, {helpers:Slow: {seconds: 0.3}}]",
+        # `ray job stop` takes seconds to start on a busy machine; 16 steps take longer than that.
+        f"callbacks=[console, jsonl, {{helpers:Slow: {{seconds: 3, until: {tmp_path / 'stopped'}}}}}]",
     )
     (tmp_path / "job.json").write_text(json.dumps(raw))
     shutil.copy(ROOT / "tests" / "helpers.py", tmp_path)  # a custom callback is uploaded with the working folder
@@ -316,6 +317,7 @@ def test_a_job_that_is_stopped_loses_no_step(tmp_path: Path) -> None:
             timeout=100,
         )
         job.communicate(timeout=60)
+        (tmp_path / "stopped").touch()
         steps = len(ledger(folder))
         assert 3 <= steps < 16
         assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"step-{steps:08d}"]
