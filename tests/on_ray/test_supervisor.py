@@ -73,7 +73,9 @@ def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT", "command"])
+@pytest.mark.parametrize(
+    "how", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGINT")), "command"]
+)
 def test_a_run_that_is_requested_to_stop_saves_first(
     tmp_path: Path, how: str, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
