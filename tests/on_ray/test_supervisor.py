@@ -14,7 +14,7 @@ from conftest import MakeConfig, comparable, ledger
 from harness import BACKENDS, Job, Place, attempts_of, compare, job_config, place
 
 from myllm_ray import train
-from myllm_ray.engine.liveness.heartbeat import find_activity
+from myllm_ray.engine.liveness.heartbeat import find_activity, read_heartbeats
 
 LONG = (
     "run.max_steps=40",
@@ -91,6 +91,10 @@ def test_a_run_that_is_requested_to_stop_saves_first(
     def run(address: str | None) -> Path:
         job = Job(job_config(tmp_path, "stopped", *common), address).start()
         job.until(lambda: job.steps() >= 3)
+        if on_ray:  # the driver writes the heartbeats of all ranks, and no rank lists the folder
+            job.until(lambda: len(read_heartbeats(job.folder)) == 2)
+            names = {p.name for p in (job.folder / ".heartbeats").glob("rank*") if not p.name.endswith(".tmp")}
+            assert names == {"rank-00000.json", "ranks.json"}
         if how == "command":
             from myllm_ray.engine.liveness.hang_detector import stop
 
