@@ -177,7 +177,7 @@ class WorkerHeartbeats:
     def _found_requests(self) -> dict[str, str]:
         try:
             return read_requests(self._folder)
-        except OSError:  # there is none yet, or the storage is unreachable for some seconds
+        except OSError:  # no folder of requests yet, or a storage that is unreachable for some seconds
             return {}
 
     def _keep(self, group: int, beats: dict[int, Beat]) -> None:
