@@ -201,9 +201,12 @@ class CheckpointManager:
         for name in sorted({*here, *there}, reverse=True):
             if name in here and find_damage(here[name]) is None:
                 return here[name]
-            path = self.remote.pull(name, self.folder) if self.remote is not None and name in there else here[name]
+            fetched = self.remote if name in there else None
+            path = fetched.pull(name, self.folder) if fetched is not None else here[name]
             damage = find_damage(path)
             if damage is None:
+                if fetched is not None:
+                    fetched.pull_records(path)
                 return path
             log.warning("checkpoint skipped: %s", damage)
         return None
