@@ -2,13 +2,16 @@
 
     pip install -e '.[bench]'
     python benchmarks/throughput.py [--rounds 5] [--documents 120] [--vocabulary 4k] [--workload sft]
-                                    [--out FILE [--resume]]
+                                    [--without ray] [--quiet SHARE] [--out FILE [--resume]]
     python benchmarks/throughput.py --check FILE       compare the ratios of a result with benchmarks/baseline.json
 
 Every side trains the same Llama (6 layers of width 256) in fp32 with AdamW on the same documents for one epoch, with
 about 1024 tokens per optimizer step. A rate is the number of tokens of the documents, without padding, per second,
 from the end of the first step to the end of the last one. Each side is measured in a process of its own, and the sides
 are interleaved. A ratio is that of one round; tables contain medians, with the smallest and the largest value.
+
+With `--quiet 0.1` a side is measured again, up to two times, if other programs used more than 10 % of the CPU time.
+The side `ray` is not, because processes of Ray count as other programs.
 
 `--out` is written after each round. With `--resume` the rounds in that file are kept and only the missing ones are
 measured, so several calls, for example one for each workload and vocabulary, give one file and one table.
@@ -34,11 +37,12 @@ import resource
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peers import ALLOCATOR, VOCABULARIES, here, interleave, measure
+from peers import ALLOCATOR, VOCABULARIES, here, interleave, measure, measure_undisturbed
 from sides import bare, documents, in_ray, ours, threads, with_trainer
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -82,26 +86,37 @@ def run_side(side: str, workload: str, vocabulary: str, count: int) -> dict[str,
     return {"rate": epoch.rate, "steps": len(epoch.times), "peak_mb": memory}
 
 
-def available(workload: str) -> list[str]:
-    """Returns the sides of a workload whose libraries are installed."""
-    sides = [s for s in SIDES[workload] if importlib.util.find_spec(NEEDS.get(s, "torch")) is not None]
-    for missing in sorted({NEEDS[s] for s in SIDES[workload] if s not in sides}):
+def available(workload: str, without: Sequence[str]) -> list[str]:
+    """Returns the sides of a workload whose libraries are installed, except those in `without`."""
+    wanted = [s for s in SIDES[workload] if s not in without]
+    sides = [s for s in wanted if importlib.util.find_spec(NEEDS.get(s, "torch")) is not None]
+    for missing in sorted({NEEDS[s] for s in wanted if s not in sides}):
         print(f"{missing} is not installed and not measured: pip install -e '.[bench]'", file=sys.stderr)
     return sides
 
 
-def measure_round(entry: dict[str, Any]) -> None:
-    """Measures each side of an entry of the results once more and updates the entry."""
+def measure_round(entry: dict[str, Any], quiet: float) -> None:
+    """Measures each side of an entry of the results once more and updates the entry.
+
+    Args:
+        entry: The entry.
+        quiet: See `measure_undisturbed`.
+    """
     workload, vocabulary, sides = entry["workload"], entry["vocabulary"], entry["sides"]
     arguments = ("--workload", workload, "--documents", str(entry["documents"]))
     allocator = {side: ALLOCATOR if side in ("trl-allocator", "trl-packed") else None for side in sides}
     ways = {
-        side: partial(measure, here(__file__), side, vocabulary, allocator[side], *arguments)
+        side: partial(
+            measure_undisturbed,
+            partial(measure, here(__file__), side, vocabulary, allocator[side], *arguments),
+            1.0 if side == "ray" else quiet,
+        )
         for side in (sides if rounds_of(entry) % 2 == 0 else reversed(list(sides)))
     }
     for side, (found,) in interleave(ways, 1).items():
         values = sides[side]
         values["rates"].append(round(found["rate"], 1))
+        values["others"].append(found["others"])
         values["steps"] = found["steps"]
         values["peak_mb"] = max(values["peak_mb"], found["peak_mb"])
     for values in sides.values():
@@ -113,13 +128,15 @@ def rounds_of(entry: dict[str, Any]) -> int:
     return len(entry["sides"]["ours"]["rates"])
 
 
-def entry_of(results: dict[str, Any], workload: str, vocabulary: str, count: int) -> dict[str, Any]:
+def entry_of(
+    results: dict[str, Any], workload: str, vocabulary: str, count: int, without: Sequence[str] = ()
+) -> dict[str, Any]:
     """Returns the entry of a workload and a vocabulary, which is added to the results if they have none.
 
     Raises:
         SystemExit: the entry has other sides or another number of documents.
     """
-    sides = available(workload)
+    sides = available(workload, without)
     for entry in results["results"]:
         if (entry["workload"], entry["vocabulary"]) == (workload, vocabulary):
             if list(entry["sides"]) != sides or entry["documents"] != count:
@@ -130,7 +147,9 @@ def entry_of(results: dict[str, Any], workload: str, vocabulary: str, count: int
                 )
             found: dict[str, Any] = entry
             return found
-    new: dict[str, dict[str, Any]] = {side: {"rates": [], "steps": 0, "peak_mb": 0, "ratios": []} for side in sides}
+    new: dict[str, dict[str, Any]] = {
+        side: {"rates": [], "others": [], "steps": 0, "peak_mb": 0, "ratios": []} for side in sides
+    }
     entry = {"workload": workload, "vocabulary": vocabulary, "documents": count, "sides": new}
     results["results"].append(entry)
     return entry
@@ -237,6 +256,8 @@ def main() -> None:
     parser.add_argument("--vocabulary", choices=list(VOCABULARIES))
     parser.add_argument("--workload", choices=list(SIDES))
     parser.add_argument("--page", type=Path, default=PAGE, help="page whose table is replaced, if it has the markers")
+    parser.add_argument("--without", nargs="*", choices=list(NAMES), default=[], help="sides that are not measured")
+    parser.add_argument("--quiet", type=float, default=1.0, metavar="SHARE", help="largest CPU share of other programs")
     parser.add_argument("--out", type=Path, help="file for the results as JSON")
     parser.add_argument("--resume", action="store_true", help="keep the rounds that are in the file of --out")
     parser.add_argument("--check", type=Path, metavar="FILE", help="results to compare with the baseline")
@@ -254,9 +275,9 @@ def main() -> None:
     results = earlier(given.out, this) if given.resume else {"machine": this, "results": []}
     for workload in [given.workload] if given.workload else SIDES:
         for vocabulary in [given.vocabulary] if given.vocabulary else VOCABULARIES:
-            entry = entry_of(results, workload, vocabulary, given.documents)
+            entry = entry_of(results, workload, vocabulary, given.documents, given.without)
             while rounds_of(entry) < given.rounds:
-                measure_round(entry)
+                measure_round(entry, given.quiet)
                 save(results, given.out)
     print(table(results))
     if not write_table(results, given.page):

@@ -14,7 +14,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import throughput
 from one_gpu import flops_per_token
-from peers import interleave, ratios
+from peers import interleave, measure_undisturbed, ratios
 from sides import LENGTH, Epoch, documents, rows_of, tokens_after_first
 
 
@@ -82,6 +82,10 @@ def test_the_table_replaces_the_one_between_the_markers(tmp_path: Path) -> None:
 
 def test_missing_rounds_are_added_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
+
+    def made(rate: float, memory: int) -> dict[str, Any]:
+        return {"rate": rate, "steps": 7, "peak_mb": memory, "others": 0.0}
+
     monkeypatch.setattr(throughput, "SIDES", {"pretrain": ("ours", "bare"), "sft": ("ours", "bare")})
     monkeypatch.setattr(throughput, "measure", lambda script, side, *_: order.append(side) or measured[side])
     page, file = tmp_path / "page.md", tmp_path / "out.json"
@@ -93,15 +97,15 @@ def test_missing_rounds_are_added_to_a_file(tmp_path: Path, monkeypatch: pytest.
         found: dict[str, Any] = json.loads(file.read_text())
         return found
 
-    measured = {"ours": {"rate": 9.0, "steps": 7, "peak_mb": 2}, "bare": {"rate": 10.0, "steps": 7, "peak_mb": 3}}
+    measured = {"ours": made(9.0, 2), "bare": made(10.0, 3)}
     call("--workload", "sft", "--vocabulary", "4k", "--rounds", "1")
-    measured = {"ours": {"rate": 8.0, "steps": 7, "peak_mb": 1}, "bare": {"rate": 4.0, "steps": 7, "peak_mb": 3}}
+    measured = {"ours": made(8.0, 1), "bare": made(4.0, 3)}
     call("--workload", "sft", "--vocabulary", "4k", "--rounds", "2", "--resume")
     assert order == ["ours", "bare", "bare", "ours"]
     found = call("--workload", "pretrain", "--vocabulary", "gpt2", "--rounds", "1", "--resume")
     assert found["results"][0]["sides"] == {
-        "ours": {"rates": [9.0, 8.0], "steps": 7, "peak_mb": 2, "ratios": [1.0, 1.0]},
-        "bare": {"rates": [10.0, 4.0], "steps": 7, "peak_mb": 3, "ratios": [0.9, 2.0]},
+        "ours": {"rates": [9.0, 8.0], "others": [0.0, 0.0], "steps": 7, "peak_mb": 2, "ratios": [1.0, 1.0]},
+        "bare": {"rates": [10.0, 4.0], "others": [0.0, 0.0], "steps": 7, "peak_mb": 3, "ratios": [0.9, 2.0]},
     }
     assert found["ratios"] == {"sft/4k/bare": 1.45, "pretrain/gpt2/bare": 2.0}
     assert "| sft | 4k | tuned bare loop | 2 | 7 |" in page.read_text()
@@ -109,6 +113,14 @@ def test_missing_rounds_are_added_to_a_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(SystemExit, match="sft 4k with 120 documents"):
         call("--workload", "sft", "--vocabulary", "4k", "--documents", "60", "--resume")
     assert len(call("--workload", "sft", "--vocabulary", "4k", "--rounds", "1")["results"]) == 1
+
+
+def test_a_side_is_measured_until_other_programs_are_quiet() -> None:
+    shares = iter([0.5, 0.2, 0.05, 0.0])
+    assert measure_undisturbed(lambda: {"others": next(shares)}, 0.1)["others"] == 0.05
+    assert next(shares) == 0.0
+    shares = iter([0.5, 0.2, 0.4])
+    assert measure_undisturbed(lambda: {"others": next(shares)}, 0.1, attempts=3)["others"] == 0.2
 
 
 def test_results_of_another_machine_are_refused(tmp_path: Path) -> None:
