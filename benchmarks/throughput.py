@@ -13,6 +13,9 @@ are interleaved. A ratio is that of one round; tables contain medians, with the 
 With `--quiet 0.1` a side is measured again, up to two times, if other programs used more than 10 % of the CPU time.
 The side `ray` is not, because processes of Ray count as other programs.
 
+Other programs on the machine disturb a measurement. The column `undisturbed` is less affected: it is the ratio of the
+largest rates over the rounds, where all steps of a run count with the first quartile of their times.
+
 `--out` is written after each round. With `--resume` the rounds in that file are kept and only the missing ones are
 measured, so several calls, for example one for each workload and vocabulary, give one file and one table.
 
@@ -83,7 +86,7 @@ def run_side(side: str, workload: str, vocabulary: str, count: int) -> dict[str,
         else:
             epoch = with_trainer(side, workload, vocabulary, made, Path(name))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {"rate": epoch.rate, "steps": len(epoch.times), "peak_mb": memory}
+    return {"rate": epoch.rate, "undisturbed": epoch.undisturbed, "steps": len(epoch.times), "peak_mb": memory}
 
 
 def available(workload: str, without: Sequence[str]) -> list[str]:
@@ -116,6 +119,7 @@ def measure_round(entry: dict[str, Any], quiet: float) -> None:
     for side, (found,) in interleave(ways, 1).items():
         values = sides[side]
         values["rates"].append(round(found["rate"], 1))
+        values["undisturbed"].append(round(found["undisturbed"], 1))
         values["others"].append(found["others"])
         values["steps"] = found["steps"]
         values["peak_mb"] = max(values["peak_mb"], found["peak_mb"])
@@ -148,7 +152,7 @@ def entry_of(
             found: dict[str, Any] = entry
             return found
     new: dict[str, dict[str, Any]] = {
-        side: {"rates": [], "others": [], "steps": 0, "peak_mb": 0, "ratios": []} for side in sides
+        side: {"rates": [], "undisturbed": [], "others": [], "steps": 0, "peak_mb": 0, "ratios": []} for side in sides
     }
     entry = {"workload": workload, "vocabulary": vocabulary, "documents": count, "sides": new}
     results["results"].append(entry)
@@ -183,18 +187,24 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
         f"{machine['transformers']}, TRL {machine['trl']}; interleaved rounds: median (smallest to largest).\n",
-        "| workload | vocabulary | | rounds | steps | tokens/s | myllm_ray / it | peak memory, MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| workload | vocabulary | | rounds | steps | tokens/s | myllm_ray / it | undisturbed | peak memory, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for found in results["results"]:
         for side, values in found["sides"].items():
             rates, quotients = values["rates"], values["ratios"]
-            ratio = f"{statistics.median(quotients):.2f} ({quotients[0]:.2f} to {quotients[-1]:.2f})"
+            compared = "|"
+            if side != "ours":
+                undisturbed = max(found["sides"]["ours"]["undisturbed"]) / max(values["undisturbed"])
+                compared = (
+                    f"{statistics.median(quotients):.2f} ({quotients[0]:.2f} to {quotients[-1]:.2f}) | "
+                    f"{undisturbed:.2f}"
+                )
             lines.append(
                 f"| {found['workload']} | {found['vocabulary']} | {NAMES.get(side, 'myllm_ray')} | "
                 f"{len(rates)} | {values['steps']} | "
                 f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | "
-                f"{'' if side == 'ours' else ratio} | {values['peak_mb'] if side != 'ray' else ''} |"
+                f"{compared} | {values['peak_mb'] if side != 'ray' else ''} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -19,8 +19,14 @@ from sides import LENGTH, Epoch, documents, rows_of, tokens_after_first
 
 
 def result(*quotients: float, side: str = "trl") -> dict[str, Any]:
-    values = {"rates": [100.0, 130.0], "steps": 3, "peak_mb": 900, "ratios": sorted(quotients)}
-    ours = {**values, "ratios": [1.0]}
+    values = {
+        "rates": [100.0, 130.0],
+        "undisturbed": [110.0, 140.0],
+        "steps": 3,
+        "peak_mb": 900,
+        "ratios": sorted(quotients),
+    }
+    ours = {**values, "undisturbed": [420.0, 400.0], "ratios": [1.0]}
     return {
         "machine": {"cpu": "a CPU", "threads": 2, "torch": "2", "transformers": "5", "trl": "1"},
         "results": [{"workload": "sft", "vocabulary": "4k", "documents": 9, "sides": {"ours": ours, side: values}}],
@@ -56,6 +62,7 @@ def test_the_rows_of_the_peers_contain_every_document_once() -> None:
         answers = [t for row in rows for t in row["labels"] if t != -100]
         if workload == "sft":
             assert answers == [t for _, a in made for t in a]
+    assert Epoch([0.0, 1.0, 2.0, 3.0, 9.0], 40.0).undisturbed == 10.0
     assert Epoch([5.0, 6.0, 8.0], tokens_after_first(made, 20, 5)).rate == pytest.approx(total * 15 / 20 / 3)
 
 
@@ -74,7 +81,7 @@ def test_the_table_replaces_the_one_between_the_markers(tmp_path: Path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert "| sft | 4k | TRL | 2 | 3 | 115 (100 to 130) | 3.00 (2.00 to 4.00) | 900 |" in text
+    assert "| sft | 4k | TRL | 2 | 3 | 115 (100 to 130) | 3.00 (2.00 to 4.00) | 3.00 | 900 |" in text
     page.write_text("no markers")
     assert not throughput.write_table(result(2.0), page)
     assert page.read_text() == "no markers"
@@ -84,7 +91,7 @@ def test_missing_rounds_are_added_to_a_file(tmp_path: Path, monkeypatch: pytest.
     order: list[str] = []
 
     def made(rate: float, memory: int) -> dict[str, Any]:
-        return {"rate": rate, "steps": 7, "peak_mb": memory, "others": 0.0}
+        return {"rate": rate, "undisturbed": rate + 1, "steps": 7, "peak_mb": memory, "others": 0.0}
 
     monkeypatch.setattr(throughput, "SIDES", {"pretrain": ("ours", "bare"), "sft": ("ours", "bare")})
     monkeypatch.setattr(throughput, "measure", lambda script, side, *_: order.append(side) or measured[side])
@@ -104,8 +111,22 @@ def test_missing_rounds_are_added_to_a_file(tmp_path: Path, monkeypatch: pytest.
     assert order == ["ours", "bare", "bare", "ours"]
     found = call("--workload", "pretrain", "--vocabulary", "gpt2", "--rounds", "1", "--resume")
     assert found["results"][0]["sides"] == {
-        "ours": {"rates": [9.0, 8.0], "others": [0.0, 0.0], "steps": 7, "peak_mb": 2, "ratios": [1.0, 1.0]},
-        "bare": {"rates": [10.0, 4.0], "others": [0.0, 0.0], "steps": 7, "peak_mb": 3, "ratios": [0.9, 2.0]},
+        "ours": {
+            "rates": [9.0, 8.0],
+            "undisturbed": [10.0, 9.0],
+            "others": [0.0, 0.0],
+            "steps": 7,
+            "peak_mb": 2,
+            "ratios": [1.0, 1.0],
+        },
+        "bare": {
+            "rates": [10.0, 4.0],
+            "undisturbed": [11.0, 5.0],
+            "others": [0.0, 0.0],
+            "steps": 7,
+            "peak_mb": 3,
+            "ratios": [0.9, 2.0],
+        },
     }
     assert found["ratios"] == {"sft/4k/bare": 1.45, "pretrain/gpt2/bare": 2.0}
     assert "| sft | 4k | tuned bare loop | 2 | 7 |" in page.read_text()
