@@ -7,8 +7,9 @@
 
 Every side trains the same Llama (6 layers of width 256) in fp32 with AdamW on the same documents for one epoch, with
 about 1024 tokens per optimizer step. A rate is the number of tokens of the documents, without padding, per second,
-from the end of the first step to the end of the last one. Each side is measured in a process of its own, and the sides
-are interleaved. A ratio is that of one round; tables contain medians, with the smallest and the largest value.
+from the end of the first step to the end of the last one but one: the last step has fewer documents, and myllm_ray
+fills it up with empty rows. Each side is measured in a process of its own, and the sides are interleaved. A ratio is
+that of one round; tables contain medians, with the smallest and the largest value.
 
 With `--quiet 0.1` a side is measured again, up to two times, if other programs used more than 10 % of the CPU time.
 The side `ray` is not, because processes of Ray count as other programs.
@@ -40,6 +41,7 @@ import resource
 import statistics
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -184,9 +186,12 @@ def save(results: dict[str, Any], path: Path | None) -> None:
 def table(results: dict[str, Any]) -> str:
     """Returns the results as a table in Markdown."""
     machine = results["machine"]
-    lines = [
+    made = (
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, TRL {machine['trl']}; interleaved rounds: median (smallest to largest).\n",
+        f"{machine['transformers']}, TRL {machine['trl']}; interleaved rounds: median (smallest to largest)."
+    )
+    lines = [
+        f"{textwrap.fill(made, 120)}\n",
         "| workload | vocabulary | | rounds | steps | tokens/s | myllm_ray / it | undisturbed | peak memory, MB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
