@@ -28,7 +28,7 @@ from myllm_ray.data import sources as reading
 from myllm_ray.data.chat_template import ChatTemplate
 from myllm_ray.data.examples import PROMPTS, TOKENS, LengthLimits
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
-from myllm_ray.data.order import Order
+from myllm_ray.data.order import Order, documents_in_passes
 from myllm_ray.data.plan import Packing, RowPlan
 from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import FORMAT_VERSION, TokenStore, write_store
@@ -121,7 +121,9 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolati
     own = data.validation if data.validation and data.validation.split is None else None
     share = data.validation.split or 0.0 if data.validation else 0.0
     weights = tuple(s.weight for s in data.sources)
-    order = Order(config.run.seed, data.shuffle, data.shuffle_window, weights, share)
+    most = data.shuffle_in_memory
+    by_formula = data.shuffle == "full" and most is not None and documents_in_passes(train, weights) > most
+    order = Order(config.run.seed, data.shuffle, data.shuffle_window, weights, share, by_formula=by_formula)
 
     def spec(store: TokenStore, order: Order) -> StreamSpec:
         plan = RowPlan(
@@ -136,7 +138,8 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolati
         held_out = _store(config, cache, tokenizer_folder, [(own, "data.validation")], map_units)
         validation = spec(held_out, Order(config.run.seed, "none"))
     elif share:
-        validation = spec(train, Order(config.run.seed, "none", held_out=share, validation=True))
+        held = Order(config.run.seed, "none", held_out=share, validation=True, by_formula=by_formula)
+        validation = spec(train, held)
     prepared = PreparedData(
         spec(train, order),
         validation,
