@@ -305,7 +305,8 @@ def token_store(
                     options=replace(options, fields=source.fields),
                 )
                 parts.append((name, _counted(map_units(work, source_units), task), source.limit))
-            write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
+            vocabulary = 1 + max(_opened(str(tokenizer_folder)).get_vocab().values(), default=0)
+            write_store(folder, parts, {"tokenizer": str(tokenizer_folder)}, vocabulary)
     return TokenStore(folder)
 
 
@@ -326,10 +327,14 @@ _tokenizers: dict[str, Any] = {}
 
 def tokenize_unit(unit: Unit, source: SourceSection, tokenizer_folder: str, options: TokenizeOptions) -> pa.RecordBatch:
     """Tokenizes one unit of one source. This is the work of one Ray task."""
+    format_row = format_of(source)
+    return tokenize_rows(reading.read_unit(unit, source), format_row, _opened(tokenizer_folder), options)
+
+
+def _opened(tokenizer_folder: str) -> Any:
     if tokenizer_folder not in _tokenizers:
         _tokenizers[tokenizer_folder] = open_tokenizer(tokenizer_folder)
-    format_row = format_of(source)
-    return tokenize_rows(reading.read_unit(unit, source), format_row, _tokenizers[tokenizer_folder], options)
+    return _tokenizers[tokenizer_folder]
 
 
 def _units(source: SourceSection, key: str) -> list[Unit]:
