@@ -163,6 +163,11 @@ class DataSection(Section):
     )
     shuffle: Literal["full", "window", "none"] = Field("full", description="order of documents, by seed and epoch")
     shuffle_window: PositiveInt = Field(65536, description="for `window`: documents shuffled together")
+    shuffle_in_memory: NonNegativeInt | None = Field(
+        2**22,
+        description="for `full`: up to this number of documents in an epoch, a list of them is shuffled; above it, the "
+        "order is a permutation by formula, which needs no list. The two orders differ. null: always a list",
+    )
     overflow: Literal["truncate", "split", "error"] | None = Field(
         None, description="treatment of documents longer than a row; default: split for pretraining, truncate otherwise"
     )

@@ -1,21 +1,27 @@
 """Selects and shuffles the documents of an epoch. The result is a pure function of seed and epoch.
 
 Documents are processed in blocks of consecutive numbers. Memory use is bounded by one shuffle window or, for
-`shuffle: full`, by one number per document.
+`shuffle: full`, by one number per document. With `Order.by_formula` no list of the documents exists; the document at
+any position follows from permutations (`permutation.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
+from typing import overload
 
 import numpy as np
 
 from myllm_ray.common.seeds import generator
+from myllm_ray.data.permutation import Permutation
 from myllm_ray.data.store import TokenStore
 
 BLOCK = 1024
 """Number of consecutive documents per block. `shuffle: window` shuffles the order of the blocks."""
+_PIECE = 32768
+"""Number of documents whose positions are computed together, with `Order.by_formula`."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class Order:
         weights: Passes over each source per epoch. Empty: one pass over each.
         held_out: Share of each source that is reserved for validation.
         validation: Selects the held-out share instead of the rest.
+        by_formula: All choices are made by `Permutation`, in bounded memory. For `shuffle: full`, and for the
+            validation share of such data, which then has a random order.
     """
 
     seed: int = 0
@@ -37,39 +45,67 @@ class Order:
     weights: tuple[float, ...] = ()
     held_out: float = 0.0
     validation: bool = False
+    by_formula: bool = False
 
 
 def documents(store: TokenStore, order: Order, epoch: int) -> Iterator[np.ndarray]:
     """Yields the document numbers of an epoch in order, as (n,) int64 arrays.
 
-    Arrays have bounded size, except with `shuffle: full`, which yields one array with all documents.
+    Arrays have bounded size, except with `shuffle: full` without `by_formula`, which yields one array with all
+    documents.
     """
-    blocks = _blocks(store, order)
+    if order.by_formula:
+        yield from _by_formula(store, order, epoch)
+        return
+    blocks = _Blocks(store, order)
     rng = generator("order", order.seed, epoch)
     if order.shuffle == "none":
         yield from (_take(store, order, epoch, *block) for block in blocks)
     elif order.shuffle == "full":
-        chosen = [_take(store, order, epoch, *block) for block in blocks]
-        every = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
-        yield rng.permutation(every)
+        every = np.concatenate([np.empty(0, np.int64), *(_take(store, order, epoch, *block) for block in blocks)])
+        rng.shuffle(every)
+        yield every
     else:
         yield from _windows(store, order, epoch, blocks, rng)
 
 
-def _blocks(store: TokenStore, order: Order) -> list[tuple[int, int, float]]:
-    """Returns (source, first document, share) of each block.
+def documents_in_passes(store: TokenStore, weights: Sequence[float]) -> int:
+    """Returns the number of documents of an epoch, held-out ones included, with a partial pass counted as a whole."""
+    return sum(ceil(weight) * len(store.documents_of(source)) for source, weight in enumerate(weights))
 
-    A weight of 2.5 results in two passes over all documents and one pass over half of them.
-    """
-    weights = order.weights or (1.0,) * len(store.sources)
-    found = []
-    for source, weight in enumerate(weights):
-        shares = [1.0] * int(weight) + ([weight % 1] if weight % 1 else [])
-        everything = store.documents_of(source)
-        found += [
-            (source, first, share) for share in shares for first in range(everything.start, everything.stop, BLOCK)
+
+def _shares(weight: float) -> list[float]:
+    """Returns the share of each pass. A weight of 2.5 results in two whole passes and one over half of the source."""
+    return [1.0] * int(weight) + ([weight % 1] if weight % 1 else [])
+
+
+class _Blocks(Sequence[tuple[int, int, float]]):
+    """The (source, first document, share) of each block of an epoch, computed on access."""
+
+    def __init__(self, store: TokenStore, order: Order):
+        weights = order.weights or (1.0,) * len(store.sources)
+        self._passes = [
+            (source, store.documents_of(source), share)
+            for source, weight in enumerate(weights)
+            for share in _shares(weight)
         ]
-    return found
+        self._firsts = np.cumsum([0, *(-(-len(numbers) // BLOCK) for _, numbers, _ in self._passes)])
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    @overload
+    def __getitem__(self, number: int) -> tuple[int, int, float]: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[tuple[int, int, float]]: ...
+    def __getitem__(self, number: int | slice) -> tuple[int, int, float] | Sequence[tuple[int, int, float]]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if number >= len(self):
+            raise IndexError(number)
+        at = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        source, numbers, share = self._passes[at]
+        return source, numbers.start + (int(number) - int(self._firsts[at])) * BLOCK, share
 
 
 def _take(store: TokenStore, order: Order, epoch: int, source: int, first: int, share: float) -> np.ndarray:
@@ -91,7 +127,7 @@ def _take(store: TokenStore, order: Order, epoch: int, source: int, first: int, 
 
 
 def _windows(
-    store: TokenStore, order: Order, epoch: int, blocks: list[tuple[int, int, float]], rng: np.random.Generator
+    store: TokenStore, order: Order, epoch: int, blocks: _Blocks, rng: np.random.Generator
 ) -> Iterator[np.ndarray]:
     """Yields the blocks in random order, with at least `order.window` documents at a time shuffled together."""
     waiting: list[np.ndarray] = []
@@ -102,3 +138,56 @@ def _windows(
             waiting = []
     if waiting:
         yield rng.permutation(np.concatenate(waiting))
+
+
+def _by_formula(store: TokenStore, order: Order, epoch: int) -> Iterator[np.ndarray]:
+    """Yields the documents of an epoch; the held-out share and partial passes are exact to one document per source."""
+    passes = [
+        _Pass(store, order, epoch, source, share)
+        for source, weight in enumerate(order.weights or (1.0,) * len(store.sources))
+        for share in _shares(weight)
+    ]
+    firsts = np.cumsum([0, *map(len, passes)])
+    shuffled = Permutation(int(firsts[-1]), "order", order.seed, epoch) if order.shuffle != "none" else None
+    for first in range(0, int(firsts[-1]), _PIECE):
+        places: np.ndarray = np.arange(first, min(first + _PIECE, int(firsts[-1])))
+        if shuffled is not None:
+            places = shuffled(places)
+        which = np.searchsorted(firsts, places, side="right") - 1
+        for number in np.flatnonzero(np.bincount(which)):
+            of_pass = which == number
+            places[of_pass] = passes[number].documents(places[of_pass] - firsts[number])
+        yield places
+
+
+class _Pass:
+    """One pass over a source, or over a share of it: numbers below its length are mapped to its documents."""
+
+    def __init__(self, store: TokenStore, order: Order, epoch: int, source: int, share: float):
+        numbers = store.documents_of(source)
+        self._first, self._skipped = numbers.start, 0
+        self._held: Permutation | None = None
+        self._drawn: Permutation | None = None
+        self._count = len(numbers)
+        if order.held_out:
+            # The epoch is not part of the seed: the same documents are held out in every epoch.
+            self._held = Permutation(len(numbers), "held-out", order.seed, source)
+            count = max(1 if len(numbers) > 1 else 0, round(order.held_out * len(numbers)))
+            self._skipped = 0 if order.validation else count
+            self._count = count if order.validation else len(numbers) - count
+        if share < 1:
+            # The epoch is part of the seed: each epoch draws a different subset.
+            self._drawn = Permutation(self._count, "share", order.seed, epoch, source)
+            self._count = round(share * self._count)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def documents(self, places: np.ndarray) -> np.ndarray:
+        """Returns the document numbers (n,) at the given places (n,) of the pass."""
+        if self._drawn is not None:
+            places = self._drawn(places)
+        if self._held is not None:
+            places = self._held(places + self._skipped)
+        documents: np.ndarray = self._first + places
+        return documents

@@ -9,11 +9,13 @@ preceding ones.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -21,16 +23,33 @@ from myllm_ray.common.files import published
 from myllm_ray.common.seeds import generator
 from myllm_ray.config.errors import DataError
 from myllm_ray.data.order import Order, documents
-from myllm_ray.data.packing import Row, Segment, best_fit, continuous, fit, one_per_row
+from myllm_ray.data.packing import (
+    Documents,
+    Row,
+    Rows,
+    Segment,
+    best_fit,
+    continuous,
+    fit,
+    one_per_row,
+    regrouped,
+    whole,
+)
 from myllm_ray.data.store import TokenStore
 
 PLAN_VERSION = 2
+_NEWER = ("by_formula",)
 _SMALL = 4096
 """Largest number of documents for which an epoch is planned in memory.
 
 This is faster than a file, and runs of many short epochs leave no files on disk.
 """
 _FLUSH_ROWS = 65536
+"""Number of rows that are shuffled together, and written at once."""
+_PIECE = 32768
+"""Number of documents that are packed at once."""
+_MOST_SEGMENTS = 2**18
+"""Largest number of segments that are made at once, unless one document has more."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,9 @@ class RowPlan:
 
     def __init__(self, store: TokenStore, order: Order, packing: Packing):
         self.store, self.order, self.packing = store, order, packing
-        described = json.dumps([PLAN_VERSION, store.content_hash, asdict(order), asdict(packing)], sort_keys=True)
+        # Without the fields that are newer than existing plans, as long as they have no effect.
+        ordered = {name: value for name, value in asdict(order).items() if name not in _NEWER or value}
+        described = json.dumps([PLAN_VERSION, store.content_hash, ordered, asdict(packing)], sort_keys=True)
         self.key = hashlib.sha256(described.encode()).hexdigest()[:16]
         self._open = lru_cache(maxsize=2)(self._open_epoch)
         self._row_counts: dict[int, int] = {}
@@ -90,23 +111,26 @@ class RowPlan:
             found.append([Segment(*map(int, s)) for s in segments[firsts[row] : firsts[row + 1]]])
         return found
 
-    def iterate(self, epoch: int) -> Iterator[Row]:
+    def iterate(self, epoch: int) -> Iterator[Rows]:
         """Yields the rows of an epoch in packing order, computed on the fly in bounded memory."""
-        lengths = self._lengths(epoch)
+        documents = self._lengths(epoch)
         size, overflow = self.packing.size, self.packing.overflow
         if self.packing.kind == "continuous":
-            return continuous(lengths, size)
+            return continuous(documents, size)
         if self.packing.kind == "record":
-            return ([Segment(document, 0, length)] for document, length in lengths)
+            return one_per_row(whole(documents))
         if self.packing.kind == "best_fit":
-            return best_fit(fit(lengths, size, overflow), size)
-        return one_per_row(fit(lengths, size, overflow))
+            return best_fit(fit(documents, size, overflow), size)
+        return one_per_row(fit(documents, size, overflow))
 
-    def _lengths(self, epoch: int) -> Iterator[tuple[int, int]]:
-        for piece in documents(self.store, self.order, epoch):
-            for first in range(0, len(piece), _FLUSH_ROWS):
-                part = piece[first : first + _FLUSH_ROWS]
-                yield from zip(part.tolist(), self.store.lengths(part).tolist(), strict=True)
+    def _lengths(self, epoch: int) -> Iterator[Documents]:
+        """Yields the documents of an epoch in pieces that have a bounded number of segments."""
+        for numbers in _pieces(documents(self.store, self.order, epoch), _PIECE):
+            lengths = self.store.lengths(numbers)
+            most = np.cumsum(lengths // self.packing.size + 2)
+            edges = np.searchsorted(most, np.arange(_MOST_SEGMENTS, int(most[-1]), _MOST_SEGMENTS), side="right")
+            for first, stop in itertools.pairwise(np.unique([0, *edges, len(numbers)]).tolist()):
+                yield numbers[first:stop], lengths[first:stop]
 
     def _open_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the same arrays as `segments`, and writes the plan first if it does not exist."""
@@ -120,21 +144,19 @@ class RowPlan:
         segments = np.memmap(folder / "segments.bin", np.int64, "r").reshape(-1, 3)
         return segments, firsts
 
-    def _plan(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields the rows of an epoch in their final order, in chunks of at most `_FLUSH_ROWS` rows.
-
-        Each chunk consists of the segments, (n, 3) int64, and the number of segments of each row, (rows,) int64.
+    def _plan(self, epoch: int) -> Iterator[Rows]:
+        """Yields the rows of an epoch in their final order, in pieces of at most `_FLUSH_ROWS` rows.
 
         Raises:
             DataError: The epoch has no rows.
         """
         number = -1
-        for number, rows in enumerate(_chunks(self.iterate(epoch), _FLUSH_ROWS)):
-            if self.order.shuffle != "none":  # a long document fills many consecutive rows, which would share a batch
-                order = generator("rows", self.order.seed, epoch, number).permutation(len(rows))
-                rows = [rows[i] for i in order]
-            segments = np.asarray([s for row in rows for s in row], np.int64).reshape(-1, 3)
-            yield segments, np.asarray([len(row) for row in rows], np.int64)
+        for number, rows in enumerate(regrouped(self.iterate(epoch), _FLUSH_ROWS)):
+            if self.order.shuffle == "none":
+                yield rows
+            else:  # a long document fills many consecutive rows, which would share a batch
+                rng = generator("rows", self.order.seed, epoch, number)
+                yield rows.take(rng.permutation(len(rows.counts)))
         if number < 0:
             part = "validation" if self.order.validation else "training"
             raise DataError(
@@ -142,17 +164,27 @@ class RowPlan:
             )
 
     def _write(self, folder: Path, epoch: int) -> None:
-        counts: list[np.ndarray] = []
         try:
             with published(folder, existing="keep") as beside:
                 beside.mkdir(parents=True)
-                with open(beside / "segments.bin", "wb") as file:
-                    for segments, count in self._plan(epoch):
-                        file.write(segments.tobytes())
-                        counts.append(count)
-                np.save(beside / "firsts.npy", _firsts(counts))
+                with open(beside / "segments.bin", "wb") as file, open(beside / "firsts.npy", "wb") as index:
+                    _write_header(index, 0)
+                    index.write(bytes(8))
+                    rows = first = 0
+                    for piece in self._plan(epoch):
+                        file.write(np.ascontiguousarray(piece.segments).data)
+                        ends = first + np.cumsum(piece.counts)
+                        index.write(ends.data)
+                        rows, first = rows + len(ends), int(ends[-1])
+                    _write_header(index, rows + 1)
         except OSError as error:
             raise DataError(f"data.cache: {folder} can't be written: {error}") from None
+
+
+def _write_header(file: BinaryIO, count: int) -> None:
+    """Writes the header of a `.npy` file of (count,) int64. It has the same length for any count."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (count,)})
 
 
 def _firsts(counts: list[np.ndarray]) -> np.ndarray:
@@ -160,12 +192,15 @@ def _firsts(counts: list[np.ndarray]) -> np.ndarray:
     return np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
 
 
-def _chunks(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _pieces(parts: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Yields the same numbers in arrays of `size`; the last one may be shorter."""
+    held: list[np.ndarray] = []
+    for part in parts:
+        held.append(part)
+        while sum(map(len, held)) >= size:
+            joined = np.concatenate(held) if len(held) > 1 else held[0]
+            yield joined[:size]
+            held = [joined[size:]]
+    rest = np.concatenate(held) if held else np.empty(0, np.int64)
+    if len(rest):
+        yield rest

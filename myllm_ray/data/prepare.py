@@ -28,7 +28,7 @@ from myllm_ray.data import sources as reading
 from myllm_ray.data.chat_template import ChatTemplate
 from myllm_ray.data.examples import PROMPTS, TOKENS, LengthLimits
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
-from myllm_ray.data.order import Order
+from myllm_ray.data.order import Order, documents_in_passes
 from myllm_ray.data.plan import Packing, RowPlan
 from myllm_ray.data.sources import Unit
 from myllm_ray.data.store import FORMAT_VERSION, TokenStore, write_store
@@ -121,7 +121,9 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolati
     own = data.validation if data.validation and data.validation.split is None else None
     share = data.validation.split or 0.0 if data.validation else 0.0
     weights = tuple(s.weight for s in data.sources)
-    order = Order(config.run.seed, data.shuffle, data.shuffle_window, weights, share)
+    most = data.shuffle_in_memory
+    by_formula = data.shuffle == "full" and most is not None and documents_in_passes(train, weights) > most
+    order = Order(config.run.seed, data.shuffle, data.shuffle_window, weights, share, by_formula=by_formula)
 
     def spec(store: TokenStore, order: Order) -> StreamSpec:
         plan = RowPlan(
@@ -136,7 +138,8 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolati
         held_out = _store(config, cache, tokenizer_folder, [(own, "data.validation")], map_units)
         validation = spec(held_out, Order(config.run.seed, "none"))
     elif share:
-        validation = spec(train, Order(config.run.seed, "none", held_out=share, validation=True))
+        held = Order(config.run.seed, "none", held_out=share, validation=True, by_formula=by_formula)
+        validation = spec(train, held)
     prepared = PreparedData(
         spec(train, order),
         validation,
@@ -302,7 +305,8 @@ def token_store(
                     options=replace(options, fields=source.fields),
                 )
                 parts.append((name, _counted(map_units(work, source_units), task), source.limit))
-            write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
+            vocabulary = 1 + max(_opened(str(tokenizer_folder)).get_vocab().values(), default=0)
+            write_store(folder, parts, {"tokenizer": str(tokenizer_folder)}, vocabulary)
     return TokenStore(folder)
 
 
@@ -323,10 +327,14 @@ _tokenizers: dict[str, Any] = {}
 
 def tokenize_unit(unit: Unit, source: SourceSection, tokenizer_folder: str, options: TokenizeOptions) -> pa.RecordBatch:
     """Tokenizes one unit of one source. This is the work of one Ray task."""
+    format_row = format_of(source)
+    return tokenize_rows(reading.read_unit(unit, source), format_row, _opened(tokenizer_folder), options)
+
+
+def _opened(tokenizer_folder: str) -> Any:
     if tokenizer_folder not in _tokenizers:
         _tokenizers[tokenizer_folder] = open_tokenizer(tokenizer_folder)
-    format_row = format_of(source)
-    return tokenize_rows(reading.read_unit(unit, source), format_row, _tokenizers[tokenizer_folder], options)
+    return _tokenizers[tokenizer_folder]
 
 
 def _units(source: SourceSection, key: str) -> list[Unit]:

@@ -9,12 +9,18 @@ import numpy as np
 from myllm_ray.data.plan import RowPlan
 from myllm_ray.data.stream import StreamSpec
 
+_ROWS = 65536
+"""Number of rows that are read at once."""
+
 
 def row_tokens(plan: RowPlan, epoch: int) -> np.ndarray:
     """Returns (rows,) int64, the number of tokens in each row of an epoch, without padding."""
     segments, firsts = plan.segments(epoch)
-    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(segments[:, 2])])
-    found: np.ndarray = sums[firsts[1:]] - sums[firsts[:-1]]
+    found = np.empty(len(firsts) - 1, np.int64)
+    for first in range(0, len(found), _ROWS):
+        edges = np.asarray(firsts[first : first + _ROWS + 1])
+        lengths = segments[edges[0] : edges[-1], 2]
+        found[first : first + _ROWS] = np.add.reduceat(lengths, edges[:-1] - edges[0])
     return found
 
 

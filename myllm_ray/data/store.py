@@ -2,7 +2,8 @@
 
 The folder `<cache>/<key>` contains for each source i:
 
-    tokens-<i>.bin    int32, the encoded tokens of all documents (see `tokenize.encode`)
+    tokens-<i>.bin    int32, the encoded tokens of all documents (see `tokenize.encode`), or
+    tokens-<i>.u16    uint16, their ids, for small vocabularies; see `token_file.py`
     offsets-<i>.npy   int64, the start of each document, followed by the total
     targets-<i>.npy   int64, see `TokenStore.targets`
 
@@ -15,9 +16,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import pyarrow as pa
 
 from myllm_ray.common.files import published, write_json
 from myllm_ray.config.errors import DataError
+from myllm_ray.data.token_file import NARROW, TokenReader, TokenWriter
 
 FORMAT_VERSION = 4
 """Part of the cache key. Change it when the same rows result in different documents."""
@@ -43,7 +45,7 @@ class TokenStore:
         self._offsets = [np.load(self.folder / f"offsets-{i}.npy", mmap_mode="r") for i in range(len(self.sources))]
         self._targets = [np.load(self.folder / f"targets-{i}.npy", mmap_mode="r") for i in range(len(self.sources))]
         self._first = np.cumsum([0, *(len(o) - 1 for o in self._offsets)])
-        self._files: dict[int, int] = {}
+        self._files: dict[int, TokenReader] = {}
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -99,9 +101,11 @@ class TokenStore:
         return self._looked_up(documents, lambda source, local: self._targets[source][local])
 
     def _looked_up(self, documents: np.ndarray, values: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+        if len(self.sources) == 1:
+            return np.asarray(values(0, documents), np.int64)
         found = np.empty(len(documents), np.int64)
         sources = self.source_of(documents)
-        for source in np.unique(sources):
+        for source in np.flatnonzero(np.bincount(sources)):
             where = sources == source
             found[where] = values(source, documents[where] - self._first[source])
         return found
@@ -119,18 +123,12 @@ class TokenStore:
         first, last = (int(x) for x in self._offsets[source][local : local + 2])
         count = last - first - start if length is None else length
         if source not in self._files:
-            self._files[source] = os.open(self.folder / f"tokens-{source}.bin", os.O_RDONLY)
-        data = os.pread(self._files[source], 4 * count, 4 * (first + start))
-        if len(data) != 4 * count:
-            raise DataError(
-                f"{self.folder}/tokens-{source}.bin is shorter than its index; delete {self.folder}, and the next run "
-                "prepares the data again"
-            )
-        return np.frombuffer(data, np.int32)
+            self._files[source] = TokenReader(self.folder, source, self.meta["sources"][source])
+        return self._files[source].read(first + start, count)
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+        for file in getattr(self, "_files", {}).values():
+            file.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process opens its own file descriptors, and the folder may be another one on its node.
@@ -176,7 +174,10 @@ def describe_documents(store: TokenStore, documents: Sequence[int]) -> str:
 
 
 def write_store(
-    folder: Path, sources: list[tuple[str, Iterable[pa.RecordBatch], int | None]], extra: dict[str, Any]
+    folder: Path,
+    sources: list[tuple[str, Iterable[pa.RecordBatch], int | None]],
+    extra: dict[str, Any],
+    vocabulary: int | None = None,
 ) -> None:
     """Writes a store to a temporary folder and renames it to `folder`.
 
@@ -186,6 +187,8 @@ def write_store(
         folder: Folder of the store.
         sources: (name, batches of `tokenize_rows`, maximum number of documents or None) of each source, in order.
         extra: Additional entries of `meta.json`.
+        vocabulary: A number above all token ids; None: not known. It determines the width of the stored ids, not the
+            content hash.
 
     Raises:
         DataError: A source has no documents, the sources are of different kinds, the folder can't be written, or it
@@ -197,7 +200,7 @@ def write_store(
             digest = hashlib.sha256()
             hashes: list[np.ndarray] = []
             described = [
-                _write_source(beside, i, name, batches, limit, digest, hashes)
+                _write_source(beside, i, name, batches, limit, digest, hashes, vocabulary)
                 for i, (name, batches, limit) in enumerate(sources)
             ]
             kinds = {source["name"]: source["kind"] for source in described}
@@ -230,6 +233,7 @@ def _write_source(
     limit: int | None,
     digest: Any,
     hashes: list[np.ndarray],
+    vocabulary: int | None,
 ) -> dict[str, Any]:
     """Writes the files of one source and returns its entry in `meta.json`.
 
@@ -240,7 +244,8 @@ def _write_source(
     targets: list[np.ndarray] = []
     own: list[np.ndarray] = []
     count = 0
-    with open(folder / f"tokens-{index}.bin", "wb") as file:
+    with ExitStack() as stack:
+        file: TokenWriter | None = None
         for batch in batches:
             metadata = batch.schema.metadata or {}
             skipped += int(metadata.get(b"skipped", b"0"))
@@ -255,15 +260,20 @@ def _write_source(
             if limit is not None:
                 column = column.slice(0, max(0, limit - count))
             values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
-            file.write(values.tobytes())
-            digest.update(values.tobytes())
+            if file is None and len(column):
+                # Examples also contain separators and numbers that are not tokens.
+                narrow = vocabulary is not None and vocabulary <= NARROW and kind in ("", "tokens")
+                file = stack.enter_context(TokenWriter(folder, index, narrow))
+            if file is not None:
+                file.write(values)
+            digest.update(values.data)
             lengths.append(column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64))
             targets.append(_targets(values, lengths[-1]))
             own.append(_hashes(values, lengths[-1]))
             count += len(column)
             if limit is not None and count >= limit:
                 break
-    if count == 0:
+    if count == 0 or file is None:
         why = f"all {skipped} rows were skipped, the first: {reason}" if skipped else "it contains no documents"
         raise DataError(f"data source {name!r} is empty: {why}")
     own_hashes = np.concatenate(own)
@@ -282,6 +292,7 @@ def _write_source(
         "kind": kind or "tokens",
         "chats": chats,
         "duplicates": _duplicates(own_hashes),
+        **file.described,
     }
 
 

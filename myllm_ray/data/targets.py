@@ -21,6 +21,8 @@ from myllm_ray.data.store import TokenStore, describe_documents
 from myllm_ray.data.stream import StreamSpec
 
 _CHUNK = 65536
+_ROWS = 16384
+"""Number of rows whose targets are counted at once."""
 
 
 class Targets(NamedTuple):
@@ -49,15 +51,13 @@ def count_targets(plan: RowPlan, epoch: int = 0) -> Targets:
     path = plan.folder(epoch) / "targets.npz"
     segments, firsts = plan.segments(epoch)
     if not path.exists():
-        rows, document_rows = (
-            np.zeros(len(firsts) - 1, np.int64),
-            np.repeat(np.arange(len(firsts) - 1), np.diff(firsts)),
-        )
+        rows = np.zeros(len(firsts) - 1, np.int64)
         kept, placed, passes = (np.zeros(len(plan.store), np.int32) for _ in range(3))
-        for first in range(0, len(segments), _CHUNK):
-            piece = np.asarray(segments[first : first + _CHUNK])
+        for first in range(0, len(rows), _ROWS):
+            edges = np.asarray(firsts[first : first + _ROWS + 1])
+            piece = np.asarray(segments[edges[0] : edges[-1]])
             counts = _of_segments(plan.store, piece)
-            np.add.at(rows, document_rows[first : first + len(piece)], counts)
+            rows[first : first + _ROWS] = np.add.reduceat(counts, edges[:-1] - edges[0])
             np.add.at(kept, piece[:, 0], counts)
             np.add.at(placed, piece[:, 0], piece[:, 2])
             np.add.at(passes, piece[piece[:, 1] == 0, 0], 1)  # a source with weight 2 occurs twice in an epoch

@@ -1,0 +1,88 @@
+"""Measures the planning of an epoch: tokens per second and peak memory, for lengths that are made up.
+
+    python benchmarks/plan.py [--tokens G]... [--mean N]... [--shuffle full|window|none] [--kind KIND]...
+
+For each packing, mean document length and number of tokens (in units of 10^9), it plans one epoch of rows of 2,048
+tokens into files of a temporary folder. The length of a document is a function of its number, between 1 and twice the
+mean; no token is stored. The peak is that of the memory that Python and numpy allocate (`tracemalloc`), measured in a
+second pass with `--memory`, because tracing makes the planning slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from myllm_ray.data.order import Order
+from myllm_ray.data.plan import Packing, RowPlan
+from myllm_ray.data.store import TokenStore
+
+_PACKINGS = {
+    "continuous": Packing("continuous", 2048, "split"),
+    "none": Packing("none", 2048),
+    "record": Packing("record", 2048),
+    "best_fit": Packing("best_fit", 2048),
+}
+
+
+class MadeUpStore(TokenStore):
+    """A store of documents without tokens, whose lengths are a function of their numbers."""
+
+    def __init__(self, folder: Path, documents: int, mean: int):
+        self.folder, self.mean, self.sources = folder, mean, ["made-up"]
+        self.meta = {"content_hash": f"{documents} {mean}", "sources": [{"kind": "tokens"}]}
+        self._first = np.asarray([0, documents])
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        mixed = documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
+        found: np.ndarray = 1 + (mixed * np.uint64(2 * self.mean - 1) >> np.uint64(24)).astype(np.int64)
+        return found
+
+
+def plan(tokens: float, mean: int, packing: Packing, shuffle: str) -> int:
+    """Plans an epoch and returns its number of rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = MadeUpStore(Path(folder), int(tokens / mean), mean)
+        return RowPlan(store, Order(0, shuffle), packing).rows_in_epoch(0)
+
+
+def measured(options: argparse.Namespace) -> Iterator[str]:
+    """Yields a line per packing, mean and number of tokens."""
+    for kind in options.kind:
+        for mean in options.mean:
+            for billions in options.tokens:
+                tokens, peak = billions * 1e9, ""
+                began = time.perf_counter()
+                rows = plan(tokens, mean, _PACKINGS[kind], options.shuffle)
+                seconds = time.perf_counter() - began
+                if options.memory:
+                    tracemalloc.start()
+                    plan(tokens, mean, _PACKINGS[kind], options.shuffle)
+                    peak = f", peak {tracemalloc.get_traced_memory()[1] / 2**20:.0f} MiB"
+                    tracemalloc.stop()
+                yield (
+                    f"{kind}, shuffle {options.shuffle}, {billions:g} G tokens, {mean} per document: {rows:,} rows in "
+                    f"{seconds:.1f} s, {tokens / seconds / 1e9:.2f} G tokens/s{peak}"
+                )
+
+
+def main() -> None:
+    """Prints the measurements."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=float, nargs="+", default=[1.0], help="units of 10^9 tokens")
+    parser.add_argument("--mean", type=int, nargs="+", default=[1000, 200])
+    parser.add_argument("--shuffle", choices=["full", "window", "none"], default="full")
+    parser.add_argument("--kind", choices=[*_PACKINGS], nargs="+", default=[*_PACKINGS])
+    parser.add_argument("--memory", action="store_true")
+    for line in measured(parser.parse_args()):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
