@@ -93,6 +93,8 @@ class Accelerator(Collectives, Transfers, ABC):
     """Whether parameters of one model may have different dtypes, so that frozen ones can be in half precision."""
     keeps_frozen = True
     """Whether frozen parameters must stay in fp32: they are saved, or used outside autocast. The engine sets it."""
+    gradient_dtypes: ClassVar[tuple[str, ...]] = ("fp32",)
+    """Values of `accelerator.gradient_dtype` that the backend supports. Gradients of fp32 parameters are fp32."""
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Maps `optimizer` and `parameters` to the places that the backend can offload them to."""
 
@@ -109,10 +111,15 @@ class Accelerator(Collectives, Transfers, ABC):
             self.options = typed(self.Config, self.section.options, "accelerator.options")
         self.device = torch.device("cpu")
         self._owns_group = self._is_set_up = False
+        name = self.section.name if "name" in self.section.model_fields_set else type(self).__name__
+        if self.section.gradient_dtype not in self.gradient_dtypes:
+            raise ConfigError(
+                f"accelerator.gradient_dtype={self.section.gradient_dtype}: {name} holds fp32 parameters, whose "
+                "gradients are fp32; use fsdp, or deepspeed with accelerator.stage 1, 2 or 3"
+            )
         for what in ("optimizer", "parameters"):
             where = getattr(self.offload, what)
             if where not in ("none", *self.offloads.get(what, ())):
-                name = self.section.name if "name" in self.section.model_fields_set else type(self).__name__
                 raise ConfigError(
                     f"accelerator.offload.{what}={where}: not supported by {name}, which offloads "
                     f"{', '.join(f'{k} to {v}' for k, vs in self.offloads.items() for v in vs) or 'nothing'}"

@@ -56,6 +56,7 @@ class DeepSpeedAccelerator(Accelerator):
 
     distributed = True
     stages = (0, 1, 2, 3)
+    gradient_dtypes = ("fp32", "bf16")
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {"optimizer": ("cpu", "disk"), "parameters": ("cpu", "disk")}
 
     def __init__(self, config: Any = None):
@@ -88,6 +89,11 @@ class DeepSpeedAccelerator(Accelerator):
         return inner
 
     def _check_stage(self) -> None:
+        if self.section.gradient_dtype != "fp32" and self.stage == 0:
+            raise ConfigError(
+                f"accelerator.gradient_dtype={self.section.gradient_dtype}: deepspeed with accelerator.stage=0 holds "
+                "fp32 parameters, whose gradients are fp32; use accelerator.stage 1, 2 or 3"
+            )
         if self.offload.optimizer != "none" and self.stage == 0:
             raise ConfigError(
                 "accelerator.offload.optimizer: stage 0 can't offload, because it does not shard; "

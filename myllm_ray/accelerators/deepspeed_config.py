@@ -112,7 +112,7 @@ def deepspeed_config(config: Any, section: AcceleratorSection, stage: int) -> di
         # Stage 0 steps a plain torch optimizer; the base class clips its gradients.
         "gradient_clipping": decided["gradient_clipping"].value if stage > 0 else 0.0,
         "zero_optimization": {"stage": stage},
-        **_precision(stage, precision),
+        **_precision(stage, precision, section.gradient_dtype),
     }
     for what, name in (("optimizer", "offload_optimizer"), ("parameters", "offload_param")):
         if (where := getattr(offload, what)) != "none":
@@ -144,12 +144,12 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _precision(stage: int, precision: str) -> dict[str, Any]:
+def _precision(stage: int, precision: str, gradients: str) -> dict[str, Any]:
     # Stage 0 holds fp32 parameters and computes under autocast.
     if precision == "fp32" or stage == 0:
         return {}
-    # Half-precision gradients are reduced and accumulated in fp32.
-    reduction = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
+    # Half-precision gradients are reduced and accumulated in fp32 by default.
+    reduction = {"communication_data_type": gradients, "data_types": {"grad_accum_dtype": gradients}}
     if precision == "bf16":
         return {"bf16": {"enabled": True}, **reduction}
     # The loss scale follows the same rule as on the other backends (torch.amp.GradScaler): it starts at 2**16, halves
@@ -183,7 +183,10 @@ def _decided(config: Any, section: AcceleratorSection, stage: int) -> dict[str, 
     device = {"none": "none", "cpu": "cpu", "disk": "nvme"}
     optimizer, parameters = device[section.offload.optimizer], device[section.offload.parameters]
     accumulation = max(1, batch.global_size // (batch.micro_size * workers))
+    sums = Decided(section.gradient_dtype, "accelerator.gradient_dtype")
+    rounded = section.precision != "fp32" and stage > 0
     return {
+        **(dict.fromkeys(("communication_data_type", "data_types.grad_accum_dtype"), sums) if rounded else {}),
         "train_batch_size": Decided(batch.global_size, "batch.global_size"),
         "train_micro_batch_size_per_gpu": Decided(batch.micro_size, "batch.micro_size"),
         "gradient_accumulation_steps": Decided(accumulation, "the section `batch`"),

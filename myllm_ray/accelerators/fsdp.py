@@ -28,8 +28,8 @@ from myllm_ray.config.sections import Section
 class FSDPAccelerator(Accelerator):
     """Shards each block of the model with `fully_shard` (Zhao et al., 2023, arXiv:2304.11277).
 
-    Shards are fp32, gathered parameters are in `precision`, and gradients are reduced in fp32. Models that are not
-    trained are sharded in the same way, with shards in `precision`.
+    Shards are fp32, gathered parameters are in `precision`, and gradients are accumulated and reduced in
+    `gradient_dtype`. Models that are not trained are sharded in the same way, with shards in `precision`.
     """
 
     class Config(Section):
@@ -49,6 +49,7 @@ class FSDPAccelerator(Accelerator):
 
     options: Config
     distributed = True
+    gradient_dtypes = ("fp32", "bf16")
     offloads: ClassVar[Mapping[str, tuple[str, ...]]] = {"parameters": ("cpu",)}
 
     def __init__(self, config: Any = None):
@@ -89,11 +90,11 @@ class FSDPAccelerator(Accelerator):
         return mesh
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        # `fully_shard` modifies the model in place, so `module` and `model` are the same object. Gradients are reduced
-        # in fp32: in half precision, the sum over ranks would be rounded.
+        # `fully_shard` modifies the model in place, so `module` and `model` are the same object. By default gradients
+        # are reduced in fp32: in half precision, the sum over ranks is rounded.
+        reduce = DTYPES[self.section.gradient_dtype]
         return self._shard(
-            model,
-            MixedPrecisionPolicy(param_dtype=self._compute, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            model, MixedPrecisionPolicy(param_dtype=self._compute, reduce_dtype=reduce, cast_forward_inputs=False)
         )
 
     def prepare_frozen(self, model: nn.Module) -> nn.Module:

@@ -1,4 +1,7 @@
-"""The precision of the computation. Master weights, moments and gradient reductions are fp32 in every precision."""
+"""The precision of the computation.
+
+Master weights and moments are fp32 in every precision, and so are sums of gradients by default.
+"""
 
 from __future__ import annotations
 

@@ -64,13 +64,15 @@ def estimate(
 ) -> None:
     """Estimate tokens, operations, memory, communication, time and price of a config before it is trained."""
     from myllm_ray.common.hardware import hardware_of
-    from myllm_ray.orchestration.bench import bench as measure
     from myllm_ray.verify.estimate import estimate as run
 
     loaded = load_config(config, overrides or [])
     here = hardware == "here"
     found = run(loaded, None if hardware is None or here else hardware_of(hardware), mfu, usd_per_hour)
     if here:
+        # Imports Ray, which would count as memory of the run.
+        from myllm_ray.orchestration.bench import bench as measure
+
         found = replace(found, step_seconds=measure(loaded, 5).step_seconds)
     if as_json:
         print(json.dumps(found.as_json()))

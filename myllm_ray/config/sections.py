@@ -298,6 +298,11 @@ class AcceleratorSection(Section):
     name: str = Field("single", description="single, ddp, fsdp, accelerate, deepspeed, or an import path")
     stage: Literal[0, 1, 2, 3] | None = Field(None, description="for deepspeed: ZeRO stage; default: 2")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="dtype in which gradients are summed over micro-batches and workers. bf16, for fsdp and for "
+        "deepspeed stages 1 to 3 with precision bf16: half the memory and communication, rounded sums",
+    )
     tf32: bool = Field(False, description="compute fp32 matrix products on a GPU in TF32: faster, rounded to 10 bits")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     offload: OffloadSection = Field(default_factory=OffloadSection)
@@ -313,6 +318,15 @@ class AcceleratorSection(Section):
         "of GPUs",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="backend options: docs/accelerators.md")
+
+    @model_validator(mode="after")
+    def _gradients(self) -> AcceleratorSection:
+        if self.gradient_dtype == "bf16" and self.precision != "bf16":
+            raise ValueError(
+                f"gradient_dtype: bf16 needs gradients that are computed in bf16, and precision is {self.precision}: "
+                "set accelerator.precision=bf16, or leave gradient_dtype out"
+            )
+        return self
 
 
 class ScalingSection(Section):

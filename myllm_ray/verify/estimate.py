@@ -6,11 +6,9 @@ worker: see verify/memory.py. The time assumes an MFU, or is measured here by a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from myllm_ray.accelerators.memory import check_compiled_dropout
@@ -18,46 +16,19 @@ from myllm_ray.accelerators.sharding import sharding_of
 from myllm_ray.common.hardware import Hardware
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.data.examples import TOKENS
-from myllm_ray.data.prepare import PreparedData
-from myllm_ray.data.row_tokens import row_tokens
-from myllm_ray.data.stream import StreamSpec
-from myllm_ray.data.targets import count_targets
-from myllm_ray.data.tokenizer import open_tokenizer
-from myllm_ray.dependencies import kind_of_model, model_section
+from myllm_ray.data.examples import PAIRS, TOKENS
+from myllm_ray.dependencies import trainer_class_of
 from myllm_ray.engine.reporting.monitor import host_memory
-from myllm_ray.models.causal_lm import CausalLM
-from myllm_ray.models.flops import ModelFlops, model_flops
-from myllm_ray.models.load import build_skeleton
-from myllm_ray.ops.workload import Workload
+from myllm_ray.models.flops import model_flops
 from myllm_ray.preparation import absolute, check_names, prepare_data
-from myllm_ray.verify import memory
+from myllm_ray.trainers.preference import PreferenceTrainer
+from myllm_ray.verify.data_count import DataCount, count_pairs, count_tokens
+from myllm_ray.verify.skeleton import skeleton_trainer
 
 _CONTEXT = 600_000_000
 """Bytes that CUDA, its libraries and torch need on a device."""
 MFU = 0.4
 """Assumed MFU: what dense models of 1 to 70 billion parameters reach on A100 and H100 in public reports."""
-
-
-@dataclass(frozen=True)
-class DataCount:
-    """What a run trains on, from the plan of its data."""
-
-    steps: int
-    tokens: int
-    """Tokens of all steps, without padding."""
-    trained: int
-    """Tokens with a loss."""
-    positions: int
-    """Tokens with the padding of the micro-batches."""
-    flops: float
-    """Operations of all steps and workers, forward and backward."""
-    widest: int
-    """Width of the widest micro-batch."""
-    most_trained: int
-    """Largest number of tokens with a loss in a micro-batch."""
-    packs: bool
-    """Whether a row contains several documents."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +82,8 @@ def estimate(
         step_seconds: measured seconds per step, which replace the assumption.
 
     Raises:
-        ConfigError: rows depend on sampling or are pairs, or the model is built by a factory.
+        ConfigError: the rows are neither documents nor pairs, a factory builds the model, or what the model computes
+            depends on values.
     """
     config = absolute(config)
     if config.run.amendments:
@@ -124,30 +96,33 @@ def estimate(
     prepared = prepare_data(config)
     resident = int(host_memory())
     kind = prepared.train.plan.store.kind
-    if kind != TOKENS:
+    pairs = kind == PAIRS and issubclass(trainer_class_of(config), PreferenceTrainer)
+    if kind != TOKENS and not pairs:
         raise ConfigError(
-            f"estimate: trainer {config.trainer} trains on {kind}; only trainers on tokens (pretrain, sft) can be "
-            "estimated: measure it with myllm-ray bench"
+            f"estimate: trainer {config.trainer} trains on {kind} here; only trainers on tokens (pretrain, sft) or "
+            "pairs (dpo, reward) can be estimated: measure it with myllm-ray bench"
         )
-    tokenizer = open_tokenizer(prepared.tokenizer_folder)
-
-    def build() -> torch.nn.Module:
-        built = build_skeleton(model_section(config), tokenizer, config.data.sequence_length, kind_of_model(config))
-        if built is None:
-            raise ConfigError("estimate: a model.factory can't be built without its weights: measure it with bench")
-        return built
-
-    model = build()
+    device = torch.device("cpu" if hardware is None else "cuda")
+    trainer = skeleton_trainer(config, prepared, device)
+    model = trainer.model
     check_compiled_dropout(model, config.accelerator)
     workers = hardware.count if hardware is not None else max(1, config.scaling.most)
     flops = model_flops(model)
-    counted = count_data(config, prepared, flops)
+    counted = (
+        count_pairs(config, prepared.train, flops, trainer)
+        if isinstance(trainer, PreferenceTrainer)
+        else count_tokens(config, prepared.train, flops)
+    )
     communication = communication_of(model, config, workers)
+    sizes = [p.numel() for p in model.parameters()], [p.numel() for p in model.parameters() if p.requires_grad]
     process = resident if hardware is None else _CONTEXT
-    parts = {"process": process, **memory_of(build, config, counted, workers)}
+    from myllm_ray.verify.memory import memory_of  # after the measurement of this process, which it makes larger
+
+    passes = 1 + len(trainer.frozen_models) / 3  # a forward pass costs a third of both
+    parts = {"process": process, **memory_of(trainer, config, prepared, counted, workers, hardware is None)}
     notes = []
     if hardware is not None and step_seconds is None:
-        step_seconds = _assumed_seconds(config, hardware, counted, communication, mfu)
+        step_seconds = _assumed_seconds(config, hardware, counted, communication, mfu, passes)
         notes.append(f"time: assumes an MFU of {mfu:.0%} (--mfu), communication beside the computation")
         if sum(parts.values()) > hardware.device.memory:
             notes.append(
@@ -157,8 +132,8 @@ def estimate(
     return Estimate(
         workers=workers,
         data=counted,
-        parameters=sum(p.numel() for p in model.parameters()),
-        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=sum(sizes[0]),
+        trained_parameters=sum(sizes[1]),
         memory=parts,
         communication=communication,
         hardware="the CPUs here" if hardware is None else f"{hardware.count} x {hardware.device.name}",
@@ -168,95 +143,36 @@ def estimate(
     )
 
 
-def count_data(config: TrainerConfig, prepared: PreparedData, flops: ModelFlops) -> DataCount:
-    """Counts what a run trains on, epoch by epoch, to its last step."""
-    spec = prepared.train
-    per_batch = config.steps_per_batch
-    batches = config.run.total_steps(per_batch, spec.steps_in_epoch) // per_batch
-    left, epoch = batches, 0
-    tokens = trained = positions = widest = most = 0
-    total, packs = 0.0, False
-    while left > 0:
-        used = min(left, spec.steps_in_epoch(epoch))
-        rows = row_tokens(spec.plan, epoch)[: used * spec.global_size]
-        targets = count_targets(spec.plan, epoch).rows[: len(rows)]
-        widths = _widths(spec, rows)
-        segments, firsts = spec.plan.segments(epoch)
-        lengths = np.asarray(segments[: firsts[len(rows)], 2])
-        total += flops.of(Workload(lengths, int(targets.sum())))
-        tokens, trained = tokens + int(rows.sum()), trained + int(targets.sum())
-        positions, widest = positions + int(widths.sum()) * spec.micro_size, max(widest, int(widths.max()))
-        most = max(most, int(np.add.reduceat(targets, np.arange(0, len(rows), spec.micro_size)).max()))
-        packs = packs or bool((np.diff(firsts[: len(rows) + 1]) > 1).any())
-        left, epoch = left - used, epoch + 1
-    return DataCount(batches * per_batch, tokens, trained, positions, total, widest, most, packs)
-
-
-def _widths(spec: StreamSpec, rows: np.ndarray) -> np.ndarray:
-    """Returns the widths of the micro-batches of rows, as the collator pads them."""
-    longest = np.maximum.reduceat(rows, np.arange(0, len(rows), spec.micro_size))
-    found: np.ndarray = np.maximum(8, -(-longest // 8) * 8)
-    return found
-
-
-def memory_of(
-    build: Callable[[], torch.nn.Module], config: TrainerConfig, counted: DataCount, workers: int
-) -> dict[str, int]:
-    """Returns the parts of a worker's memory at its peak, in bytes, without the process itself.
-
-    Args:
-        build: builds the model on the meta device.
-        config: the config of the run.
-        counted: what it trains on.
-        workers: number of workers.
-    """
-    model, shards, precision = build(), sharding_of(config.accelerator, workers), config.accelerator.precision
-    text: Any = getattr(model, "config").get_text_config()  # noqa: B009
-    trains_head = bool(model.head.requires_grad) if isinstance(model, CausalLM) else True
-    every, several = (
-        config.accelerator.activation_checkpointing,
-        config.batch.global_size // config.batch.micro_size // workers > 1,
-    )
-    trained = memory.parameter_bytes(model, 1, trained_only=True)
-    gradients = memory.parameter_bytes(model, shards.gradients, trained_only=True)
-    rows, width = config.batch.micro_size, counted.widest
-    passes = memory.training_bytes(build(), every, precision, rows, width, counted.packs, several)
-    return {
-        "parameters": memory.parameter_bytes(model, shards.parameters) + memory.buffer_bytes(model),
-        "gathered parameters": memory.gathered_bytes(model, precision, shards.parameters),
-        "optimizer": memory.optimizer_bytes(model, config, shards.optimizer),
-        "gradients": gradients,
-        # The passes hold the complete gradients of one worker.
-        "activations": max(0, passes - trained),
-        "head": memory.head_bytes(
-            int(text.hidden_size), int(text.vocab_size), counted.most_trained, precision, trains_head
-        ),
-    }
-
-
 def communication_of(model: torch.nn.Module, config: TrainerConfig, workers: int) -> dict[str, int]:
     """Returns the bytes that a worker sends per optimizer step, by what they are, for ring algorithms."""
     if workers == 1:
         return {}
     shards, ring = sharding_of(config.accelerator, workers), (workers - 1) / workers
-    gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    half = config.accelerator.gradient_dtype == "bf16"
+    gradients = sum((2 if half else 4) * p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 if config.accelerator.precision == "fp32" else 2
     weights = sum(size * p.numel() for p in model.parameters())
     micros = config.batch.global_size // config.batch.micro_size // workers
     if shards.parameters > 1:  # gathered for each forward and each backward pass
         return {"parameters": int(2 * micros * ring * weights), "gradients": int(ring * gradients)}
     if shards.optimizer > 1:
-        return {"parameters": int(ring * gradients), "gradients": int(ring * gradients)}
+        updated = sum(size * p.numel() for p in model.parameters() if p.requires_grad)
+        return {"parameters": int(ring * updated), "gradients": int(ring * gradients)}
     return {"gradients": int(2 * ring * gradients)}
 
 
 def _assumed_seconds(
-    config: TrainerConfig, hardware: Hardware, counted: DataCount, communication: dict[str, int], mfu: float
+    config: TrainerConfig,
+    hardware: Hardware,
+    counted: DataCount,
+    communication: dict[str, int],
+    mfu: float,
+    passes: float,
 ) -> float:
     peak = hardware.device.peak(config.accelerator.precision, tf32=True)
     if peak is None:
         raise ConfigError(f"accelerator.precision={config.accelerator.precision}: {hardware.device.name} has none")
     # Padding is computed too, but is not part of the MFU.
     padded = counted.positions / max(1, counted.tokens)
-    computing = counted.flops * padded / counted.steps / (hardware.count * peak * mfu)
+    computing = passes * counted.flops * padded / counted.steps / (hardware.count * peak * mfu)
     return max(computing, sum(communication.values()) / hardware.device.link)

@@ -343,6 +343,18 @@ def test_generation_with_sharded_parameters(tmp_path: Path, name: str) -> None:
         ),
         (["accelerator.activation_checkpointing=0"], "accelerator.activation_checkpointing"),
         (["accelerator.tf32=true", "accelerator.device=cpu"], "accelerator.tf32: the CPU has no TF32"),
+        (
+            ["accelerator.name=fsdp", "accelerator.gradient_dtype=bf16"],
+            "gradient_dtype: bf16 needs gradients that are computed in bf16, and precision is fp32",
+        ),
+        (
+            [
+                "accelerator.name=deepspeed",
+                "accelerator.precision=bf16",
+                "accelerator.options={communication_data_type: bf16}",
+            ],
+            "communication_data_type=bf16 contradicts accelerator.gradient_dtype, which sets it to fp32",
+        ),
     ],
 )
 def test_mistakes_are_reported_before_anything_starts(
@@ -386,3 +398,44 @@ def test_disk_without_libaio_is_reported(
 def test_every_backend_takes_a_range_of_workers(make_config: MakeConfig, name: str) -> None:
     """Regression test: the DeepSpeed backend compared the range with a number."""
     check_names(make_config(*BACKENDS[name], "scaling.workers=[1,2]"))
+
+
+GRADIENTS = {"fsdp", "deepspeed-1", "deepspeed-2", "deepspeed-3"}
+"""The backends whose parameters are in bf16 while gradients are computed."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_which_backends_sum_gradients_in_bf16(make_config: MakeConfig, backend: str, precision: str) -> None:
+    given = (*BACKENDS[backend], "accelerator.gradient_dtype=bf16", f"accelerator.precision={precision}")
+    if precision != "bf16":
+        with pytest.raises(ConfigError, match=f"gradient_dtype: bf16 needs .* precision is {precision}"):
+            make_config(*given)
+        return
+    config = make_config(*given)
+    cls = resolve("accelerators", config.accelerator.name, "accelerator.name")
+    if backend in GRADIENTS:
+        cls(config)
+        return
+    with pytest.raises(ConfigError, match=r"accelerator.gradient_dtype=bf16: .* holds fp32 parameters") as caught:
+        cls(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_gradients_in_bf16_are_rounded_sums(make_config: MakeConfig) -> None:
+    """The curve is that of sums in fp32 up to the rounding, and not the same."""
+
+    def config(backend: str, gradients: str) -> TrainerConfig:
+        given = ("accelerator.precision=bf16", f"accelerator.gradient_dtype={gradients}", "run.max_steps=4")
+        name = f"run.name={backend}-{gradients}"
+        return make_config(*SIX, *BACKENDS[backend], *given, "batch.global_size=8", name)
+
+    names = [(backend, gradients) for backend in sorted(GRADIENTS) for gradients in ("fp32", "bf16")]
+    folders = run_all(2, [config(*name) for name in names])
+    losses = {name: [row["loss"] for row in comparable(f)] for name, f in zip(names, folders, strict=True)}
+    for backend in GRADIENTS:
+        exact, rounded = losses[backend, "fp32"], losses[backend, "bf16"]
+        assert exact[0] == rounded[0]
+        assert exact != rounded
+        assert rounded == pytest.approx(exact, rel=2e-2)

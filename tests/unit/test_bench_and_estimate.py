@@ -118,8 +118,33 @@ def test_estimate_prints_a_table(
 
 
 def test_what_can_not_be_estimated(make_config: MakeConfig) -> None:
-    pairs = ("trainer=dpo", "data.train={source: brackets, format: preference, limit: 30}", "data.validation=null")
-    with pytest.raises(ConfigError, match=r"trainer dpo trains on pairs; only trainers on tokens"):
-        estimate(make_config(*pairs, "data.sequence_length=32"))
+    prompts = ("trainer=grpo", "grpo={reward: 'helpers:variety'}", "data.train={source: brackets, format: prompt}")
+    with pytest.raises(ConfigError, match=r"trainer grpo trains on prompts here; only trainers on tokens"):
+        estimate(make_config(*prompts, "data.validation=null", "data.sequence_length=32"))
     with pytest.raises(ConfigError, match=r"bf16: T4 has none"):
         estimate(make_config("accelerator.precision=bf16"), hardware_of("t4"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("trainer=dpo",),
+        ("trainer=dpo", "dpo.shared_prompt=never"),
+        ("trainer=dpo", "dpo.reference=precomputed"),
+        ("trainer=dpo", "dpo.loss=simpo"),
+        ("trainer=reward",),
+    ],
+)
+def test_pairs_are_estimated(make_config: MakeConfig, overrides: tuple[str, ...]) -> None:
+    pairs = "data.train={source: brackets, format: preference, limit: 30}"
+    config = make_config(*overrides, pairs, "data.validation=null", "data.sequence_length=32", "run.max_steps=3", SIZES)
+    found = estimate(config)
+    copies = overrides == ("trainer=dpo",) or "dpo.shared_prompt=never" in overrides
+    assert (found.memory["frozen models"] == found.memory["parameters"]) == copies
+    assert (found.memory["frozen models"] == 0) != copies
+    assert found.memory["activations"] > 0
+    run = run_local(config)
+    rows = read_jsonl(Path(str(run["folder"])) / "metrics.jsonl")
+    assert found.data.trained == sum(row["tokens"] for row in rows)
+    assert found.data.trained < found.data.tokens <= found.data.positions
