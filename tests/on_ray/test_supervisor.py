@@ -246,3 +246,27 @@ def test_rewind_on_ray(tmp_path: Path, ray_cluster: None) -> None:
     assert [a["end"].split(":")[0] for a in attempts_of(Path(on_ray.folder))] == [*["rewind"] * len(bad), "done"]
     losses = [[r.get("loss", 0.0) for r in comparable(f)] for f in (on_ray.folder, local.folder)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_workers_that_find_damage_start_again_from_the_checkpoint_before(tmp_path: Path) -> None:
+    """The driver checks only the structure of a checkpoint; the group that finds the damage does not train."""
+    common = ("scaling.resources_per_worker={slot: 1}", "scaling.max_failures=0", "checkpoint.keep_last=null")
+    with place(cpus=2, slots=2) as where:
+        job = Job(job_config(tmp_path, "hurt", *common, "run.max_steps=8", *BACKENDS["ddp"]), where.address).start()
+        assert job.end() == 0, job.said()
+        *_, before, newest = sorted((job.folder / "checkpoints").iterdir())
+        file = next(newest.glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+        job = Job(job_config(tmp_path, "hurt", *common, "run.max_steps=12", *BACKENDS["ddp"]), where.address).start()
+        assert job.end() == 0, job.said()
+        ends = [a["end"].partition(":")[0] for a in attempts_of(job.folder)]
+        assert ends == ["done", "rewind", "done"]
+        assert attempts_of(job.folder)[-1]["from_step"] == int(before.name[-8:])
+        expected = train(
+            job_config(tmp_path, "whole", "run.max_steps=12", "accelerator.name=single", "scaling.workers=0")
+        )
+        found = compare(job.folder, Path(expected.folder), steps=12)
+        assert found.lost_or_repeated == 0
+        assert found.losses < 1e-5
