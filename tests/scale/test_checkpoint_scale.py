@@ -44,7 +44,8 @@ def row(name: str, world: int) -> str:
     assert sum(f["bytes"] for f in manifest["files"].values()) == model.state_bytes
     assert max(written, read) <= 1.05 * share
     assert files <= (2 if world >= 64 else 1 + share / FILE_BYTES * 1.1)
-    assert max(opened, half, double) <= 10 * (1 if world >= 64 else 3)
+    assert opened <= 10
+    assert max(half, double) <= 10 * (1 if world >= 64 else 2)
     return (
         f"| {name} | {world} | {share / 1e9:.2f} GB | {files} | {written / share:.3f} | {opened} | {read / share:.3f} "
         f"| {double} | {half} | {manifest_bytes(manifest) / 1e3:,.0f} kB |"
@@ -68,7 +69,9 @@ def test_fsdp_shards_as_it_is_simulated() -> None:
     """The boxes of a model that `fully_shard` shards, with sizes that the ranks do not divide."""
     for rank in (0, 3, 7):
         with one_of(rank, 8):
-            model = nn.ModuleList([nn.Linear(13, 7, bias=False, device="meta") for _ in range(2)])
+            model = nn.Sequential(
+                nn.Linear(13, 7, bias=False, device="meta"), nn.Linear(7, 7, bias=False, device="meta")
+            )
             shard_units(model, [], 8, {"mesh": init_device_mesh("cpu", (8,))})
             rows = {0: 1, 3: 1, 7: 0}[rank]
             for parameter in model.parameters():

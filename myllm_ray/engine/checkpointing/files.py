@@ -161,6 +161,6 @@ def _content(names: list[str], tensors: Mapping[str, Tensor], boxes: Mapping[str
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         flat = local(tensors[name]).cpu().contiguous().reshape(-1)
-        content = memoryview(flat.view(torch.uint8).numpy())
+        content = flat.view(torch.uint8).numpy().data
         for start in range(0, len(content), _CHUNK):
             yield content[start : start + _CHUNK]
