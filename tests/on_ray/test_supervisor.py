@@ -252,7 +252,9 @@ def test_rewind_on_ray(tmp_path: Path, ray_cluster: None) -> None:
 @pytest.mark.timeout(280)
 def test_workers_that_find_damage_start_again_from_the_checkpoint_before(tmp_path: Path) -> None:
     """The driver checks only the structure of a checkpoint; the group that finds the damage does not train."""
-    common = ("scaling.resources_per_worker={slot: 1}", "scaling.max_failures=0", "checkpoint.keep_last=null")
+    constant = "scheduler={name: constant}"  # the number of steps changes
+    slots = ("scaling.resources_per_worker={slot: 1}", "scaling.max_failures=0")
+    common = (constant, "checkpoint.keep_last=null", *slots)
     with place(cpus=2, slots=2) as where:
         job = Job(job_config(tmp_path, "hurt", *common, "run.max_steps=8", *BACKENDS["ddp"]), where.address).start()
         assert job.end() == 0, job.said()
@@ -265,7 +267,7 @@ def test_workers_that_find_damage_start_again_from_the_checkpoint_before(tmp_pat
         assert ends == ["done", "rewind", "done"]
         assert attempts_of(job.folder)[-1]["from_step"] == int(before.name[-8:])
         expected = train(
-            job_config(tmp_path, "whole", "run.max_steps=12", "accelerator.name=single", "scaling.workers=0")
+            job_config(tmp_path, "whole", constant, "run.max_steps=12", "accelerator.name=single", "scaling.workers=0")
         )
         found = compare(job.folder, Path(expected.folder), steps=12)
         assert found.lost_or_repeated == 0
