@@ -20,7 +20,7 @@ from myllm_ray.common import distributed
 from myllm_ray.common.allocator import keep_large_blocks
 from myllm_ray.common.determinism import determinism
 from myllm_ray.common.secrets import mask
-from myllm_ray.common.types import BatchStream
+from myllm_ray.common.types import BatchStream, Exit
 from myllm_ray.config.amendments import effective
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import resolve
@@ -37,7 +37,6 @@ from myllm_ray.engine.amendments import described, take_requests, with_recorded
 from myllm_ray.engine.attempt import RecordedAttempt
 from myllm_ray.engine.budget import RunBudget
 from myllm_ray.engine.callbacks import Callback, observing
-from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import (
     starting_weights,
 )
@@ -51,7 +50,7 @@ from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.reporting.events import EventLog, recorded_warnings
 from myllm_ray.engine.reporting.monitor import RunMonitor
 from myllm_ray.engine.reporting.profile import StepProfiler
-from myllm_ray.engine.run_folder import checkpoints_of, folder_of, resume_point
+from myllm_ray.engine.run_folder import checkpoints_of, folder_of, verified_start
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.evaluate.training import build_tasks
 from myllm_ray.model_checks import document_kernel
@@ -240,19 +239,28 @@ def _run(
 ) -> dict[str, Any]:
     folder = folder_of(config)
     accelerator = set_up_accelerator(config)
-    whole = config
-    if whole.run.amendments:
-        # Rank 0 chooses the checkpoint, and with it the segment of the run.
-        start, step = distributed.from_main(start_of(whole, start) if distributed.is_main() else None)
-        config = effective(whole, step)
-        prepared = of_segment(prepared, config)
-        accelerator = accelerator.successor(config)  # a backend may read what an amendment changes
-    heartbeat = _heartbeat(config, watched)
     events = EventLog(folder, distributed.rank())
     if distributed.is_main():
         events.open()
         stack.callback(events.close)
         stack.enter_context(recorded_warnings(events))
+    whole = config
+    start, manifest, damage = verified_start(whole, start)
+    if damage is not None:
+        accelerator.close()
+        return {
+            "step": manifest["step"],
+            "metrics": {},
+            "folder": str(folder),
+            "checkpoint": None,
+            "exit": Exit("rewind", damage),
+            "parameter_bytes": {},
+        }
+    if whole.run.amendments:
+        config = _segment(whole, int(manifest.get("step", 0)))
+        prepared = of_segment(prepared, config)
+        accelerator = accelerator.successor(config)  # a backend may read what an amendment changes
+    heartbeat = _heartbeat(config, watched)
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     engine = build_engine(
         config,
@@ -272,10 +280,8 @@ def _run(
     if distributed.is_main():
         save_architecture(trainer.model, config.model, folder / "model")
         save_tokenizer(config, prepared, tokenizer, folder / "tokenizer")
-        start = start or resume_point(config)
     try:
-        # Rank 0 chooses the checkpoint: another rank may not see the newest one on a shared file system yet.
-        engine.setup(resume=distributed.from_main(start))
+        engine.setup(start, manifest)
         if accelerator.device.type == "cpu":
             # After the weights are loaded: the temporary tensors of the loading would leave holes that are kept.
             keep_large_blocks()
@@ -308,18 +314,11 @@ def added_callbacks(config: TrainerConfig, prepared: PreparedData) -> list[Callb
     ]
 
 
-def start_of(config: TrainerConfig, start: Path | None) -> tuple[Path | None, int]:
-    """Returns the checkpoint that a run resumes from, and its step. Logs the amendment that takes effect there.
-
-    Args:
-        config: the config of the run.
-        start: the checkpoint, if it is known; None: the result of `resume_point`.
-    """
-    start = start or resume_point(config)
-    step = int(read_manifest(start)["step"]) if start else 0
-    if any(amendment.at == step for amendment in config.run.amendments):
+def _segment(config: TrainerConfig, step: int) -> TrainerConfig:
+    """Returns the config of the segment of a run that begins at a step. Logs the amendment that takes effect there."""
+    if distributed.is_main() and any(amendment.at == step for amendment in config.run.amendments):
         log.info("from step %d on: %s", step + 1, described(config, step))
-    return start, step
+    return effective(config, step)
 
 
 def _heartbeat(config: TrainerConfig, watched: Watched | None) -> Heartbeat:

@@ -17,7 +17,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from myllm_ray.engine.checkpointing.writer import manifest_checksum, sha256
+from myllm_ray.engine.checkpointing.verification import manifest_checksum, sha256
 from myllm_ray.engine.liveness import heartbeat
 from myllm_ray.engine.reporting.jsonl import MetricRanges
 
@@ -87,7 +87,7 @@ def with_averages(run: Path, target: Path) -> Path:
             added = "ema." + n.removeprefix("model.")
             tensors[added] = tensors[n] * 2
             sharding[added] = sharding[n]
-            manifest["tensors"][added] = manifest["tensors"][n]
+            manifest["tensors"][added], manifest["index"][added] = manifest["tensors"][n], manifest["index"][n]
         save_file(tensors, checkpoint / name, metadata={**metadata, "DCP_SHARDING_INFO": json.dumps(sharding)})
         manifest["files"][name] = {
             "sha256": sha256(checkpoint / name),

@@ -1,4 +1,4 @@
-"""Commands that check a config or this machine, or describe them: data, verify, doctor, schema."""
+"""Commands that check a config, a checkpoint or this machine, or describe them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from myllm_ray.cli.app import Config, Overrides, app
 from myllm_ray.cli.tables import out, print_certificate, print_report, print_rows
 from myllm_ray.common.files import write_json
 from myllm_ray.config.amendments import segments
+from myllm_ray.config.errors import CheckpointError
 from myllm_ray.config.json_schema import json_schema
 from myllm_ray.config.load import load_config
 
@@ -97,6 +98,33 @@ def doctor(
     for line in examine(None if config is None else load_config(config, overrides or [])):
         table.add_row(line.what, "[green]yes[/green]" if line.works else "[red]no[/red]", Text(line.detail))
     out.print(table)
+
+
+@app.command("verify-checkpoint")
+def verify_checkpoint(
+    path: Annotated[Path, typer.Argument(help="a checkpoint (step-...), or the folder of a run: all its checkpoints")],
+) -> None:
+    """Verify the checksums of all files of a checkpoint, or of every checkpoint of a run.
+
+    Exit code 1: a file is damaged. The damaged files are listed.
+    """
+    from myllm_ray.engine.checkpointing.manager import CheckpointManager
+    from myllm_ray.engine.checkpointing.verification import all_damage, read_manifest
+
+    run = CheckpointManager(folder=path / "checkpoints")
+    checkpoints = run.all() if run.folder.is_dir() else [path]
+    if not checkpoints:
+        raise CheckpointError(f"{path} has no checkpoint")
+    damaged = False
+    for checkpoint in checkpoints:
+        found = all_damage(checkpoint)
+        for line in found:
+            print(line)
+        if not found:
+            files = read_manifest(checkpoint)["files"].values()
+            print(f"{checkpoint}: {len(files)} files, {sum(f['bytes'] for f in files):,} bytes, verified")
+        damaged = damaged or bool(found)
+    sys.exit(1 if damaged else 0)
 
 
 @app.command()

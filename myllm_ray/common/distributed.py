@@ -114,6 +114,15 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
     return values
 
 
+def gather_on_main(value: Any, group: Any = None) -> list[Any]:
+    """Returns the values of all ranks, ordered by rank, on rank 0, and an empty list on the others."""
+    if not is_distributed() or world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values, dst=0, group=group)
+    return values or []
+
+
 def from_main(value: Any) -> Any:
     """Broadcasts the value of rank 0 to all ranks and returns it."""
     if not is_distributed() or world_size() == 1:

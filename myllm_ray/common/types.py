@@ -233,7 +233,8 @@ class Exit(NamedTuple):
     kind: Literal["preempted", "rewind", "aborted", "amended"]
     """How the run ended.
 
-    preempted: it saved a checkpoint and can be resumed. rewind: it resumes from the checkpoint before a bad step.
+    preempted: it saved a checkpoint and can be resumed. rewind: it resumes from the checkpoint before a bad step, or
+    from the one before a damaged checkpoint.
     aborted: it ended without saving a checkpoint and is not resumed. amended: it saved a checkpoint and resumes from it
     with the next amendment of its config (config/amendments.py).
     """

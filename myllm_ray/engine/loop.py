@@ -105,8 +105,13 @@ class TrainerEngine:
         self._agreed: set[str] = set()
         """Requests that all ranks have received. If one rank acted alone, the others would wait in a collective."""
 
-    def setup(self, resume: Path | None = None) -> None:
-        """Prepares everything for the first step. `resume`: folder of the checkpoint to resume from."""
+    def setup(self, resume: Path | None = None, manifest: dict[str, Any] | None = None) -> None:
+        """Prepares everything for the first step.
+
+        Args:
+            resume: folder of the checkpoint to resume from.
+            manifest: its manifest, if the checkpoint has been verified.
+        """
         self.accelerator.setup()  # first: the stream depends on the rank and the world size
         if self.stream is None:
             self.stream = InMemoryStream(
@@ -127,7 +132,7 @@ class TrainerEngine:
         self.figures = Figures(self.trainer, self.accelerator, self.heartbeat, self._flops)
         self.stability.load_interventions()
         self.schedulers.total_steps = self.state.total_steps
-        manifest = opened(self, resume)
+        manifest = opened(self, resume, manifest)
         # The backend calls `build` after it has sharded the model, because the optimizer must refer to the shards.
         self.optimizers.check(self.accelerator.optimizer_layout)
         self.average.check(self.accelerator)

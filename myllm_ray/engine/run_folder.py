@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from pydantic_core import PydanticUndefined
 
+from myllm_ray.common import distributed
 from myllm_ray.common.files import why_not_writable, write_atomic, write_json
 from myllm_ray.common.secrets import mask, mask_text
 from myllm_ray.config.amendments import effective
@@ -22,10 +23,11 @@ from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import to_yaml
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.section import Section
-from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, read_manifest, versions
+from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, read_manifest, step_of, versions
 from myllm_ray.engine.checkpointing.remote_store import RemoteCheckpointStore
 from myllm_ray.engine.checkpointing.resume_notices import changes, resume_notices
 from myllm_ray.engine.checkpointing.starting_weights import check_same_base, check_same_weights
+from myllm_ray.engine.checkpointing.verification import set_aside, verify
 from myllm_ray.engine.environment import describe
 from myllm_ray.engine.liveness import heartbeat
 
@@ -85,7 +87,11 @@ def claim(config: TrainerConfig, identity: dict[str, Any], plan: Mapping[str, An
             f"{folder} contains an earlier run: checkpoint.resume=auto resumes it, another run.name starts a "
             "new run, run.overwrite=true replaces it"
         )
-    start = resume_source(resume) if resume not in ("auto", "never") else manager.latest() if resume == "auto" else None
+    start = None
+    if resume == "auto":
+        start = manager.latest(contents=False)  # the workers verify the contents, in parallel
+    elif resume != "never":
+        start = resume_source(resume)
     # Everything that can be refused is refused before the first file is removed.
     if start is not None:
         check_same_run(start, config, identity)
@@ -145,15 +151,55 @@ def refuse_two_at_once(folder: Path) -> None:
 
 
 def resume_point(config: TrainerConfig) -> Path | None:
-    """Returns the checkpoint that a worker resumes from, or None for a start at step 0.
+    """Returns the checkpoint that a worker resumes from, or None for a start at step 0. Its contents are not verified.
 
     This is the run's newest complete checkpoint, else the one that `checkpoint.resume` names. `claim` has removed the
     checkpoints of a replaced run before, so the function also gives the right one to a worker group that is restarted.
     """
-    own = checkpoints_of(config).latest()
+    own = checkpoints_of(config).latest(contents=False)
     if own is not None:
         return own
-    return resume_source(config.checkpoint.resume) if config.checkpoint.resume not in ("auto", "never") else None
+    given = config.checkpoint.resume
+    return resume_source(given, contents=False) if given not in ("auto", "never") else None
+
+
+def verified_start(config: TrainerConfig, given: Path | None) -> tuple[Path | None, dict[str, Any], str | None]:
+    """Returns the checkpoint that a worker resumes from, verified by all ranks together. Every rank calls this.
+
+    A damaged checkpoint of the run is set aside, and the one before is used.
+
+    Args:
+        config: the config of the run.
+        given: the checkpoint that the launcher has chosen; None: the result of `resume_point`.
+
+    Returns:
+        The checkpoint or None, its manifest, and why `given` can't be used. In that case the launcher has to choose
+        again, because it started this group for the step of `given`.
+
+    Raises:
+        CheckpointError: a checkpoint that is not of this run is damaged.
+    """
+    while True:
+        # Rank 0 chooses the checkpoint: another rank may not see the newest one on a shared file system yet.
+        start = distributed.from_main((given or resume_point(config)) if distributed.is_main() else None)
+        if start is None:
+            return None, {}, None
+        manifest, damage = verify(start)
+        if damage is None:
+            return start, manifest, None
+        if start.absolute().parent != (folder_of(config) / "checkpoints").absolute():
+            raise CheckpointError(damage)
+        problem = None
+        if distributed.is_main():
+            log.warning("checkpoint skipped: %s", damage)
+            try:
+                set_aside(start)
+            except CheckpointError as error:
+                problem = str(error)
+        if problem := distributed.from_main(problem):
+            raise CheckpointError(problem)
+        if given is not None:
+            return None, {"step": step_of(start)}, damage
 
 
 def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, Any]) -> None:
@@ -245,19 +291,23 @@ def _what_to_do(checkpoint: Path, config: TrainerConfig) -> str:
     )
 
 
-def resume_source(resume: str) -> Path:
+def resume_source(resume: str, contents: bool = True) -> Path:
     """Returns the checkpoint that `checkpoint.resume` names: a `step-…` folder, or the newest one in a run's folder.
+
+    Args:
+        resume: the value of `checkpoint.resume`.
+        contents: whether to verify the checksums of the files.
 
     Raises:
         CheckpointError: the folder contains no complete checkpoint.
     """
     path = Path(resume)
     if (path / "checkpoints").is_dir():
-        newest = CheckpointManager(folder=path / "checkpoints").latest()
+        newest = CheckpointManager(folder=path / "checkpoints").latest(contents)
         if newest is None:
             raise CheckpointError(f"checkpoint.resume: {path} has no complete checkpoint")
         return newest
-    damage = find_damage(path)
+    damage = find_damage(path, contents)
     if damage:
         raise CheckpointError(f"checkpoint.resume: {damage}; give a step-… folder, a run's folder, auto or never")
     return path

@@ -16,7 +16,7 @@ from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, read_manifest
-from myllm_ray.engine.checkpointing.writer import sha256
+from myllm_ray.engine.checkpointing.verification import sha256
 from myllm_ray.trained_model import kind_of_trained
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")

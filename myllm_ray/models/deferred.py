@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from myllm_ray.common.materialize import Source
 from myllm_ray.common.seeds import derive_seed
+from myllm_ray.common.tensor_files import TensorFiles, index_of
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.lora_section import LoraSection
 from myllm_ray.models.lora import merged
@@ -104,10 +104,9 @@ _PREFIX = "model.model."
 class CheckpointTensors:
     """Reads the weights of a transformers model from a run's checkpoint, one tensor at a time, by transformers name.
 
-    Each rank of the run wrote its shards of a tensor. The header of each file contains the offsets of the shards in the
-    full tensor (Hugging Face storage of torch.distributed.checkpoint). LoRA adapters are merged into the weights that
-    they adapt. If `base` is not None, the checkpoint holds only the trained weights; the caller then sets `initial` and
-    `initial_names`, the initial weights of the run.
+    Each rank of the run wrote its shards of a tensor (`common/tensor_files.py`). LoRA adapters are merged into the
+    weights that they adapt. If `base` is not None, the checkpoint holds only the trained weights; the caller then sets
+    `initial` and `initial_names`, the initial weights of the run.
 
     Args:
         checkpoint: The folder of the checkpoint.
@@ -138,14 +137,7 @@ class CheckpointTensors:
             )
         if self.lora is None and any(".lora_A." in name for name in self.shapes):
             raise ConfigError(f"{key}: {checkpoint} has adapters that its config does not describe; merge them first")
-        self._parts: dict[str, list[tuple[Path, list[int]]]] = {}
-        for path in sorted(checkpoint / name for name in manifest["files"] if name.endswith(".safetensors")):
-            with safe_open(path, "pt") as opened:
-                sharding = json.loads((opened.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-                for name in opened.keys():  # noqa: SIM118
-                    if name.startswith(_PREFIX):
-                        offsets = sharding.get(name, {}).get("saved_offsets", [])
-                        self._parts.setdefault(name.removeprefix(_PREFIX), []).append((path, offsets))
+        self._files = TensorFiles(checkpoint, index_of(checkpoint, manifest))
 
     @property
     def names(self) -> set[str]:
@@ -177,19 +169,7 @@ class CheckpointTensors:
         return self._whole(name) if name in self.shapes else self.initial(name)
 
     def _whole(self, name: str) -> Tensor:
-        parts: list[tuple[Tensor, list[int]]] = []
-        for path, offsets in self._parts[name]:
-            with safe_open(path, "pt") as opened:
-                parts.append((opened.get_tensor(_PREFIX + name), offsets))
-        # A tensor that one rank wrote as a whole has no offsets.
-        whole = torch.empty(self.shapes[name], dtype=parts[0][0].dtype)
-        for part, offsets in parts:
-            whole[
-                tuple(
-                    slice(first, first + size)
-                    for first, size in zip(offsets or [0] * part.dim(), part.shape, strict=True)
-                )
-            ] = part
+        whole = self._files.read(_PREFIX + name, self.shapes[name])
         return whole.float() if whole.is_floating_point() else whole
 
 

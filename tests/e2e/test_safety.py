@@ -17,7 +17,7 @@ from conftest import MakeConfig, comparable
 from myllm_ray import train
 from myllm_ray.config import CheckpointError, ConfigError, DataError, UserError
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, read_tensors
-from myllm_ray.engine.checkpointing.writer import manifest_checksum, sha256
+from myllm_ray.engine.checkpointing.verification import manifest_checksum, sha256
 from myllm_ray.trained_model import open_run
 
 

@@ -20,6 +20,7 @@ from myllm_ray.common.distributed import backend
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.sections import ModelSection, OptimizerSection
 from myllm_ray.data.tokenizer import byte_tokenizer
+from myllm_ray.engine.checkpointing.manager import CheckpointManager
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.models.load import build_deferred
@@ -239,6 +240,21 @@ def test_the_process_group_has_both_devices() -> None:
             assert value.tolist() == [1.0] * 3
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_tensors_on_the_device_are_saved_and_loaded(tmp_path: Path, background: bool) -> None:
+    saved = {f"model.{dtype}": torch.randn(129, 65).to(DEVICE, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    saved["optimizer.w.step"] = torch.tensor(3.0, device=DEVICE)
+    saved["model.turned"] = torch.randn(7, 5, device=DEVICE).T
+    manager = CheckpointManager(folder=tmp_path, background=background)
+    folder = manager.save(1, saved, {})
+    manager.wait()
+    loaded = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    manager.load(folder, loaded)
+    for name, tensor in loaded.items():
+        assert tensor.device.type == DEVICE
+        assert torch.equal(tensor, saved[name])
 
 
 def test_strict_determinism_is_bit_for_bit(train: Run, make_config: MakeConfig) -> None:

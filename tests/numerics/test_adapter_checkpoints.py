@@ -23,7 +23,7 @@ from myllm_ray.config.sections import ModelSection
 from myllm_ray.data.prepare import prepare
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.engine.checkpointing.manager import read_manifest, read_tensors
-from myllm_ray.engine.checkpointing.writer import manifest_checksum
+from myllm_ray.engine.checkpointing.verification import manifest_checksum
 from myllm_ray.engine.run_folder import claim
 from myllm_ray.models.export import save_pretrained
 from myllm_ray.models.load import build_model, build_skeleton

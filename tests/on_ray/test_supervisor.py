@@ -270,3 +270,29 @@ def test_the_actor_of_the_heartbeats_is_killed(tmp_path: Path) -> None:
         assert job.end() == 75, job.said()
     assert "Traceback" not in job.said()
     assert len(attempts_of(job.folder)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_workers_that_find_damage_start_again_from_the_checkpoint_before(tmp_path: Path) -> None:
+    """The driver checks only the structure of a checkpoint; the group that finds the damage does not train."""
+    constant = "scheduler={name: constant}"  # the number of steps changes
+    slots = ("scaling.resources_per_worker={slot: 1}", "scaling.max_failures=0")
+    common = (constant, "checkpoint.keep_last=null", *slots)
+    with place(cpus=2, slots=2) as where:
+        job = Job(job_config(tmp_path, "hurt", *common, "run.max_steps=8", *BACKENDS["ddp"]), where.address).start()
+        assert job.end() == 0, job.said()
+        *_, before, newest = sorted((job.folder / "checkpoints").iterdir())
+        file = next(newest.glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+        job = Job(job_config(tmp_path, "hurt", *common, "run.max_steps=12", *BACKENDS["ddp"]), where.address).start()
+        assert job.end() == 0, job.said()
+        ends = [a["end"].partition(":")[0] for a in attempts_of(job.folder)]
+        assert ends == ["done", "rewind", "done"]
+        assert attempts_of(job.folder)[-1]["from_step"] == int(before.name[-8:])
+        expected = train(
+            job_config(tmp_path, "whole", constant, "run.max_steps=12", "accelerator.name=single", "scaling.workers=0")
+        )
+        found = compare(job.folder, Path(expected.folder), steps=12)
+        assert found.lost_or_repeated == 0
+        assert found.losses < 1e-5

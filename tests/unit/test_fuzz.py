@@ -16,7 +16,7 @@ from myllm_ray.config import DataError, UserError, load_config, validate
 from myllm_ray.config.sections import SourceSection
 from myllm_ray.data.sources import list_units, read_unit
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, read_manifest
-from myllm_ray.engine.checkpointing.writer import manifest_checksum
+from myllm_ray.engine.checkpointing.verification import manifest_checksum
 from myllm_ray.engine.run_folder import check_same_run
 
 FUZZ = settings(

@@ -39,11 +39,16 @@ def _holds_frozen(manifest: dict[str, Any], module: nn.Module) -> bool:
     return any(f"model.{name}" in manifest["tensors"] for name, p in module.named_parameters() if not p.requires_grad)
 
 
-def opened(engine: TrainerEngine, folder: Path | None) -> dict[str, Any]:
+def opened(engine: TrainerEngine, folder: Path | None, known: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the manifest of the checkpoint to resume from, verified, and decides whether frozen weights are saved.
 
     Called on every rank, before the backend places the model: it must keep frozen weights in fp32 if they are saved.
     Without a checkpoint the result is empty.
+
+    Args:
+        engine: the engine of this rank.
+        folder: the checkpoint, or None.
+        known: its manifest, if the checkpoint has been verified; else it is verified now.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -51,7 +56,7 @@ def opened(engine: TrainerEngine, folder: Path | None) -> dict[str, Any]:
     manifest: dict[str, Any] = {}
     if folder is not None:
         assert engine.checkpoints is not None, "a resume needs a checkpoint manager"
-        manifest = engine.checkpoints.verified(folder)
+        manifest = known or engine.checkpoints.verified(folder)
         # Frozen weights that the checkpoint holds replace those that this run was built with, and are saved again.
         engine.saves_frozen = engine.saves_frozen or _holds_frozen(manifest, engine.trainer.model)
     # Trainers that sample answers call the model outside autocast, in fp32.

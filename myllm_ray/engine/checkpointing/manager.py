@@ -1,40 +1,42 @@
 """Checkpoints in one format for all backends and world sizes, written atomically and read without pickle.
 
-`<folder>/step-00000100/` contains safetensors files and `manifest.json`. torch.distributed.checkpoint writes the
-safetensors files: each rank writes its shards, and the header of a file records which part of which tensor a shard is.
-The manifest is written last. It contains the step, the position in the data, the config, versions, names and shapes of
-all tensors, and a checksum per file. A directory without a valid manifest is not a checkpoint and is ignored.
+`<folder>/step-00000100/` contains safetensors files and `manifest.json`. Each rank writes its shards to files of its
+own. The manifest is written last. It contains the step, the position in the data, the config, versions, names and
+shapes of all tensors, a checksum per file, and the index: which file holds which part of a tensor. A directory without
+a valid manifest is not a checkpoint and is ignored.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import math
 import platform
 import re
 import shutil
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.api import CheckpointException
 
-from myllm_ray.common import distributed
-from myllm_ray.common.types import Position
+from myllm_ray.common import distributed, tensor_files
 from myllm_ray.config.errors import CheckpointError
+from myllm_ray.engine.checkpointing.files import own_part
 from myllm_ray.engine.checkpointing.remote_store import RemoteCheckpointStore
-from myllm_ray.engine.checkpointing.writer import BackgroundWriter, manifest_checksum, own_part, reason, sha256, write
+from myllm_ray.engine.checkpointing.verification import (
+    FORMAT_VERSION,
+    MANIFEST,
+    find_damage,
+    read_manifest,
+    reason,
+    set_aside,
+    verify,
+)
+from myllm_ray.engine.checkpointing.writer import BackgroundWriter, write
 
-FORMAT_VERSION = 2
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})$")
 _PACKAGES = ("myllm_ray", "torch", "transformers", "ray", "safetensors", "numpy")
@@ -157,11 +159,10 @@ class CheckpointManager:
         Raises:
             CheckpointError: the checkpoint is incomplete or damaged.
         """
-        # One rank verifies the checksums: all ranks then raise the same error, and the files are hashed once.
-        manifest, problem = distributed.from_main(self._read_on_main(folder))
-        if problem:
-            raise CheckpointError(problem)
-        return dict(manifest)
+        manifest, damage = verify(folder)
+        if damage is not None:
+            raise CheckpointError(damage)
+        return manifest
 
     def fill(self, folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Copies a checkpoint into existing tensors, in place. Every rank calls this; see `load`.
@@ -180,34 +181,48 @@ class CheckpointManager:
         saved = {n: s for n, s in manifest["tensors"].items() if n in now or not n.startswith("ema.")}
         if saved != now:
             raise CheckpointError(f"{folder} does not match this run: {_difference(saved, now)}")
-        _read(folder, tensors, alone=not distributed.is_distributed())
+        problem = None
+        try:
+            _read(folder, manifest, tensors)
+        except CheckpointError as error:
+            problem = str(error)
+        # Reading has no collectives, so the others have to hear of a rank that fails.
+        problem = next((p for p in distributed.gather_objects(problem) if p), None)
+        if problem:
+            raise CheckpointError(problem)
 
     def load_model(self, folder: Path, model: nn.Module) -> None:
         """Copies only the weights into a model of this process, for sampling, export or evaluation."""
         named = [*model.named_parameters(), *model.named_buffers()]
-        known = read_manifest(folder)["tensors"]
-        tensors = {f"model.{name}": tensor.data for name, tensor in named if f"model.{name}" in known}
-        _read(folder, tensors)
+        manifest = read_manifest(folder)
+        known = manifest["tensors"]
+        _read(folder, manifest, {f"model.{name}": tensor.data for name, tensor in named if f"model.{name}" in known})
 
-    def latest(self) -> Path | None:
+    def latest(self, contents: bool = True) -> Path | None:
         """Returns the newest complete checkpoint, or None.
 
         A checkpoint that is missing or damaged in the folder is fetched from the mirror. Damaged checkpoints are logged
         and skipped.
+
+        Args:
+            contents: whether to verify the checksums of its files. A run that resumes verifies them later, in parallel.
+                Those of a checkpoint that was just fetched are verified in any case.
         """
         here = {p.name: p for p in self.all()}
         there = set(self.remote.names()) if self.remote is not None else set()
         # Names are padded with zeros, so their alphabetical order is the order of the steps.
         for name in sorted({*here, *there}, reverse=True):
-            if name in here and find_damage(here[name]) is None:
-                return here[name]
-            fetched = self.remote if name in there else None
-            path = fetched.pull(name, self.folder) if fetched is not None else here[name]
-            damage = find_damage(path)
+            damage = find_damage(here[name], contents) if name in here else "missing"
             if damage is None:
-                if fetched is not None:
-                    fetched.pull_records(path)
-                return path
+                return here[name]
+            if self.remote is not None and name in there:
+                path = self.remote.pull(name, self.folder)
+                damage = find_damage(path)
+                if damage is None:
+                    self.remote.pull_records(path)
+                    return path
+                with suppress(CheckpointError):  # or its structure would be enough the next time
+                    set_aside(path)
             log.warning("checkpoint skipped: %s", damage)
         return None
 
@@ -215,14 +230,7 @@ class CheckpointManager:
         """Returns the checkpoint directories that have a manifest, oldest first."""
         if not self.folder.is_dir():
             return []
-        return sorted(p for p in self.folder.iterdir() if _NAME.match(p.name) and (p / "manifest.json").is_file())
-
-    @staticmethod
-    def _read_on_main(folder: Path) -> tuple[dict[str, Any], str | None]:
-        if not distributed.is_main():
-            return {}, None
-        damage = find_damage(folder)
-        return (read_manifest(folder), None) if damage is None else ({}, damage)
+        return sorted(p for p in self.folder.iterdir() if _NAME.match(p.name) and (p / MANIFEST).is_file())
 
     def _settle(self, final: Path) -> str | None:
         """Copies a checkpoint to the mirror and removes those that are not kept; returns the error text, if any."""
@@ -276,9 +284,9 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda name: True
         folder: the checkpoint.
         wanted: returns whether the tensor of a name is read; default: all.
     """
-    shapes = read_manifest(folder)["tensors"]
-    tensors = {name: torch.empty(shape) for name, shape in shapes.items() if wanted(name)}
-    _read(folder, tensors)
+    manifest = read_manifest(folder)
+    tensors = {name: torch.empty(shape) for name, shape in manifest["tensors"].items() if wanted(name)}
+    _read(folder, manifest, tensors)
     return tensors
 
 
@@ -288,84 +296,19 @@ def read_into(folder: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: The files can't be read.
     """
-    _read(folder, tensors)
+    _read(folder, read_manifest(folder), tensors)
 
 
-def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = True) -> None:
-    """Fills tensors in place from the safetensors files of a folder. Other files are not read.
-
-    Args:
-        alone: whether this process reads without collectives; else all ranks call this together.
+def _read(folder: Path, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Fills tensors in place: each rank reads its own shards, without collectives.
 
     Raises:
         CheckpointError: the files can't be read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
-    except (
-        Exception,
-        CheckpointException,
-    ) as error:  # safetensors, torch and file systems raise different types; CheckpointException is a BaseException
-        if distributed.lost_a_peer(error):  # the files are not the cause
-            raise
+        tensor_files.fill(folder, tensor_files.index_of(folder, manifest), tensors)
+    except Exception as error:  # safetensors, torch and file systems raise different types
         raise CheckpointError(f"{folder} can't be read: {reason(error)}") from None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint. The files of the checkpoint are not verified.
-
-    Raises:
-        CheckpointError: the manifest is missing, damaged, or of another format version.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no valid manifest.json") from None
-    if not isinstance(manifest, dict) or "format" not in manifest:
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no valid manifest.json")
-    if manifest["format"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder}: checkpoint format {manifest['format']!r:.40}, this version reads {FORMAT_VERSION}"
-        )
-    if manifest.get("checksum") != manifest_checksum(manifest):
-        raise CheckpointError(f"{folder}: manifest.json is damaged (its checksum differs)")
-    return manifest
-
-
-def find_damage(folder: Path) -> str | None:
-    """Returns why a directory is not a complete checkpoint, or None if it is one.
-
-    In a complete checkpoint the manifest is valid and every file has the recorded size and SHA-256 checksum.
-    """
-    try:
-        manifest = read_manifest(folder)
-        for name, expected in manifest["files"].items():
-            path = folder / name
-            if Path(name).name != name:  # an untrusted manifest must not cause reads outside its folder
-                return f"{folder}: manifest.json names a file outside the checkpoint ({name[:80]!r})"
-            if not path.is_file() or path.is_symlink():  # a link could also lead outside the folder
-                return f"{folder}: file {name} is missing"
-            # The size first: it finds a truncated file without reading it.
-            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-                return f"{folder}: file {name} is damaged (its checksum differs)"
-        for path in sorted(folder.glob("*.safetensors")):  # the reader reads all of them
-            if path.name not in manifest["files"]:
-                return f"{folder}: file {path.name} is not listed in manifest.json"
-            with safe_open(path, "pt"):
-                pass
-        dict(manifest["tensors"])
-        Position(**manifest.get("position", {}))
-        int(manifest["step"])
-    except CheckpointError as error:
-        return str(error)
-    except SafetensorError as error:
-        return f"{folder}: a file is not a valid safetensors file: {reason(error)}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{folder} is not a checkpoint: its manifest.json is malformed"
-    return None
 
 
 def versions() -> dict[str, str]:
