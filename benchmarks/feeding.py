@@ -21,7 +21,7 @@ import torch
 from console import Clock, config
 
 from myllm_ray.config.load import validate
-from myllm_ray.preparation import build_callbacks
+from myllm_ray.engine.configured import build_callbacks
 from myllm_ray.worker import run_local
 
 _WARM = 20

@@ -1,14 +1,15 @@
 """Compares the throughput of GRPO and PPO with that of TRL, in samples per second on the CPU.
 
     pip install -e '.[bench]'
-    python benchmarks/rl.py [--rounds 3] [--steps 6] [--ppo-python PYTHON]
+    python benchmarks/rl.py [--rounds 3] [--steps 6] [--lengths ended] [--vocabulary 4k] [--ppo-python PYTHON]
 
 Both sides start from the same model (6 layers of width 256), with the same prompts and batch. The model is first
 trained for about a minute to end its answers after about 20 tokens, since a model that ends its answers is the usual
-starting point. An answer has at most 48 tokens. A step has 32 answers: with GRPO 8 for each of 4 prompts, with PPO one
-for each of 32 prompts. There is a reference model with a KL term, and the reward is a function of the text. The first
-two steps are not counted. The sides alternate, each in a separate process. The output is one line of JSON per
-comparison, with medians and the mean length of the answers of each side.
+starting point. With `--lengths full` it is not trained, and nearly all answers have the full length. An answer has at
+most 48 tokens. A step has 32 answers: with GRPO 8 for each of 4 prompts, with PPO one for each of 32 prompts. There is
+a reference model with a KL term, and the reward is a function of the text. The first two steps are not counted. The
+sides alternate, each in a separate process. The output is one line of JSON per comparison, with medians and the mean
+length of the answers of each side.
 
 The last version of TRL with PPO is 0.29. `--ppo-python` is the Python interpreter of a virtual environment with
 trl==0.29.1 and the version of transformers that it requires. Without this option, PPO is not measured.
@@ -54,10 +55,13 @@ def judge(prompts: Any, completions: Any, **_: Any) -> list[float]:
     return [len(set(c)) / max(1, len(c)) for c in completions]
 
 
-def taught(vocabulary: str, folder: Path) -> None:
-    """Trains a model to end its answers, and writes it to a folder in Hugging Face format.
+def initial_model(vocabulary: str, folder: Path, ends: bool) -> None:
+    """Writes the initial model to a folder in Hugging Face format.
 
-    It is trained on answers of 1 to 40 random tokens, each followed by the end token.
+    Args:
+        vocabulary: A key of `VOCABULARIES`.
+        folder: The folder.
+        ends: Whether to train the model on answers of 1 to 40 random tokens, each followed by the end token.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -66,7 +70,7 @@ def taught(vocabulary: str, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model_config(vocabulary)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     made = random.Random(1)
-    for _ in range(100):
+    for _ in range(100 if ends else 0):
         rows, labels = [], []
         for _ in range(8):
             length = made.randint(1, 40)
@@ -268,7 +272,8 @@ def main() -> None:
     parser.add_argument("--algorithm", choices=["grpo", "ppo"])
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
-    parser.add_argument("--vocabulary", choices=list(VOCABULARIES), help=argparse.SUPPRESS)
+    parser.add_argument("--vocabulary", choices=list(VOCABULARIES))
+    parser.add_argument("--lengths", choices=["ended", "full"], default="ended")
     arguments = parser.parse_args()
     if arguments.side:
         if arguments.side == "ours":
@@ -279,9 +284,9 @@ def main() -> None:
         print(json.dumps({"rate": found, "length": None if math.isnan(length) else round(length, 1)}))
         return
     with tempfile.TemporaryDirectory() as folder:
-        for vocabulary in VOCABULARIES:
+        for vocabulary in [arguments.vocabulary] if arguments.vocabulary else VOCABULARIES:
             model = Path(folder) / vocabulary
-            taught(vocabulary, model)
+            initial_model(vocabulary, model, arguments.lengths == "ended")
             for algorithm in (
                 [arguments.algorithm] if arguments.algorithm else ["grpo", *(["ppo"] if arguments.ppo_python else [])]
             ):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -34,22 +36,29 @@ def text(ids: list[int]) -> str:
 
 
 class Epoch(NamedTuple):
-    """One epoch of a side."""
+    """One epoch of a side, without its last step, which may have fewer rows than the others or empty ones."""
 
     times: list[float]
-    """Times at the ends of the steps, in seconds."""
+    """Times at the ends of the steps except the last one, in seconds."""
     tokens: float
-    """Number of tokens of the documents, without padding, in the steps after the first one."""
+    """Number of tokens of the documents, without padding, in the steps between the first and the last one."""
 
     @property
     def rate(self) -> float:
-        """Tokens per second, from the end of the first step to the end of the last one."""
+        """Tokens per second, from the end of the first step to the end of the last one but one."""
         return self.tokens / (self.times[-1] - self.times[0])
 
+    @property
+    def undisturbed(self) -> float:
+        """Tokens per second if all steps took the first quartile of their times."""
+        gaps = [b - a for a, b in itertools.pairwise(self.times)]
+        return self.tokens / len(gaps) / statistics.quantiles(gaps, n=4, method="inclusive")[0]
 
-def tokens_after_first(made: list[Document], examples: int, batch: int) -> float:
-    """Returns the number of tokens after the first of the epoch's steps, which has `batch` of the `examples`."""
-    return sum(len(p) + len(a) for p, a in made) * (1 - batch / examples)
+
+def epoch_of(made: list[Document], times: list[float], examples: int, batch: int) -> Epoch:
+    """Returns an epoch of steps with `batch` of the `examples` each, except the last step, which may have fewer."""
+    tokens = sum(len(p) + len(a) for p, a in made)
+    return Epoch(times[:-1], tokens * batch * (len(times) - 2) / examples)
 
 
 def ours(workload: str, vocabulary: str, made: list[Document], folder: Path) -> Epoch:
@@ -100,7 +109,7 @@ def ours(workload: str, vocabulary: str, made: list[Document], folder: Path) -> 
     assert len(times) == len(targets)
     # The metric `tokens` counts targets: those of answers, or all tokens except the first one of each document.
     all_targets = sum(len(a) if workload == "sft" else len(p) + len(a) - 1 for p, a in made)
-    return Epoch(times, sum(targets[1:]) / all_targets * sum(len(p) + len(a) for p, a in made))
+    return Epoch(times[:-1], sum(targets[1:-1]) / all_targets * sum(len(p) + len(a) for p, a in made))
 
 
 def threads() -> int:
@@ -167,7 +176,7 @@ def bare(workload: str, vocabulary: str, made: list[Document]) -> Epoch:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(time.perf_counter())
-    return Epoch(times, tokens_after_first(made, len(rows), ROWS))
+    return epoch_of(made, times, len(rows), ROWS)
 
 
 def in_ray(vocabulary: str, made: list[Document], folder: Path, count: int) -> Epoch:
@@ -258,4 +267,4 @@ def with_trainer(side: str, workload: str, vocabulary: str, made: list[Document]
         )
     trainer.train()
     batch = trainer.args.per_device_train_batch_size
-    return Epoch(times, tokens_after_first(made, len(trainer.train_dataset), batch))
+    return epoch_of(made, times, len(trainer.train_dataset), batch)

@@ -1,13 +1,24 @@
 """Compares the throughput of pretraining and SFT with a tuned bare loop, HF Trainer, TRL and Ray Train, on the CPU.
 
     pip install -e '.[bench]'
-    python benchmarks/throughput.py [--rounds 5] [--documents 120] [--vocabulary 4k] [--workload sft] [--out FILE]
+    python benchmarks/throughput.py [--rounds 5] [--documents 120] [--vocabulary 4k] [--workload sft]
+                                    [--without ray] [--quiet SHARE] [--out FILE [--resume]]
     python benchmarks/throughput.py --check FILE       compare the ratios of a result with benchmarks/baseline.json
 
 Every side trains the same Llama (6 layers of width 256) in fp32 with AdamW on the same documents for one epoch, with
 about 1024 tokens per optimizer step. A rate is the number of tokens of the documents, without padding, per second,
-from the end of the first step to the end of the last one. Each side is measured in a process of its own, and the sides
-are interleaved. A ratio is that of one round; tables contain medians, with the smallest and the largest value.
+from the end of the first step to the end of the last one but one: the last step has fewer documents, and myllm_ray
+fills it up with empty rows. Each side is measured in a process of its own, and the sides are interleaved. A ratio is
+that of one round; tables contain medians, with the smallest and the largest value.
+
+With `--quiet 0.1` a side is measured again, up to two times, if other programs used more than 10 % of the CPU time.
+The side `ray` is not, because processes of Ray count as other programs.
+
+Other programs on the machine disturb a measurement. The column `undisturbed` is less affected: it is the ratio of the
+largest rates over the rounds, where all steps of a run count with the first quartile of their times.
+
+`--out` is written after each round. With `--resume` the rounds in that file are kept and only the missing ones are
+measured, so several calls, for example one for each workload and vocabulary, give one file and one table.
 
 Sides:
     ours            `myllm_ray train` in this process, without callbacks
@@ -30,11 +41,13 @@ import resource
 import statistics
 import sys
 import tempfile
+import textwrap
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peers import ALLOCATOR, VOCABULARIES, here, interleave, measure, ratios
+from peers import ALLOCATOR, VOCABULARIES, here, interleave, measure, measure_undisturbed
 from sides import bare, documents, in_ray, ours, threads, with_trainer
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -75,62 +88,128 @@ def run_side(side: str, workload: str, vocabulary: str, count: int) -> dict[str,
         else:
             epoch = with_trainer(side, workload, vocabulary, made, Path(name))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return {"rate": epoch.rate, "steps": len(epoch.times), "peak_mb": memory}
+    return {"rate": epoch.rate, "undisturbed": epoch.undisturbed, "steps": len(epoch.times), "peak_mb": memory}
 
 
-def compare_workload(workload: str, vocabulary: str, rounds: int, count: int) -> dict[str, Any]:
-    """Measures all sides of a workload that are installed and returns their rates and ratios."""
-    sides = [s for s in SIDES[workload] if importlib.util.find_spec(NEEDS.get(s, "torch")) is not None]
-    for missing in sorted({NEEDS[s] for s in SIDES[workload] if s not in sides}):
+def available(workload: str, without: Sequence[str]) -> list[str]:
+    """Returns the sides of a workload whose libraries are installed, except those in `without`."""
+    wanted = [s for s in SIDES[workload] if s not in without]
+    sides = [s for s in wanted if importlib.util.find_spec(NEEDS.get(s, "torch")) is not None]
+    for missing in sorted({NEEDS[s] for s in wanted if s not in sides}):
         print(f"{missing} is not installed and not measured: pip install -e '.[bench]'", file=sys.stderr)
-    arguments = ("--workload", workload, "--documents", str(count))
-    found = interleave(
-        {
-            side: partial(
-                measure,
-                here(__file__),
-                side,
-                vocabulary,
-                ALLOCATOR if side in ("trl-allocator", "trl-packed") else None,
-                *arguments,
-            )
-            for side in sides
-        },
-        rounds,
-    )
-    return {
-        "workload": workload,
-        "vocabulary": vocabulary,
-        "sides": {
-            side: {
-                "rates": [round(r["rate"], 1) for r in results],
-                "steps": results[-1]["steps"],
-                "peak_mb": max(r["peak_mb"] for r in results),
-                "ratios": [round(r, 3) for r in ratios(found["ours"], results)],
-            }
-            for side, results in found.items()
-        },
+    return sides
+
+
+def measure_round(entry: dict[str, Any], quiet: float) -> None:
+    """Measures each side of an entry of the results once more and updates the entry.
+
+    Args:
+        entry: The entry.
+        quiet: See `measure_undisturbed`.
+    """
+    workload, vocabulary, sides = entry["workload"], entry["vocabulary"], entry["sides"]
+    arguments = ("--workload", workload, "--documents", str(entry["documents"]))
+    allocator = {side: ALLOCATOR if side in ("trl-allocator", "trl-packed") else None for side in sides}
+    ways = {
+        side: partial(
+            measure_undisturbed,
+            partial(measure, here(__file__), side, vocabulary, allocator[side], *arguments),
+            1.0 if side == "ray" else quiet,
+        )
+        for side in (sides if rounds_of(entry) % 2 == 0 else reversed(list(sides)))
     }
+    for side, (found,) in interleave(ways, 1).items():
+        values = sides[side]
+        values["rates"].append(round(found["rate"], 1))
+        values["undisturbed"].append(round(found["undisturbed"], 1))
+        values["others"].append(found["others"])
+        values["steps"] = found["steps"]
+        values["peak_mb"] = max(values["peak_mb"], found["peak_mb"])
+    for values in sides.values():
+        values["ratios"] = sorted(round(a / b, 3) for a, b in zip(sides["ours"]["rates"], values["rates"], strict=True))
+
+
+def rounds_of(entry: dict[str, Any]) -> int:
+    """Returns the number of rounds that an entry of the results contains."""
+    return len(entry["sides"]["ours"]["rates"])
+
+
+def entry_of(
+    results: dict[str, Any], workload: str, vocabulary: str, count: int, without: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns the entry of a workload and a vocabulary, which is added to the results if they have none.
+
+    Raises:
+        SystemExit: the entry has other sides or another number of documents.
+    """
+    sides = available(workload, without)
+    for entry in results["results"]:
+        if (entry["workload"], entry["vocabulary"]) == (workload, vocabulary):
+            if list(entry["sides"]) != sides or entry["documents"] != count:
+                sys.exit(
+                    f"The file has {workload} {vocabulary} with {entry['documents']} documents and the sides "
+                    f"{', '.join(entry['sides'])}; this call would measure {count} documents and the sides "
+                    f"{', '.join(sides)}. Use another file."
+                )
+            found: dict[str, Any] = entry
+            return found
+    new: dict[str, dict[str, Any]] = {
+        side: {"rates": [], "undisturbed": [], "others": [], "steps": 0, "peak_mb": 0, "ratios": []} for side in sides
+    }
+    entry = {"workload": workload, "vocabulary": vocabulary, "documents": count, "sides": new}
+    results["results"].append(entry)
+    return entry
+
+
+def earlier(path: Path, this: dict[str, Any]) -> dict[str, Any]:
+    """Returns the results in a file, or empty results if there is no file.
+
+    Raises:
+        SystemExit: the results are those of another machine or of other versions of the libraries.
+    """
+    if not path.is_file():
+        return {"machine": this, "results": []}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["machine"] != this:
+        sys.exit(f"{path} contains the results of another machine or of other versions: {found['machine']}")
+    return {"machine": this, "results": found["results"]}
+
+
+def save(results: dict[str, Any], path: Path | None) -> None:
+    """Writes the results and their median ratios to a file."""
+    if path:
+        made = path.with_name(f"{path.name}.part")
+        made.write_text(json.dumps({**results, "ratios": median_ratios(results)}, indent=1) + "\n", encoding="utf-8")
+        made.replace(path)
 
 
 def table(results: dict[str, Any]) -> str:
     """Returns the results as a table in Markdown."""
     machine = results["machine"]
-    lines = [
+    made = (
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, TRL {machine['trl']}; {results['rounds']} interleaved rounds: median (smallest to "
-        "largest).\n",
-        "| workload | vocabulary | | tokens/s | myllm_ray / it | peak memory, MB |",
-        "|---|---|---|---|---|---|",
+        f"{machine['transformers']}, TRL {machine['trl']}; interleaved rounds: median (smallest to largest)."
+    )
+    lines = [
+        f"{textwrap.fill(made, 120)}\n",
+        "| workload | vocabulary | | rounds | steps | tokens/s | myllm_ray / it | undisturbed | peak memory, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for found in results["results"]:
         for side, values in found["sides"].items():
             rates, quotients = values["rates"], values["ratios"]
-            ratio = f"{statistics.median(quotients):.2f} ({quotients[0]:.2f} to {quotients[-1]:.2f})"
+            compared = "|"
+            if side != "ours":
+                undisturbed = max(found["sides"]["ours"]["undisturbed"]) / max(values["undisturbed"])
+                compared = (
+                    f"{statistics.median(quotients):.2f} ({quotients[0]:.2f} to {quotients[-1]:.2f}) | "
+                    f"{undisturbed:.2f}"
+                )
             lines.append(
                 f"| {found['workload']} | {found['vocabulary']} | {NAMES.get(side, 'myllm_ray')} | "
+                f"{len(rates)} | {values['steps']} | "
                 f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f}) | "
-                f"{'' if side == 'ours' else ratio} | {values['peak_mb'] if side != 'ray' else ''} |"
+                f"{compared} | {values['peak_mb'] if side != 'ray' else ''} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -192,7 +271,10 @@ def main() -> None:
     parser.add_argument("--vocabulary", choices=list(VOCABULARIES))
     parser.add_argument("--workload", choices=list(SIDES))
     parser.add_argument("--page", type=Path, default=PAGE, help="page whose table is replaced, if it has the markers")
+    parser.add_argument("--without", nargs="*", choices=list(NAMES), default=[], help="sides that are not measured")
+    parser.add_argument("--quiet", type=float, default=1.0, metavar="SHARE", help="largest CPU share of other programs")
     parser.add_argument("--out", type=Path, help="file for the results as JSON")
+    parser.add_argument("--resume", action="store_true", help="keep the rounds that are in the file of --out")
     parser.add_argument("--check", type=Path, metavar="FILE", help="results to compare with the baseline")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -202,20 +284,19 @@ def main() -> None:
     if given.check:
         worse = check(json.loads(given.check.read_text()), json.loads(BASELINE.read_text()))
         sys.exit("\n".join(worse) if worse else 0)
-    results = {
-        "machine": machine(),
-        "rounds": given.rounds,
-        "results": [
-            compare_workload(workload, vocabulary, given.rounds, given.documents)
-            for workload in ([given.workload] if given.workload else SIDES)
-            for vocabulary in ([given.vocabulary] if given.vocabulary else VOCABULARIES)
-        ],
-    }
+    if given.resume and not given.out:
+        parser.error("--resume needs --out")
+    this = machine()
+    results = earlier(given.out, this) if given.resume else {"machine": this, "results": []}
+    for workload in [given.workload] if given.workload else SIDES:
+        for vocabulary in [given.vocabulary] if given.vocabulary else VOCABULARIES:
+            entry = entry_of(results, workload, vocabulary, given.documents, given.without)
+            while rounds_of(entry) < given.rounds:
+                measure_round(entry, given.quiet)
+                save(results, given.out)
     print(table(results))
     if not write_table(results, given.page):
         print(f"{given.page} has no line {BEGIN.strip()}: the table is not written", file=sys.stderr)
-    if given.out:
-        given.out.write_text(json.dumps({**results, "ratios": median_ratios(results)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -43,7 +43,7 @@ from myllm_ray.engine.checkpointing.starting_weights import (
 from myllm_ray.engine.configured import build_callbacks
 from myllm_ray.engine.environment import record_attempt
 from myllm_ray.engine.liveness.hang_detector import HangDetector
-from myllm_ray.engine.liveness.heartbeat import Heartbeat
+from myllm_ray.engine.liveness.heartbeat import Heartbeat, HeartbeatChannel
 from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
 from myllm_ray.engine.loop import TrainerEngine
 from myllm_ray.engine.optimizer import OptimizerManager
@@ -63,6 +63,15 @@ from myllm_ray.trainers.base import BaseTrainer
 
 log = logging.getLogger(__name__)
 Engine = TypeVar("Engine", bound=TrainerEngine)
+
+
+class Watched(NamedTuple):
+    """How another process observes a worker and detects that it hangs."""
+
+    entries: dict[str, Any]
+    """Entries that are added to the worker's heartbeats."""
+    channel: HeartbeatChannel
+    """Sends the heartbeats."""
 
 
 def run_local(
@@ -120,7 +129,7 @@ def run_worker(
     stream: BatchStream | None = None,
     callbacks: Sequence[Callback] | None = None,
     start: Path | None = None,
-    watched: dict[str, Any] | None = None,
+    watched: Watched | None = None,
     services: Services | None = None,
 ) -> dict[str, Any]:
     """Runs one worker's part of a run, to the last step or to an early exit.
@@ -131,8 +140,7 @@ def run_worker(
         stream: this worker's micro-batches; default: they are read in this process.
         callbacks: replace the callbacks of the config.
         start: checkpoint to resume from; default: the result of `resume_point`.
-        watched: entries added to this worker's heartbeats, if another process detects workers that hang. Default:
-            rank 0 of this run detects them.
+        watched: how another process observes this worker. Default: rank 0 of this run detects ranks that hang.
         services: what trainer dependencies may use; see `dependencies.Services`.
 
     Returns:
@@ -225,7 +233,7 @@ def _run(
     stream: BatchStream | None,
     callbacks: Sequence[Callback],
     start: Path | None,
-    watched: dict[str, Any] | None,
+    watched: Watched | None,
     services: Services | None,
     stack: ExitStack,
 ) -> dict[str, Any]:
@@ -313,14 +321,16 @@ def _segment(config: TrainerConfig, step: int) -> TrainerConfig:
     return effective(config, step)
 
 
-def _heartbeat(config: TrainerConfig, watched: dict[str, Any] | None) -> Heartbeat:
+def _heartbeat(config: TrainerConfig, watched: Watched | None) -> Heartbeat:
     """Returns the heartbeat of this worker.
 
     If no other process observes the heartbeats (`watched` is None), rank 0 detects ranks that hang and logs them.
     """
     folder, rank = folder_of(config), distributed.rank()
-    if watched is not None or rank != 0:
-        return Heartbeat(folder, rank, watched)
+    if watched is not None:
+        return Heartbeat(folder, rank, watched.entries, channel=watched.channel)
+    if rank != 0:
+        return Heartbeat(folder, rank)
     watch, told = HangDetector(folder, config.stability.hang_seconds), set()
 
     def look() -> None:

@@ -1,15 +1,64 @@
-"""Access to remote storage by URL (s3://, gs://, hf://, memory://, ...) through fsspec."""
+"""Access to remote storage by URL (s3://, gs://, hf://, memory://, ...) through fsspec.
+
+s3:// uses pyarrow's S3 client, so it needs no package besides those of the project. Credentials, region and endpoint
+are those of the environment and of the files in `~/.aws` (`AWS_ACCESS_KEY_ID`, `AWS_REGION`, `AWS_ENDPOINT_URL`, ...).
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any
 
+import fsspec
 from fsspec.core import url_to_fs
+from fsspec.implementations.arrow import ArrowFSWrapper
 
 from myllm_ray.common.extras import require
 from myllm_ray.config.errors import UserError
 
-_LIBRARIES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
+_LIBRARIES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
+
+
+_TRANSIENT = re.compile(
+    r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING|HTTP status 5\d\d"
+    r"|\b50[0234]\b|time[d]? ?out|connection (refused|reset|aborted)",
+    re.IGNORECASE,
+)
+"""Texts of errors that end by themselves, such as those of a server that is restarted."""
+_ATTEMPTS = 5
+"""How often the client sends a request; it waits longer before each repetition."""
+_REQUEST_SECONDS, _CONNECT_SECONDS = 60.0, 10.0
+
+
+class S3(ArrowFSWrapper):
+    """S3 and compatible servers, through pyarrow."""
+
+    cachable = False  # the environment may change between two runs of a process
+
+    def __init__(self, **options: Any):
+        from pyarrow import fs
+
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        super().__init__(
+            fs.S3FileSystem(
+                region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
+                endpoint_override=endpoint,
+                retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+                request_timeout=_REQUEST_SECONDS,
+                connect_timeout=_CONNECT_SECONDS,
+            ),
+            **options,
+        )
+
+
+for scheme in ("s3", "s3a"):
+    fsspec.register_implementation(scheme, S3, clobber=True)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Returns whether an error of remote storage may end by itself, so that a repetition is useful."""
+    return isinstance(error, (ConnectionError, TimeoutError)) or _TRANSIENT.search(str(error)) is not None
 
 
 def open_storage(url: str, key: str, error: type[UserError]) -> tuple[Any, str]:

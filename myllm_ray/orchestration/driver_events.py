@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from myllm_ray.common.secrets import mask_text
 from myllm_ray.common.types import RunState
 from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.reporting.events import publish
 from myllm_ray.engine.reporting.terminal import print_line
+from myllm_ray.orchestration.heartbeats import HeartbeatBoard
 
 Event = tuple[str, RunState | None, tuple[Any, ...]]
 """(name of a callback's hook, its state, its other arguments), or (OUTPUT, None, (a printed line,)), or
@@ -33,9 +36,7 @@ MOST = {"on_log": 1_000, OUTPUT: 20_000}
 
 
 class EventQueue:
-    """A Ray actor that holds events until the driver fetches them."""
-
-    # An actor runs one call at a time, so `put` and `drain` need no lock.
+    """Holds events until the driver fetches them."""
 
     def __init__(self) -> None:
         self._events: dict[int, Event] = {}
@@ -65,11 +66,34 @@ class EventQueue:
         return events
 
 
+class DriverLink(EventQueue, HeartbeatBoard):
+    """The Ray actor between the workers and the driver. One for both purposes, because each actor is a process."""
+
+    # An actor runs one call at a time, so no method needs a lock.
+
+    def __init__(self) -> None:
+        EventQueue.__init__(self)
+        HeartbeatBoard.__init__(self)
+
+
+@contextmanager
+def link_to_driver() -> Iterator[Any]:
+    """Starts a `DriverLink` and yields its handle. The actor ends with the context."""
+    # On the node of the driver, whose end ends the run anyway. Restarted when it dies: the ranks send their heartbeats
+    # again, and only events are lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    link = cast(Any, ray).remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(DriverLink).remote()
+    try:
+        yield link
+    finally:
+        ray.kill(link)
+
+
 class ForwardCallback(Callback):
     """Worker-side callback that sends events to the driver's display.
 
     Args:
-        queue: handle of the `EventQueue` actor.
+        queue: handle of the `DriverLink` actor.
         prints: whether the driver shows what user code prints. False where Ray shows it itself (`log_to_driver`).
     """
 
@@ -114,11 +138,11 @@ class DriverEvents:
 
     Args:
         callbacks: the callbacks that run in the driver. The caller closes them.
+        link: handle of the `DriverLink` actor.
     """
 
-    def __init__(self, callbacks: list[Callback]):
-        self._callbacks = CallbackList(callbacks)
-        self.queue: Any = ray.remote(num_cpus=0)(EventQueue).remote()
+    def __init__(self, callbacks: list[Callback], link: Any):
+        self._callbacks, self._link = CallbackList(callbacks), link
         self._pending: Any = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="myllm-ray-display", daemon=True)
@@ -133,7 +157,6 @@ class DriverEvents:
         if self._pending is not None:
             self._show()
         self._show()  # events that arrived after the thread's last poll
-        ray.kill(self.queue)
 
     def _run(self) -> None:
         while not self._stop.wait(_POLL_SECONDS):
@@ -142,11 +165,14 @@ class DriverEvents:
 
     def _show(self) -> bool:
         if self._pending is None:
-            self._pending = self.queue.drain.remote()
+            self._pending = self._link.drain.remote()
         try:
             events: list[Event] = ray.get(self._pending, timeout=10)
         except ray.exceptions.GetTimeoutError:
             return True  # the actor is still starting, or the machine is busy; the same call is awaited next time
+        except ray.exceptions.ActorUnavailableError:
+            self._pending = None
+            return True  # the actor is starting again
         except ray.exceptions.RayError:
             return False  # Ray is shutting down; the run's folder contains all data
         self._pending = None

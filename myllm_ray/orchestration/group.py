@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -23,9 +23,7 @@ from myllm_ray.common.distributed import backend
 from myllm_ray.common.types import Position
 from myllm_ray.config.errors import UserError
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.manager import read_manifest
-from myllm_ray.engine.liveness.heartbeat import read_heartbeats
 from myllm_ray.engine.run_folder import folder_of
 from myllm_ray.orchestration.cluster import kill_process, worker_resources
 from myllm_ray.orchestration.controller import Trainer
@@ -52,9 +50,10 @@ class Group:
         config: the run's config, which the workers receive.
         now: the config of the present segment.
         prepared: the run's data, with the batch sizes of the segment.
-        callbacks: see `Supervisor`.
+        added: objects for the workers, by name (`loops.LAUNCHED`).
         workers: number of workers.
         start: checkpoint to resume from, or None.
+        heartbeats: returns the last heartbeat of each rank.
 
     Attributes:
         summary: the summary of the run when `fit` has succeeded, else empty.
@@ -66,16 +65,17 @@ class Group:
         config: TrainerConfig,
         now: TrainerConfig,
         prepared: PreparedData,
-        callbacks: Sequence[Callback],
+        added: Mapping[str, Any],
         workers: int,
         start: Path | None,
+        heartbeats: Callable[[], dict[int, dict[str, Any]]],
     ):
         self.summary: dict[str, Any] = {}
         self.ended = False
         """Whether `kill` was called for the whole group."""
         self.failure: Failure | None = None
-        self._folder = folder_of(config)
-        self._trainer = _trainer(config, now, prepared, callbacks, workers, start)
+        self._folder, self._heartbeats = folder_of(config), heartbeats
+        self._trainer = _trainer(config, now, prepared, added, workers, start)
         self._thread = threading.Thread(target=self._fit, name="myllm-ray-fit", daemon=True)
         self._thread.start()
 
@@ -110,7 +110,7 @@ class Group:
                 self._thread.join(0.3)
             if not self._thread.is_alive():
                 return
-        for rank, beat in read_heartbeats(self._folder).items():
+        for rank, beat in self._heartbeats().items():
             try:
                 if only in (None, rank):
                     kill_process(beat)
@@ -124,16 +124,12 @@ def _trainer(
     config: TrainerConfig,
     now: TrainerConfig,
     prepared: PreparedData,
-    callbacks: Sequence[Callback],
+    added: Mapping[str, Any],
     workers: int,
     start: Path | None,
 ) -> Trainer:
     scaling = config.scaling
-    launched = {
-        "prepared": pickle.dumps(prepared),
-        "callbacks": list(callbacks),
-        "start": str(start) if start else None,
-    }
+    launched = {**added, "prepared": pickle.dumps(prepared), "start": str(start) if start else None}
     # A unique name per attempt: with a known name, Ray would silently resume from its own records. Retries are off in
     # `FailureConfig`, because the supervisor decides on the next attempt.
     return Trainer(

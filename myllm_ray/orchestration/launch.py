@@ -103,8 +103,9 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
     from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
     from myllm_ray.orchestration import session
     from myllm_ray.orchestration.cluster import on_a_worker
-    from myllm_ray.orchestration.driver_events import DriverEvents, ForwardCallback
+    from myllm_ray.orchestration.driver_events import DriverEvents, ForwardCallback, link_to_driver
     from myllm_ray.orchestration.failures import clearly
+    from myllm_ray.orchestration.heartbeats import WorkerHeartbeats
 
     config = config.model_copy(deep=True)
     config.run.storage = str(Path(config.run.storage).expanduser().absolute())
@@ -128,9 +129,17 @@ def _train_on_ray(config: TrainerConfig, verbose: bool) -> dict[str, Any]:
             config = with_micro_size(config, on_a_worker(config))
             prepared = clearly(lambda: prepare_run(config, map_units, startup.phase), startup.folder)
             startup.training("starting workers")
-            with DriverEvents(shown) as display:
+            with (
+                link_to_driver() as link,
+                DriverEvents(shown, link),
+                WorkerHeartbeats(link, startup.folder) as heartbeats,
+            ):
                 return Supervisor(
-                    config, prepared, [ForwardCallback(display.queue, prints=session.hides_output())], startup
+                    config,
+                    prepared,
+                    [ForwardCallback(link, prints=session.hides_output())],
+                    startup,
+                    heartbeats,
                 ).run()
         except StoppedAtStart as reason:
             return startup.stopped(reason)

@@ -32,8 +32,9 @@ LAUNCHED = "myllm_ray.launched"
 """Key of the objects that `train(config)` adds to the config of the loop.
 
 The value is a dict {"prepared": a pickled PreparedData, "callbacks": callbacks in addition to those of the config,
-"start": checkpoint to resume from, or None}. The data is unpickled in the worker only, so that a folder that its node
-does not have is an error of the worker with one line, and Ray's controller does not read it.
+"heartbeats": a `HeartbeatLink`, "start": checkpoint to resume from, or None}. The data is unpickled in the worker only,
+so that a folder that its node does not have is an error of the worker with one line, and Ray's controller does not read
+it.
 """
 
 
@@ -122,10 +123,11 @@ def _launched(config: TrainerConfig, launched: Mapping[str, Any]) -> dict[str, A
     """Runs a worker of a run that was started by `train(config)`."""
     import ray
 
+    from myllm_ray.common import distributed
     from myllm_ray.engine.configured import build_callbacks
     from myllm_ray.orchestration.actor_pools import services
     from myllm_ray.orchestration.ray_metrics import RayMetrics
-    from myllm_ray.worker import run_worker
+    from myllm_ray.worker import Watched, run_worker
 
     prepared: PreparedData = pickle.loads(launched["prepared"])
     own = [c for c in build_callbacks(config) if not c.on_driver]
@@ -136,7 +138,9 @@ def _launched(config: TrainerConfig, launched: Mapping[str, Any]) -> dict[str, A
         _ray_stream(prepared) if config.data.feed == "ray" else None,
         [*own, RayMetrics(config), *launched["callbacks"]],
         start,
-        watched={"node": ray.get_runtime_context().get_node_id()},
+        watched=Watched(
+            {"node": ray.get_runtime_context().get_node_id()}, launched["heartbeats"].of_rank(distributed.rank())
+        ),
         services=services(config, prepared),
     )
 

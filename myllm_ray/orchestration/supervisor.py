@@ -40,11 +40,12 @@ from myllm_ray.engine.callbacks import Callback
 from myllm_ray.engine.checkpointing.manager import read_manifest
 from myllm_ray.engine.environment import write_attempt
 from myllm_ray.engine.liveness.hang_detector import HangDetector, Straggler
-from myllm_ray.engine.liveness.heartbeat import asked, clear, read_heartbeats, request
+from myllm_ray.engine.liveness.heartbeat import asked, clear, request
 from myllm_ray.engine.run_folder import folder_of, resume_point
 from myllm_ray.orchestration.cluster import draining_nodes, largest_group, worker_resources, workers_that_fit
 from myllm_ray.orchestration.failures import Failure
 from myllm_ray.orchestration.group import END_SECONDS, Group, without_watcher
+from myllm_ray.orchestration.heartbeats import WorkerHeartbeats
 from myllm_ray.preparation import of_segment
 
 if TYPE_CHECKING:
@@ -67,10 +68,19 @@ class Supervisor:
         prepared: the run's prepared data.
         callbacks: callbacks for the workers, in addition to those of the config. They are pickled.
         startup: the context that holds the run's folder. It must stay open until `run` has returned.
+        heartbeats: receives the heartbeats of the workers. It must stay open too.
     """
 
-    def __init__(self, config: TrainerConfig, prepared: PreparedData, callbacks: Sequence[Callback], startup: Startup):
+    def __init__(
+        self,
+        config: TrainerConfig,
+        prepared: PreparedData,
+        callbacks: Sequence[Callback],
+        startup: Startup,
+        heartbeats: WorkerHeartbeats,
+    ):
         self.config, self.prepared, self.callbacks, self.startup = config, prepared, callbacks, startup
+        self.heartbeats = heartbeats
         self.now = config
         """The config of the present segment of the run: with the amendments until now applied."""
         self.folder = folder_of(config)
@@ -124,10 +134,19 @@ class Supervisor:
         if workers == 0:  # a stop was requested before any worker started: nothing to save
             return self._stopped(start), ""
         # Heartbeats and requests of the previous group must not be taken for those of the next one.
+        link = self.heartbeats.new_group(workers)
         clear(self.folder)
         self.startup.phase(f"starting {workers} worker{'s' * (workers > 1)}")
         log.info("starting %d worker%s%s", workers, "s" * (workers > 1), f", from step {step}" if step else "")
-        group = Group(self.config, self.now, of_segment(self.prepared, self.now), self.callbacks, workers, start)
+        group = Group(
+            self.config,
+            self.now,
+            of_segment(self.prepared, self.now),
+            {"callbacks": list(self.callbacks), "heartbeats": link},
+            workers,
+            start,
+            self.heartbeats.read,
+        )
         self._node_leaves, self._began = False, True
         try:
             straggler = self._watch(group, workers)
@@ -221,11 +240,11 @@ class Supervisor:
         Returns:
             The worker that hung, or None.
         """
-        watch, hung = HangDetector(self.folder, self.now.stability.hang_seconds), None
+        watch, hung = HangDetector(self.folder, self.now.stability.hang_seconds, self.heartbeats.read), None
         change: tuple[str | None, float] = (None, time.monotonic())
         leaves, ended, begun = False, 0.0, False
         while group.is_running(_LOOK_SECONDS):
-            beats = read_heartbeats(self.folder)
+            beats = self.heartbeats.read()
             if not begun and any(beat.get("phase") != "start" for beat in beats.values()):
                 begun = True
                 self.startup.phase("training")

@@ -242,6 +242,7 @@ def test_a_decay_branch_of_another_run(make_config: MakeConfig, tmp_path: Path) 
         train(make_config(*base, past, resume, "run.name=other"))
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("moment", ["request", "record", "answer"])
 def test_the_process_that_takes_a_request_is_killed(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

@@ -240,6 +240,7 @@ def test_tiny_configs_run(
     assert "done: 4 steps" in out
 
 
+@pytest.mark.promise
 def test_the_by_hand_example_runs_unchanged(tmp_path: Path) -> None:
     """The manually constructed run of the design page works in a plain script, and Ray is never imported."""
     shutil.copy(ROOT / "examples" / "by_hand.py", tmp_path)
@@ -268,6 +269,7 @@ def test_local_mode_never_imports_ray(config: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.promise
 def test_doctor_reports_what_works_and_exits() -> None:
     """Regression test: four runs of five hung, because a process group's destructor and a gloo thread deadlocked."""
     done = subprocess.run(

@@ -104,6 +104,7 @@ def expected_accuracies(folder: Path) -> tuple[float, float]:
     return right[0] / len(QUESTIONS), right[1] / len(QUESTIONS)
 
 
+@pytest.mark.promise
 def test_a_task_of_the_harness(
     make_config: MakeConfig, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,6 +160,7 @@ def own_metrics(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith("evaluation/")} for row in comparable(folder)]
 
 
+@pytest.mark.slow
 def test_tasks_do_not_change_the_run(
     make_config: MakeConfig, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

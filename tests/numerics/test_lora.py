@@ -51,6 +51,7 @@ def test_adapters_change_nothing_at_first() -> None:
         assert torch.equal(adapted(input_ids=ids, labels=ids).nll, plain(input_ids=ids, labels=ids).nll)
 
 
+@pytest.mark.promise
 def test_the_base_is_the_reference(make_config: MakeConfig) -> None:
     """The run equals one with a frozen copy as reference, also on DDP and FSDP; the base stays unchanged."""
     with_copy, switched = run_all(

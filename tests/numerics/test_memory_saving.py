@@ -324,6 +324,7 @@ def limited(rank: int, world: int, store: str, section: dict[str, Any], out: str
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "expected"), [("ddp", "too large"), ("fsdp", "built"), ("deepspeed-3", "built")])
 def test_a_model_larger_than_a_workers_memory_is_built(tmp_path: Path, name: str, expected: str) -> None:
     section = {"name": name.split("-")[0], **({"stage": 3} if "-" in name else {})}

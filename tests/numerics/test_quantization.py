@@ -79,6 +79,7 @@ def test_another_dtype_does_not_change_the_weight() -> None:
     assert torch.equal(layer.to(torch.bfloat16).weight, before)
 
 
+@pytest.mark.promise
 def test_every_backend_trains_the_same_run(make_config: MakeConfig, tmp_path: Path) -> None:
     common = (*QLORA, "run.max_steps=4", "data.validation=null")
     single, plain = run_all(
@@ -105,6 +106,7 @@ def test_every_backend_trains_the_same_run(make_config: MakeConfig, tmp_path: Pa
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_weights(make_config: MakeConfig) -> None:
     common = (*QLORA, "data.validation=null", "checkpoint.keep_last=null", "checkpoint.every_steps=2")
     (whole,) = run_all(1, [make_config("run.name=whole", *common, "run.max_steps=4")])

@@ -135,7 +135,10 @@ def test_stop_and_too_many_interventions(make_config: MakeConfig) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "backends",
-    [pytest.param(["fsdp", "deepspeed-2"], id="two"), pytest.param(SHARED, id="all", marks=pytest.mark.promise)],
+    [
+        pytest.param(["fsdp", "deepspeed-2"], id="two", marks=pytest.mark.slow),
+        pytest.param(SHARED, id="all", marks=pytest.mark.promise),
+    ],
 )
 def test_every_backend_leaves_out_the_same_step(make_config: MakeConfig, backends: list[str]) -> None:
     """Includes backends that compute the gradient norm inside their step (ZeRO)."""

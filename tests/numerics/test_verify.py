@@ -36,6 +36,7 @@ def found_kinds(config: Any, workers: int = 1, backends: tuple[str, ...] = ("own
     return [(f.kind, f.difference.step) for f in certificate.findings]
 
 
+@pytest.mark.promise
 def test_a_sound_config_is_certified(make_config: MakeConfig) -> None:
     certificate = verify(
         make_config("run.max_steps=1000", "scheduler.warmup_steps=100"), steps=3, backends=("single", "deepspeed-1")
@@ -48,6 +49,7 @@ def test_a_sound_config_is_certified(make_config: MakeConfig) -> None:
     assert certificate.packing == "several documents a row (best_fit); documents in one row do not see each other"
 
 
+@pytest.mark.slow
 def test_dropout_and_half_precision_are_certified_too(make_config: MakeConfig) -> None:
     certificate = verify(
         make_config("accelerator.precision=bf16", model={"config": GPT2}), steps=3, backends=("ddp",), workers=1
@@ -58,6 +60,7 @@ def test_dropout_and_half_precision_are_certified_too(make_config: MakeConfig) -
     assert any(not variant.changes for variant, _ in certificate.rows)
 
 
+@pytest.mark.slow
 def test_the_configs_own_accelerator_is_compared_with_a_plain_one(make_config: MakeConfig) -> None:
     own = ("accelerator.name=fsdp", "accelerator.offload.parameters=cpu", "accelerator.activation_checkpointing=full")
     certificate = verify(make_config(*own), steps=3, backends=("own",), workers=1)
@@ -65,6 +68,7 @@ def test_the_configs_own_accelerator_is_compared_with_a_plain_one(make_config: M
     assert [v.backend for v, _ in certificate.rows] == ["single", "single", "own", "own"]
 
 
+@pytest.mark.slow
 def test_a_way_that_fails_is_left_out_with_its_reason(make_config: MakeConfig) -> None:
     certificate = verify(make_config("accelerator.name=faults:Broken"), steps=3, backends=("own",), workers=1)
     assert certificate.holds
@@ -86,8 +90,8 @@ def test_a_mean_over_ranks_is_normalisation(make_config: MakeConfig) -> None:
     [
         ("SteppedTwice", "schedule stepped twice", 3),
         ("LowPrecision", "precision", 1),
-        ("Unclipped", "clipping", 1),
-        ("NoDropout", "dropout", 1),
+        pytest.param("Unclipped", "clipping", 1, marks=pytest.mark.slow),
+        pytest.param("NoDropout", "dropout", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_fault_is_named(make_config: MakeConfig, fault: str, kind: str, step: int) -> None:
@@ -96,6 +100,7 @@ def test_a_planted_fault_is_named(make_config: MakeConfig, fault: str, kind: str
     assert set(found) == {(kind, step)}
 
 
+@pytest.mark.slow
 def test_an_unsharded_reference_is_named(make_config: MakeConfig) -> None:
     """The losses are correct; only the memory that a rank holds is wrong."""
     config = make_config(

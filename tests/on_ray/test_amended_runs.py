@@ -80,7 +80,7 @@ def test_an_active_run_on_ray(tmp_path: Path) -> None:
     assert weights(Path(plain.folder), 18)
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_loop_function_alone(make_config: MakeConfig, tmp_path: Path, ray_cluster: None) -> None:
     """A user-defined TorchTrainer: the workers train all segments, without a launcher."""

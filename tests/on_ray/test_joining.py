@@ -56,7 +56,7 @@ def config_file(folder: Path, *overrides: str) -> Path:
     return path
 
 
-@pytest.mark.promise
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_train_on_a_cluster_with_a_token(server: Server, tmp_path: Path) -> None:
     result = run(server, tmp_path, str(BINARIES / "myllm-ray"), "train", str(config_file(tmp_path)))

@@ -76,10 +76,10 @@ def test_same_run_at_every_world_size(make_config: MakeConfig, cases: list[tuple
 @pytest.mark.parametrize(
     ("accelerator", "workers"),
     [
-        *(pytest.param(name, 2, marks=pytest.mark.promise) for name in ("fsdp", "deepspeed")),
+        pytest.param("fsdp", 2, marks=pytest.mark.promise),
         *(
             pytest.param(name, workers, marks=pytest.mark.slow)
-            for name, workers in (("single", 1), ("ddp", 2), ("accelerate", 2))
+            for name, workers in (("single", 1), ("ddp", 2), ("accelerate", 2), ("deepspeed", 2))
         ),
     ],
 )
@@ -124,6 +124,7 @@ def test_a_killed_worker_does_not_change_the_result(
     assert (again.step, comparable(killed)) == (10, comparable(whole)), "a finished run is left as it is"
 
 
+@pytest.mark.promise
 def test_loop_function_alone(make_config: MakeConfig, tmp_path: Path) -> None:
     """`TorchTrainer(sft_loop, train_loop_config=...)` in a user's script."""
     from ray.train import RunConfig, ScalingConfig
@@ -195,6 +196,7 @@ def test_mistakes_are_reported_before_workers_start(make_config: MakeConfig, tmp
         make_config(*ray_two, "trainer=no.module:X")
 
 
+@pytest.mark.promise
 def test_a_failure_in_a_worker_is_one_line(make_config: MakeConfig) -> None:
     config = make_config(
         "accelerator.name=ddp",
@@ -209,10 +211,9 @@ def test_a_failure_in_a_worker_is_one_line(make_config: MakeConfig) -> None:
     assert not (Path(config.run.storage) / "run" / ".ray").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize(
-    "mode", [pytest.param("disabled", marks=pytest.mark.slow), pytest.param("token", marks=pytest.mark.promise)]
-)
+@pytest.mark.parametrize("mode", ["disabled", "token"])
 def test_job_submission(tmp_path: Path, mode: str) -> None:
     """Submits a job to `ray start --head`: `ray job submit` without tokens, `myllm-ray submit` with tokens."""
     data = tmp_path / "rows.json"

@@ -51,11 +51,9 @@ def test_a_reward_pool_splits_batches_and_replaces_hung_actors() -> None:
         pool(["p"] * 2, ["?", "a"], {})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=pytest.mark.promise if kind == "dpo" else pytest.mark.slow) for kind in TRAINERS],
-)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_two_workers_killed_or_not(make_config: MakeConfig, tmp_path: Path, kind: str) -> None:
     """Two workers with ddp, killed after step 6, and with fsdp have the losses of one process.
 

@@ -30,6 +30,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path / "talker", TRAINED + DEFAULT_CHAT_TEMPLATE)

@@ -14,7 +14,8 @@ from conftest import MakeConfig, comparable, ledger
 from harness import BACKENDS, Job, Place, attempts_of, compare, job_config, place
 
 from myllm_ray import train
-from myllm_ray.engine.liveness.heartbeat import find_activity
+from myllm_ray.engine.liveness.hang_detector import stop
+from myllm_ray.engine.liveness.heartbeat import find_activity, read_heartbeats
 
 LONG = (
     "run.max_steps=40",
@@ -73,7 +74,9 @@ def test_workers_come_and_go_without_losing_a_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("how", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGINT", "command"])
+@pytest.mark.parametrize(
+    "how", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGTERM", "SIGINT")), "command"]
+)
 def test_a_run_that_is_requested_to_stop_saves_first(
     tmp_path: Path, how: str, make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,9 +92,11 @@ def test_a_run_that_is_requested_to_stop_saves_first(
     def run(address: str | None) -> Path:
         job = Job(job_config(tmp_path, "stopped", *common), address).start()
         job.until(lambda: job.steps() >= 3)
+        if on_ray:  # the driver writes the heartbeats of all ranks, and no rank lists the folder
+            job.until(lambda: len(read_heartbeats(job.folder)) == 2)
+            names = {p.name for p in (job.folder / ".heartbeats").glob("rank*") if not p.name.endswith(".tmp")}
+            assert names == {"rank-00000.json", "ranks.json"}
         if how == "command":
-            from myllm_ray.engine.liveness.hang_detector import stop
-
             assert stop(job.folder, 60) == str(job.folder / "checkpoints" / f"step-{job.steps():08d}")
         else:
             job.process.send_signal(getattr(signal, how))
@@ -272,3 +277,22 @@ def test_workers_that_find_damage_start_again_from_the_checkpoint_before(tmp_pat
         found = compare(job.folder, Path(expected.folder), steps=12)
         assert found.lost_or_repeated == 0
         assert found.losses < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_the_actor_of_the_heartbeats_is_killed(tmp_path: Path) -> None:
+    """It starts again, the ranks do not wait for it, and a later request reaches them."""
+    import psutil
+
+    with place(cpus=3, slots=2) as where:
+        job = Job(job_config(tmp_path, "job", *LONG), where.address).start()
+        job.until(lambda: job.steps() >= 3 and len(read_heartbeats(job.folder)) == 2)
+        (link,) = [p for p in psutil.process_iter() if p.name().startswith("ray::DriverLink")]
+        link.kill()
+        beats = read_heartbeats(job.folder)
+        job.until(lambda: all(beat != beats[rank] for rank, beat in read_heartbeats(job.folder).items()))
+        assert stop(job.folder, 60) == str(job.folder / "checkpoints" / f"step-{job.steps():08d}")
+        assert job.end() == 75, job.said()
+    assert "Traceback" not in job.said()
+    assert len(attempts_of(job.folder)) == 1

@@ -105,6 +105,7 @@ def test_a_trial_equals_a_train_run_and_a_failed_trial_does_not_end_the_sweep(
     assert same.trials == result.trials  # all trials had already ended
 
 
+@pytest.mark.slow
 def test_all_trials_failing_is_an_error(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"all 2 trials failed; the first: .*unknown name 'nonsense'"):
         sweep(
@@ -187,6 +188,7 @@ def test_a_population_continues_from_its_best_members_and_is_reproducible(
         assert comparable(one["folder"]) == comparable(other["folder"])
 
 
+@pytest.mark.promise
 def test_trials_start_from_a_checkpoint_and_stop_early(make_config: MakeConfig, tmp_path: Path) -> None:
     """Compares decay schedules that start from one stable phase, as in WSD; the worse ones are stopped."""
     phase = train(make_config("run.name=stable", "run.max_steps=4", "scheduler.name=constant"))

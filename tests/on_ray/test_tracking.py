@@ -17,6 +17,7 @@ from myllm_ray.orchestration.ray_metrics import RayMetrics, gauge_name
 DASHBOARD = json.loads((ROOT / "configs" / "grafana" / "myllm_ray.json").read_text())
 
 
+@pytest.mark.slow
 def test_prometheus_reads_the_metrics_of_a_run(ray_cluster: None, make_config: MakeConfig) -> None:
     from myllm_ray.common.types import RunState
 

@@ -52,6 +52,7 @@ def test_bench_prints_medians_of_the_measured_steps(
         bench(make_config(), 0)
 
 
+@pytest.mark.slow
 def test_estimated_tokens_are_those_of_the_run(make_config: MakeConfig) -> None:
     for overrides in (["run.max_steps=3"], ["run.max_steps=null", "run.epochs=2"]):
         found = estimate(make_config(*overrides, "data.validation=null")).data

@@ -65,8 +65,8 @@ def test_folder_glob_and_remote_paths(tmp_path: Path) -> None:
 
 
 def test_remote_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Exception, match=r"needs s3fs: pip install 's3fs'"):
-        sources.list_units(SourceSection(path="s3://bucket/x.jsonl"), "data.train.path")
+    with pytest.raises(Exception, match=r"needs gcsfs: pip install 'gcsfs'"):
+        sources.list_units(SourceSection(path="gs://bucket/x.jsonl"), "data.train.path")
 
 
 def test_jsonl_in_byte_ranges_has_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,7 @@ def test_a_run_records_the_found_size_and_resumes_with_it(
     assert train(make_config("batch.micro_size=auto", "run.max_steps=5", "checkpoint.resume=auto")).step == 5
 
 
+@pytest.mark.slow
 def test_wrong_uses_are_reported(make_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"batch\.micro_size"):
         make_config("batch.micro_size=automatic")

@@ -15,7 +15,7 @@ from myllm_ray.config import ConfigError
 from myllm_ray.config.stability_section import StabilitySection
 from myllm_ray.engine.callbacks import Callback, CallbackList
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
-from myllm_ray.engine.liveness.heartbeat import Heartbeat, heartbeat_folder, request
+from myllm_ray.engine.liveness.heartbeat import Heartbeat, read_requests, request
 from myllm_ray.engine.stability import Stability
 
 
@@ -140,5 +140,5 @@ def test_a_stop_comes_before_a_request_to_preempt(
         request(tmp_path, name, f"{name} was asked for")
     monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / name for name in order]))
     heartbeat = Heartbeat()
-    heartbeat._listen(heartbeat_folder(tmp_path))
+    heartbeat._receive(read_requests(tmp_path))
     assert heartbeat.preempt == "stop was asked for"

@@ -1,20 +1,36 @@
-"""Copies of a run's checkpoints in remote storage, which survive the loss of the machines.
+"""Copies of a run's checkpoints and records in remote storage, which survive the loss of the machines.
 
-The manifest is uploaded last and removed first, so a partial copy never has one and is ignored.
+    <url>/step-00000100/    a checkpoint
+    <url>/records/          ledger.jsonl, metrics.jsonl and the other records of the run, at the last checkpoint
+
+The manifest is uploaded last and removed first, so a partial copy never has one and is ignored. The records are
+uploaded before it, so they contain every step of each complete checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
-from myllm_ray.common.files import published
-from myllm_ray.common.remote import open_storage
+from myllm_ray.common.files import published, read_jsonl
+from myllm_ray.common.remote import is_transient, open_storage
 from myllm_ray.common.secrets import mask_text
 from myllm_ray.config.errors import CheckpointError, ConfigError
 
 _MANIFEST = "manifest.json"
+_RECORDS = ("*.jsonl", "environment.json", "data_summary.json", "budget.json")
+"""The files of a run's folder that are its records. `config.yaml` is written again when the run resumes."""
+_TRANSFERS = 4
+"""Number of files that are transferred at the same time."""
+_PATIENCE_SECONDS = 300.0
+"""How long an operation is repeated while the storage can't be reached, in seconds."""
+_LONGEST_WAIT_SECONDS = 30.0
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class RemoteCheckpointStore:
@@ -32,24 +48,37 @@ class RemoteCheckpointStore:
         self._storage, self._root = open_storage(self.url, "checkpoint.mirror", ConfigError)
 
     def push(self, checkpoint: Path) -> None:
-        """Uploads a complete checkpoint and replaces an existing copy of the same name.
+        """Uploads a complete checkpoint of a run, with the run's records, and replaces an existing copy.
+
+        Args:
+            checkpoint: the folder `<run>/checkpoints/step-…`.
 
         Raises:
             CheckpointError: the upload failed. The partial copy has no manifest and is ignored.
         """
-        target = f"{self._root}/{checkpoint.name}"
-        with self._clearly("written"):
+        target, run = f"{self._root}/{checkpoint.name}", checkpoint.parent.parent
+        names = sorted(p.name for p in checkpoint.iterdir() if p.name != _MANIFEST)
+        records = sorted(path for pattern in _RECORDS for path in run.glob(pattern))
+
+        def upload() -> None:
             if self._storage.exists(target):
-                self._storage.rm(target, recursive=True)
+                self._remove(target)
             self._storage.makedirs(target, exist_ok=True)
+            self._storage.makedirs(f"{self._root}/records", exist_ok=True)
+            self._transfer(
+                self._storage.put_file,
+                [(str(checkpoint / name), f"{target}/{name}") for name in names]
+                + [(str(path), f"{self._root}/records/{path.name}") for path in records],
+            )
             # Object stores have no atomic rename of folders, so the order of the files marks a complete copy.
-            names = sorted(p.name for p in checkpoint.iterdir() if p.name != _MANIFEST)
-            for name in [*names, _MANIFEST]:
-                self._storage.put_file(str(checkpoint / name), f"{target}/{name}")
+            self._storage.put_file(str(checkpoint / _MANIFEST), f"{target}/{_MANIFEST}")
+
+        self._patiently("written", upload)
 
     def names(self) -> list[str]:
         """Returns the names of the stored checkpoints that have a manifest, oldest first."""
-        with self._clearly("read"):
+
+        def find() -> list[str]:
             self._storage.invalidate_cache()  # the file system caches listings, and another process may have written
             if not self._storage.exists(self._root):
                 return []
@@ -60,29 +89,73 @@ class RemoteCheckpointStore:
                 PurePosixPath(p).name for p in folders if self._storage.exists(f"{p.rstrip('/')}/{_MANIFEST}")
             )
 
+        return self._patiently("read", find)
+
     def pull(self, name: str, folder: Path) -> Path:
         """Downloads a checkpoint into a folder and returns its path there. The caller verifies it.
 
         The path exists only after the download is complete; an existing checkpoint of the same name is replaced.
         """
-        with published(folder / name, existing="replace") as beside:
-            beside.mkdir(parents=True)
-            with self._clearly("read"):
-                for path in self._storage.ls(f"{self._root}/{name}", detail=False):
-                    self._storage.get_file(path, str(beside / PurePosixPath(path).name))
+        self._patiently("read", lambda: self._download(f"{self._root}/{name}", folder / name))
         return folder / name
+
+    def pull_records(self, checkpoint: Path) -> None:
+        """Downloads the run's records if those in its folder do not reach a checkpoint that was downloaded.
+
+        A folder on another machine may have none, or those of an earlier time.
+
+        Args:
+            checkpoint: the folder `<run>/checkpoints/step-…`.
+        """
+        run, step = checkpoint.parent.parent, int(checkpoint.name.removeprefix("step-"))
+        if max((int(row.get("step", 0)) for row in read_jsonl(run / "ledger.jsonl")), default=0) >= step:
+            return
+
+        def download() -> None:
+            if not self._storage.exists(f"{self._root}/records"):  # of a version that uploaded no records
+                return
+            for path in self._storage.ls(f"{self._root}/records", detail=False):
+                with published(run / PurePosixPath(path).name, existing="replace") as beside:
+                    self._storage.get_file(path, str(beside))
+
+        self._patiently("read", download)
 
     def remove(self, name: str) -> None:
         """Removes a checkpoint, the manifest first: a partially removed checkpoint must not look complete."""
-        with self._clearly("written"):
-            self._storage.rm_file(f"{self._root}/{name}/{_MANIFEST}")
-            self._storage.rm(f"{self._root}/{name}", recursive=True)
+        self._patiently("written", lambda: self._remove(f"{self._root}/{name}"))
 
-    @contextmanager
-    def _clearly(self, what: str) -> Iterator[None]:
-        """Turns any error in the block into a CheckpointError of one line, with secrets in the URL masked."""
-        try:
-            yield
-        except Exception as error:  # each file system raises its own types of exceptions
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise CheckpointError(mask_text(f"checkpoint.mirror: {self.url} can't be {what}: {reason}")) from None
+    def _remove(self, folder: str) -> None:
+        if self._storage.exists(f"{folder}/{_MANIFEST}"):
+            self._storage.rm_file(f"{folder}/{_MANIFEST}")
+        if self._storage.exists(folder):
+            self._storage.rm(folder, recursive=True)
+
+    def _download(self, source: str, target: Path) -> None:
+        with published(target, existing="replace") as beside:
+            beside.mkdir(parents=True)
+            paths = self._storage.ls(source, detail=False)
+            self._transfer(self._storage.get_file, [(path, str(beside / PurePosixPath(path).name)) for path in paths])
+
+    @staticmethod
+    def _transfer(copy: Callable[[str, str], None], files: list[tuple[str, str]]) -> None:
+        with ThreadPoolExecutor(_TRANSFERS) as pool:
+            list(pool.map(lambda pair: copy(*pair), files))  # raises the first error
+
+    def _patiently(self, what: str, operation: Callable[[], Result]) -> Result:
+        """Calls an operation, again and again while the storage can't be reached, and returns its result.
+
+        Raises:
+            CheckpointError: any other error, or the time is over. One line, with secrets in the URL masked.
+        """
+        until, wait = time.monotonic() + _PATIENCE_SECONDS, 1.0
+        while True:
+            try:
+                return operation()
+            except Exception as error:  # each file system raises its own types of exceptions
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                text = mask_text(f"checkpoint.mirror: {self.url} can't be {what}: {reason}")
+                if not is_transient(error) or time.monotonic() + wait > until:
+                    raise CheckpointError(text) from None
+                log.warning("%s; trying again in %.0f s", text, wait)
+            time.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class Straggler:
     phase: str
     seconds: float
     silent: bool
-    """Whether the rank writes no heartbeats: its process is stopped, or its machine is unreachable."""
+    """Whether the rank sends no heartbeats: its process is stopped, or its machine is unreachable."""
     stacks: str
     """Folder for the stacks of all ranks that can still write them."""
     beat: dict[str, Any]
@@ -43,18 +44,25 @@ class HangDetector:
 
     Args:
         run: the run's folder.
-        hang_seconds: how long a rank may stay in one phase, or write no heartbeat; None: without limit.
+        hang_seconds: how long a rank may stay in one phase, or send no heartbeat; None: without limit.
+        heartbeats: returns the last heartbeat of each rank; default: reads them from the run's folder.
     """
 
-    def __init__(self, run: str | Path, hang_seconds: float | None):
+    def __init__(
+        self,
+        run: str | Path,
+        hang_seconds: float | None,
+        heartbeats: Callable[[], dict[int, dict[str, Any]]] | None = None,
+    ):
         self._run, self._most = Path(run), hang_seconds
+        self._heartbeats = heartbeats or (lambda: read_heartbeats(run))
         self._last_seen: dict[int, tuple[Any, float]] = {}
 
     def look(self) -> Straggler | None:
         """Returns the rank that hangs, or None. If a rank hangs, requests the stacks of all ranks."""
         if self._most is None:
             return None
-        now, beats, silence = time.monotonic(), read_heartbeats(self._run), {}
+        now, beats, silence = time.monotonic(), self._heartbeats(), {}
         for rank, beat in beats.items():
             sign = (beat.get("pid"), beat.get("beat"))
             if self._last_seen.get(rank, (None, 0.0))[0] != sign:

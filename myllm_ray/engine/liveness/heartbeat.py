@@ -1,8 +1,11 @@
-"""Heartbeats of a run's processes, and requests to them, as files in the run's folder. Needs neither Ray nor sockets.
+"""Heartbeats of a run's processes, and requests to them.
 
-Heartbeats, in the folder `<run>/.heartbeats`:
+Heartbeats are files in the folder `<run>/.heartbeats`. Without Ray each rank writes its own. On Ray the ranks send
+their heartbeats to the driver (`orchestration/heartbeats.py`), which writes the files for other processes, so the
+number of files does not depend on the number of ranks.
 
-    rank-00001.json    {"beat": 17, "step": 8, "phase": "forward", "seconds": 0.4, "waits": false, ...}
+    rank-00000.json    {"beat": 17, "step": 8, "phase": "forward", "seconds": 0.4, "waits": false, ...}
+    ranks.json         a list of the heartbeats of the other ranks, if the driver writes them
     driver.json        heartbeat of the process that started the run (startup.py)
 
 Requests, in the same folder. Except for the stacks, the content is the reason:
@@ -13,8 +16,8 @@ Requests, in the same folder. Except for the stacks, the content is the reason:
     abort              end a trial of a sweep without saving (orchestration/sweeps/trial_channel.py)
     stacks-<id>        every rank writes the stacks of its threads to <run>/stacks/<id>/rank-00001.txt
 
-A thread writes and reads these files about twice a second, so a rank that hangs still reports its phase. A process that
-is stopped (SIGSTOP, a frozen machine) writes no more heartbeats. `hang_detector.py` evaluates them.
+A thread sends heartbeats and receives requests about twice a second, so a rank that hangs still reports its phase. A
+process that is stopped (SIGSTOP, a frozen machine) sends no more heartbeats. `hang_detector.py` evaluates them.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from myllm_ray.common.files import write_atomic
 from myllm_ray.common.progress import current
@@ -37,6 +41,7 @@ from myllm_ray.common.progress import current
 PHASES = ("start", "data", "rollout", "forward", "backward", "optimizer", "evaluation", "checkpoint", "end")
 """The phases of a rank, in the order of a step."""
 DRIVER = "driver.json"
+_RANKS = "ranks.json"
 AMEND, AMENDED = "amend-", "amended-"
 """Begin of the names of a request to amend the run, and of its answer."""
 _SECONDS = 0.5
@@ -88,19 +93,46 @@ def remove(run: str | Path) -> None:
 def read_heartbeats(run: str | Path) -> dict[int, dict[str, Any]]:
     """Returns the last heartbeat of each rank."""
     beats = {}
-    for path in sorted(heartbeat_folder(run).glob("rank-*.json")):
+    for path in sorted(heartbeat_folder(run).glob("rank*.json")):
         try:
-            beat = json.loads(path.read_text(encoding="utf-8"))
-            beats[int(beat["rank"])] = beat
+            found = json.loads(path.read_text(encoding="utf-8"))
+            for beat in found if path.name == _RANKS else [found]:
+                beats[int(beat["rank"])] = beat
         except (OSError, ValueError, KeyError, TypeError):  # a rank that ends removes its file
             continue
     return beats
 
 
+def write_heartbeats(run: str | Path, beats: Iterable[dict[str, Any]]) -> None:
+    """Writes the heartbeats of a worker group: one file for rank 0 and one for all other ranks."""
+    folder, found = heartbeat_folder(run), {int(beat["rank"]): beat for beat in beats}
+    folder.mkdir(parents=True, exist_ok=True)
+    first = found.pop(0, None)
+    if first is None:
+        (folder / rank_file(0)).unlink(missing_ok=True)
+    else:
+        write_atomic(folder / rank_file(0), json.dumps(first), durable=False)
+    write_atomic(folder / _RANKS, json.dumps([found[rank] for rank in sorted(found)]), durable=False)
+
+
+def read_requests(run: str | Path) -> dict[str, str]:
+    """Returns the requests to the ranks of a run: their names and texts."""
+    found = {}
+    for path in sorted(heartbeat_folder(run).iterdir()):
+        if path.name in ("stop", "preempt") or path.name.startswith((AMEND, "stacks-")):
+            found[path.name] = path.read_text(encoding="utf-8")
+    return found
+
+
+def rank_file(rank: int) -> str:
+    """Returns the name of the file of a rank's heartbeat."""
+    return f"rank-{rank:05d}.json"
+
+
 def read_heartbeat(run: str | Path, rank: int = 0) -> dict[str, Any] | None:
-    """Returns the last heartbeat of one rank, or None."""
+    """Returns the last heartbeat of a rank that has a file of its own, or None."""
     try:
-        beat = json.loads((heartbeat_folder(run) / f"rank-{rank:05d}.json").read_text(encoding="utf-8"))
+        beat = json.loads((heartbeat_folder(run) / rank_file(rank)).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return beat if isinstance(beat, dict) else None
@@ -145,14 +177,50 @@ def _progress() -> dict[str, Any]:
     return {"progress": found.as_json()} if found else {}
 
 
+class HeartbeatChannel(Protocol):
+    """The connection of a rank to the processes that observe the run. All methods are called by one thread."""
+
+    seconds: float
+    """Time between two heartbeats, in seconds."""
+
+    def send(self, beat: dict[str, Any]) -> None:
+        """Sends a heartbeat. May raise OSError; the next heartbeat replaces this one."""
+
+    def requests(self) -> dict[str, str]:
+        """Returns the requests to this rank that are known at present: their names and texts. May raise OSError."""
+
+    def close(self) -> None:
+        """Removes the heartbeat of this rank, which has ended."""
+
+
+class FileChannel:
+    """Writes a file per rank and lists the folder of the run's requests."""
+
+    def __init__(self, run: str | Path, rank: int):
+        self.seconds = _SECONDS
+        self._run, self._path = run, heartbeat_folder(run) / rank_file(rank)
+
+    def send(self, beat: dict[str, Any]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Not durable: flushing to disk twice a second is slow, and after a power failure no heartbeat is valid.
+        write_atomic(self._path, json.dumps(beat), durable=False)
+
+    def requests(self) -> dict[str, str]:
+        return read_requests(self._run)
+
+    def close(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
 class Heartbeat:
-    """The heartbeat of this process. Created in the training thread; its own thread writes the file.
+    """The heartbeat of this process. Created in the training thread; its own thread sends it.
 
     Args:
-        run: the run's folder; None: no heartbeat is written.
+        run: the run's folder; None: no heartbeat is sent.
         rank: the rank of this process.
         extra: additional entries of every heartbeat (JSON), such as the node.
         on_beat: called by the thread after each heartbeat.
+        channel: sends the heartbeats and receives the requests; default: files in the run's folder.
     """
 
     def __init__(
@@ -161,6 +229,7 @@ class Heartbeat:
         rank: int = 0,
         extra: dict[str, Any] | None = None,
         on_beat: Callable[[], None] | None = None,
+        channel: HeartbeatChannel | None = None,
     ):
         self._run, self._rank, self._extra, self._on_beat = run, rank, extra or {}, on_beat
         # One tuple, replaced as a whole: the heartbeat thread reads a consistent phase, step and time without a lock.
@@ -176,9 +245,10 @@ class Heartbeat:
         """The reason why the run must save and end, once another process has requested it."""
         self.amend: str | None = None
         """The reason why this segment of the run must end, once another process has requested an amendment."""
-        self._path = heartbeat_folder(run) / f"rank-{rank:05d}.json" if run is not None else None
+        self._channel: HeartbeatChannel | None = None
         self._thread: threading.Thread | None = None
         if run is not None:
+            self._channel = channel or FileChannel(run, rank)
             self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
             self._thread.start()
 
@@ -197,66 +267,55 @@ class Heartbeat:
 
     def close(self) -> None:
         """Ends the thread and removes the heartbeat."""
-        # The thread ends before the file is removed, because it would write the file again.
+        # The thread ends before the heartbeat is removed, because it would send it again.
         self._stop.set()
         if self._thread is not None:
             self._thread.join(5)
             self._thread = None
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        if self._channel is not None:
+            self._channel.close()
 
     def _work(self) -> None:
-        assert self._run is not None
-        folder, beat = heartbeat_folder(self._run), 0
+        assert self._channel is not None
+        number = 0
         while True:
-            beat += 1
-            try:
-                self._say(folder, beat)
-                self._listen(folder)
-            except OSError:
-                pass  # a storage that stays full or unreachable makes training fail in other places, with a message
+            number += 1
+            # A storage that stays full or unreachable makes training fail in other places, with a message.
+            with suppress(OSError):
+                self._channel.send(self._beat(number))
+                self._receive(self._channel.requests())
             if self._on_beat is not None:
                 self._on_beat()
-            if self._stop.wait(_SECONDS):
+            if self._stop.wait(self._channel.seconds):
                 return
 
-    def _say(self, folder: Path, beat: int) -> None:
+    def _beat(self, number: int) -> dict[str, Any]:
         phase, step, since = self._now
-        # `seconds` is a duration, which readers on machines with other clocks can use. Not durable: flushing to disk
-        # twice a second is slow, and after a power failure no heartbeat is valid.
-        folder.mkdir(parents=True, exist_ok=True)
-        assert self._path is not None
-        write_atomic(
-            self._path,
-            json.dumps(
-                {
-                    "rank": self._rank,
-                    "beat": beat,
-                    "phase": phase,
-                    "step": step,
-                    "seconds": time.monotonic() - since,
-                    "waits": self._waits(),
-                    "pid": os.getpid(),
-                    "host": socket.gethostname(),
-                    **_progress(),
-                    **self._extra,
-                }
-            ),
-            durable=False,
-        )
+        return {
+            "rank": self._rank,
+            "beat": number,
+            "phase": phase,
+            "step": step,
+            # A duration, which readers on machines with other clocks can use.
+            "seconds": time.monotonic() - since,
+            "waits": self._waits(),
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            **_progress(),
+            **self._extra,
+        }
 
-    def _listen(self, folder: Path) -> None:
-        asked = {path.name: path for path in sorted(folder.iterdir())}
+    def _receive(self, requests: dict[str, str]) -> None:
         # Both save and end this worker group. They differ in whether the driver starts another one.
         for name in ("stop", "preempt"):
-            if name in asked and self.preempt is None:
-                self.preempt = asked[name].read_text(encoding="utf-8") or "on request"
-        if any(name.startswith(AMEND) for name in asked):
+            if name in requests and self.preempt is None:
+                self.preempt = requests[name] or "on request"
+        if any(name.startswith(AMEND) for name in requests):
             self.amend = "myllm-ray amend"
-        for path in asked.values():
-            if path.name.startswith("stacks-") and path.name not in self._dumped:
-                self._dumped.add(path.name)
-                self._dump(path.name.removeprefix("stacks-"))
+        for name in requests:
+            if name.startswith("stacks-") and name not in self._dumped:
+                self._dumped.add(name)
+                self._dump(name.removeprefix("stacks-"))
 
     def _dump(self, name: str) -> None:
         assert self._run is not None

@@ -357,6 +357,8 @@ class _WorkerGroup(_Run):
     @staticmethod
     def _train(config: TrainerConfig, reporter: TrialReporter) -> dict[str, Any]:
         from myllm_ray.engine.liveness.startup import Startup, StoppedAtStart
+        from myllm_ray.orchestration.driver_events import link_to_driver
+        from myllm_ray.orchestration.heartbeats import WorkerHeartbeats
         from myllm_ray.orchestration.supervisor import Supervisor
         from myllm_ray.preparation import absolute, prepare_run
 
@@ -367,7 +369,8 @@ class _WorkerGroup(_Run):
                 startup.training()
             except StoppedAtStart as reason:
                 return startup.stopped(reason)
-            return Supervisor(config, prepared, [reporter], startup).run()
+            with link_to_driver() as link, WorkerHeartbeats(link, startup.folder) as heartbeats:
+                return Supervisor(config, prepared, [reporter], startup, heartbeats).run()
 
     def close(self) -> None:
         super().close()
