@@ -105,7 +105,7 @@ class TokenStore:
             return np.asarray(values(0, documents), np.int64)
         found = np.empty(len(documents), np.int64)
         sources = self.source_of(documents)
-        for source in np.flatnonzero(np.bincount(sources)):
+        for source in np.flatnonzero(np.bincount(sources)).tolist():
             where = sources == source
             found[where] = values(source, documents[where] - self._first[source])
         return found
