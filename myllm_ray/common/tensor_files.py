@@ -209,17 +209,17 @@ def index_of(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[Part]]
         OSError, SafetensorError: A file of a checkpoint of format 2 can't be read.
     """
     try:
-        files = set(manifest["files"])
-        if any(Path(name).name != name for name in files):
+        known = set(manifest["files"])
+        if any(Path(name).name != name for name in known):
             raise ValueError("manifest.json names a file outside the checkpoint")
         if manifest["format"] == 2:
-            return _index_of_headers(folder, sorted(name for name in files if name.endswith(".safetensors")))
+            return _index_of_headers(folder, sorted(name for name in known if name.endswith(".safetensors")))
         layouts = [
             [Part(file, Box(_numbers(offsets), _numbers(lengths))) for file, offsets, lengths in layout]
             for layout in manifest["layouts"]
         ]
         index = {name: layouts[number] for name, number in manifest["index"].items()}
-        if not files.issuperset(part.file for layout in layouts for part in layout):
+        if not known.issuperset(part.file for layout in layouts for part in layout):
             raise ValueError("the index in manifest.json names a file that is not listed")
         ranks = {name: len(shape) for name, shape in manifest["tensors"].items()}
     except (LookupError, TypeError, AttributeError) as error:

@@ -165,8 +165,8 @@ class DataSection(Section):
     shuffle_window: PositiveInt = Field(65536, description="for `window`: documents shuffled together")
     shuffle_in_memory: NonNegativeInt | None = Field(
         2**22,
-        description="for `full`: up to this number of documents in an epoch, a list of them is shuffled; above it, the "
-        "order is a permutation by formula, which needs no list. The two orders differ. null: always a list",
+        description="for `full`: up to this number of documents in an epoch, a list is shuffled; above it, the order "
+        "is a permutation by formula without a list. The two orders differ. null: always a list",
     )
     overflow: Literal["truncate", "split", "error"] | None = Field(
         None, description="treatment of documents longer than a row; default: split for pretraining, truncate otherwise"
@@ -299,9 +299,7 @@ class AcceleratorSection(Section):
     stage: Literal[0, 1, 2, 3] | None = Field(None, description="for deepspeed: ZeRO stage; default: 2")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32",
-        description="dtype in which gradients are summed over micro-batches and workers. bf16, for fsdp and for "
-        "deepspeed stages 1 to 3 with precision bf16: half the memory and communication, rounded sums",
+        "fp32", description="dtype of the sums of gradients over micro-batches and workers; bf16: docs/accelerators.md"
     )
     tf32: bool = Field(False, description="compute fp32 matrix products on a GPU in TF32: faster, rounded to 10 bits")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -322,10 +320,8 @@ class AcceleratorSection(Section):
     @model_validator(mode="after")
     def _gradients(self) -> AcceleratorSection:
         if self.gradient_dtype == "bf16" and self.precision != "bf16":
-            raise ValueError(
-                f"gradient_dtype: bf16 needs gradients that are computed in bf16, and precision is {self.precision}: "
-                "set accelerator.precision=bf16, or leave gradient_dtype out"
-            )
+            what = f"gradient_dtype: bf16 needs gradients that are computed in bf16, and precision is {self.precision}"
+            raise ValueError(f"{what}: set accelerator.precision=bf16, or leave gradient_dtype out")
         return self
 
 

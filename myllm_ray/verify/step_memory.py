@@ -121,7 +121,7 @@ def record_step(
     prepared = trainer.prepare_micro(micro)
     documents = trainer.documents_of(prepared)
     # Not from the fake micro-batch: the host reads the lengths.
-    trainer.documents_of = lambda _: documents  # type: ignore[method-assign]
+    trainer.documents_of = lambda micro: documents  # type: ignore[method-assign]
     recording = Recording()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.random.fork_rng(devices=[]):
         for model in (trainer.model, *trainer.frozen_models.values()):

@@ -33,6 +33,7 @@ OUTSIDE = {
     "report.py",
     "remote_store.py",
     "manager.py",
+    "verification.py",
     "worker.py",
     "dependencies.py",
     "remote.py",
