@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from simulated import MODELS, boxes_of, bytes_of, files_of, loaded, manifest_bytes, manifest_of, one_of
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
-from myllm_ray.accelerators.sharding import shard_units
-from myllm_ray.common.tensor_files import box_of, index_of
+from myllm_ray.common.tensor_files import Box, index_of
 from myllm_ray.engine.checkpointing.files import FILE_BYTES, own_part, plan_files
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
@@ -65,19 +63,32 @@ def test_the_models_have_the_sizes_of_their_names() -> None:
     }
 
 
-def test_fsdp_shards_as_it_is_simulated() -> None:
-    """The boxes of a model that `fully_shard` shards, with sizes that the ranks do not divide."""
-    for rank in (0, 3, 7):
-        with one_of(rank, 8):
-            model = nn.Sequential(
-                nn.Linear(13, 7, bias=False, device="meta"), nn.Linear(7, 7, bias=False, device="meta")
-            )
-            shard_units(model, [], 8, {"mesh": init_device_mesh("cpu", (8,))})
-            rows = {0: 1, 3: 1, 7: 0}[rank]
-            for parameter in model.parameters():
-                assert isinstance(parameter, DTensor)
-                assert box_of(parameter).lengths[0] == rows == parameter.to_local().shape[0]
-                assert not rows or box_of(parameter).offsets == (rank, 0)
+FULLY_SHARDED = """
+from simulated import one_of
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from myllm_ray.accelerators.sharding import shard_units
+from myllm_ray.common.tensor_files import box_of
+
+with one_of(int(sys.argv[1]), 8):
+    model = nn.Sequential(nn.Linear(13, 7, bias=False, device="meta"), nn.Linear(7, 7, bias=False, device="meta"))
+    shard_units(model, [], 8, {"mesh": init_device_mesh("cpu", (8,))})
+    print([(box_of(p), tuple(p.to_local().shape)) for p in model.parameters()])
+"""
+
+
+@pytest.mark.parametrize("rank", [3, 7])
+def test_fsdp_shards_as_it_is_simulated(rank: int) -> None:
+    """The boxes of a model that `fully_shard` shards, with sizes that the ranks do not divide.
+
+    In a process of its own: torch caches a mesh with the coordinate of the rank that made it first.
+    """
+    code = f"import sys\nsys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n{FULLY_SHARDED}"
+    said = subprocess.run([sys.executable, "-c", code, str(rank)], capture_output=True, text=True, check=True).stdout
+    rows, offset = (1, 3) if rank == 3 else (0, 7)
+    expected = [(Box((offset, 0), (rows, width)), (rows, width)) for width in (13, 7)]
+    assert said.strip() == str(expected)
 
 
 def test_replicas_of_shards_are_written_once() -> None:
