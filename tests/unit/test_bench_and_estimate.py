@@ -120,7 +120,7 @@ def test_estimate_prints_a_table(
 def test_what_can_not_be_estimated(make_config: MakeConfig) -> None:
     prompts = ("trainer=grpo", "grpo={reward: 'helpers:variety'}", "data.train={source: brackets, format: prompt}")
     with pytest.raises(ConfigError, match=r"trainer grpo trains on prompts here; only trainers on tokens"):
-        estimate(make_config(*prompts, "data.validation=null", "data.sequence_length=32"))
+        estimate(make_config(*prompts, "data.validation=null", "rollout.max_new_tokens=8"))
     with pytest.raises(ConfigError, match=r"bf16: T4 has none"):
         estimate(make_config("accelerator.precision=bf16"), hardware_of("t4"))
 

@@ -171,7 +171,7 @@ def test_the_process_group_under_ray(
     found: dict[str, Any] = {}
     monkeypatch.setattr(group, "Trainer", lambda *_, **named: found.update(named))
     config = make_config(f"scaling.gpus_per_worker={gpus}", "scaling.workers=1", "accelerator.name=ddp")
-    group._trainer(config, config, cast(Any, None), [], 1, None)
+    group._trainer(config, config, cast(Any, None), {}, 1, None)
     assert (found["torch_config"].backend, found["torch_config"].timeout_s) == (backend, 7200)
     assert found["scaling_config"].use_gpu is bool(gpus)
 
@@ -186,7 +186,7 @@ def test_a_resize_waits_until_the_previous_group_has_given_back_its_place(
     monkeypatch.setattr(cluster, "draining_nodes", set)
     fit = iter([1, 1, 1, 2])
     monkeypatch.setattr(supervisor, "workers_that_fit", lambda _: next(fit))
-    run = supervisor.Supervisor(config, cast(Any, None), [], cast(Any, SimpleNamespace(events=None)))
+    run = supervisor.Supervisor(config, cast(Any, None), [], cast(Any, SimpleNamespace(events=None)), cast(Any, None))
     run._began = True
     assert run._wait_for_resources() == 2
     monkeypatch.setattr(supervisor, "workers_that_fit", lambda _: 1)

@@ -121,8 +121,13 @@ class RemoteCheckpointStore:
         self._patiently("read", download)
 
     def remove(self, name: str) -> None:
-        """Removes a checkpoint, the manifest first: a partially removed checkpoint must not look complete."""
+        """Removes a checkpoint, and the run's records with the last one.
+
+        The manifest is removed first: a partially removed checkpoint must not look complete.
+        """
         self._patiently("written", lambda: self._remove(f"{self._root}/{name}"))
+        if not self.names():
+            self._patiently("written", lambda: self._remove(f"{self._root}/records"))
 
     def _remove(self, folder: str) -> None:
         if self._storage.exists(f"{folder}/{_MANIFEST}"):
