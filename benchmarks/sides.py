@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 import json
+import math
 import random
 import statistics
 import sys
@@ -24,7 +24,8 @@ Document = tuple[list[int], list[int]]
 def documents(vocabulary: str, count: int) -> list[Document]:
     """Returns random documents with log-normal lengths, as instruction data sets have them.
 
-    The median of prompts and of answers is 48 tokens. One answer in six is longer than 130 tokens, the longest have 384.
+    The median of prompts and of answers is 48 tokens. One answer in six is longer than 130 tokens; the longest have
+    384.
     """
     made = random.Random(0)
 
