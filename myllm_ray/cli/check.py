@@ -111,6 +111,8 @@ def verify_checkpoint(
     from myllm_ray.engine.checkpointing.manager import CheckpointManager
     from myllm_ray.engine.checkpointing.verification import all_damage, read_manifest
 
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist: give a checkpoint (step-...) or the folder of a run")
     run = CheckpointManager(folder=path / "checkpoints")
     checkpoints = run.all() if run.folder.is_dir() else [path]
     if not checkpoints:
@@ -122,7 +124,8 @@ def verify_checkpoint(
             print(line)
         if not found:
             files = read_manifest(checkpoint)["files"].values()
-            print(f"{checkpoint}: {len(files)} files, {sum(f['bytes'] for f in files):,} bytes, verified")
+            count = f"{len(files)} file{'s' if len(files) != 1 else ''}"
+            print(f"{checkpoint}: {count}, {sum(f['bytes'] for f in files):,} bytes, verified")
         damaged = damaged or bool(found)
     sys.exit(1 if damaged else 0)
 
