@@ -132,14 +132,14 @@ def test_the_command_lists_damaged_files(
     first, second = (manager.save(step, {"model.w": torch.ones(3)}, {}) for step in (1, 2))
     assert call(monkeypatch, tmp_path) == 0
     out = capsys.readouterr().out
-    assert f"{first}: 1 files, " in out
-    assert f"{second}: 1 files, " in out
+    assert f"{first}: 1 file, " in out
+    assert f"{second}: 1 file, " in out
     flip_a_bit(next(second.glob("*.safetensors")))
     assert call(monkeypatch, tmp_path) == 1
     out = capsys.readouterr().out
-    assert f"{first}: 1 files, " in out
+    assert f"{first}: 1 file, " in out
     assert f"{second}: file rank-00000-1.safetensors is damaged (its checksum differs)" in out
     assert (call(monkeypatch, first), call(monkeypatch, second)) == (0, 1)
-    assert call(monkeypatch, tmp_path / "nowhere") == 1
+    assert call(monkeypatch, tmp_path / "nowhere") == 2
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     assert call(monkeypatch, tmp_path / "empty") == 2
