@@ -1,7 +1,7 @@
 """Access to remote storage by URL (s3://, gs://, hf://, memory://, ...) through fsspec.
 
-s3:// uses pyarrow's S3 client, so it needs no package besides those of the project. Credentials, region and endpoint
-are those of the environment and of the files in `~/.aws` (`AWS_ACCESS_KEY_ID`, `AWS_REGION`, `AWS_ENDPOINT_URL`, ...).
+s3:// uses pyarrow's S3 client, so it needs no package besides those of the project. Credentials and region come from
+the environment (`AWS_ACCESS_KEY_ID`, `AWS_REGION`, ...) or from `~/.aws`; `AWS_ENDPOINT_URL` names another server.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from myllm_ray.config.errors import UserError
 
 _LIBRARIES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
 
-
+# Without bare numbers such as 503, which the names of files may contain.
 _TRANSIENT = re.compile(
-    r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING|HTTP status 5\d\d"
-    r"|\b50[0234]\b|time[d]? ?out|connection (refused|reset|aborted)",
+    r"NETWORK_CONNECTION|SLOW_DOWN|THROTTLING|INTERNAL[_ ](FAILURE|SERVER ERROR)|SERVICE[_ ]UNAVAILABLE|BAD GATEWAY"
+    r"|HTTP status 5\d\d|time(d out|out)|connection (refused|reset|aborted)",
     re.IGNORECASE,
 )
 """Texts of errors that end by themselves, such as those of a server that is restarted."""
@@ -52,7 +52,7 @@ class S3(ArrowFSWrapper):
         )
 
 
-for scheme in ("s3", "s3a"):
+for scheme in ("s3", "s3a"):  # also where s3fs is installed: a URL means the same on every machine
     fsspec.register_implementation(scheme, S3, clobber=True)
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic_core import PydanticUndefined
 
@@ -24,7 +24,6 @@ from myllm_ray.config.load import to_yaml
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.section import Section
 from myllm_ray.engine.checkpointing.manager import CheckpointManager, find_damage, read_manifest, step_of, versions
-from myllm_ray.engine.checkpointing.remote_store import RemoteCheckpointStore
 from myllm_ray.engine.checkpointing.resume_notices import changes, resume_notices
 from myllm_ray.engine.checkpointing.starting_weights import check_same_base, check_same_weights
 from myllm_ray.engine.checkpointing.verification import set_aside, verify
@@ -109,9 +108,11 @@ def claim(config: TrainerConfig, identity: dict[str, Any], plan: Mapping[str, An
         for path in sorted(folder.iterdir()):
             if path != heartbeat.heartbeat_folder(folder):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        # A checkpoint that stays on the mirror would be fetched by `resume_point`.
-        for name in there:
-            cast(RemoteCheckpointStore, manager.remote).remove(name)
+        if manager.remote is not None:
+            # What stays on the mirror would be fetched by `resume_point`.
+            for name in there:
+                manager.remote.remove(name)
+            manager.remote.remove_records()
     if not own:
         heartbeat.remove(folder)  # heartbeats and requests of processes that were killed
     raw = config.model_dump(mode="json")

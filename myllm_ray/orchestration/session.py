@@ -64,7 +64,7 @@ def connect(config: TrainerConfig | None, verbose: bool = False, cpus: float | N
         }
         if not address:
             # More logical CPUs than cores are allowed, so that a laptop with 2 cores can run 2 workers and the data
-            # tasks. Ray starts a process for each CPU while the run is prepared: for the workers, `EventQueue` and
+            # tasks. Ray starts a process for each CPU while the run is prepared: for the workers, `DriverLink` and
             # `Barrier`.
             least = math.ceil(cpus) + 2 * (run is not None)
             options |= {

@@ -142,6 +142,8 @@ def remove(removal: Removal, remote: bool = False) -> list[str]:
         for name in removal.remote:
             store.remove(name)
             removed.append(name)
+        if removal.run in removal.paths:
+            store.remove_records()
     for path in removal.paths:
         # A name that no command takes for a run or a checkpoint, in the same file system.
         beside = path.with_name(f".removed-{path.name}-{uuid.uuid4().hex[:8]}")

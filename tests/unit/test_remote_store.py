@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from conftest import MakeConfig, comparable
+from conftest import MakeConfig, comparable, ledger
 
 from myllm_ray import train
 from myllm_ray.config import CheckpointError, ConfigError
@@ -37,6 +37,31 @@ def test_a_run_resumes_from_its_mirror(make_config: MakeConfig, background: str)
     assert comparable(again.folder) == comparable(whole)
 
 
+def test_a_download_that_was_interrupted_is_made_again(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: with a complete checkpoint, or a complete ledger, the other records were never downloaded."""
+    whole = train(make_config("run.name=whole", *COMMON)).folder
+    stop = {"helpers:StopAt": {"step": 5}}
+    folder = Path(train(make_config("run.name=moved", *COMMON, callbacks=["jsonl", stop])).folder)
+    shutil.rmtree(folder)
+    storage = type(fsspec.filesystem("memory"))
+    get = storage.get_file
+
+    def fails(self: object, path: str, *arguments: object, **named: object) -> None:
+        if path.endswith("metrics.jsonl"):
+            raise PermissionError("403 Forbidden")
+        get(self, path, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "get_file", fails)
+        with pytest.raises(CheckpointError, match="can't be read: PermissionError: 403 Forbidden"):
+            train(make_config("run.name=moved", *COMMON))
+    again = train(make_config("run.name=moved", *COMMON)).folder
+    assert comparable(again) == comparable(whole)
+    assert ledger(again) == ledger(whole)
+
+
 def test_a_damaged_checkpoint_in_the_mirror_is_skipped(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -58,6 +83,8 @@ def test_an_earlier_run_in_the_mirror_is_replaced_only_with_overwrite(make_confi
         train(make_config(*fresh))
     train(make_config(*fresh, "run.overwrite=true", "run.max_steps=2"))
     assert RemoteCheckpointStore(f"{URL}/run").names() == ["step-00000002"]
+    (records,) = [p for p in fsspec.filesystem("memory").find("/bucket/runs/run/records") if p.endswith("ledger.jsonl")]
+    assert fsspec.filesystem("memory").cat(records).count(b"\n") == 2, "those of the new run"
 
 
 def test_a_mirror_that_fails(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,6 @@ class CheckpointManager:
                 path = self.remote.pull(name, self.folder)
                 damage = find_damage(path)
                 if damage is None:
-                    self.remote.pull_records(path)
                     return path
                 with suppress(CheckpointError):  # or its structure would be enough the next time
                     set_aside(path)

@@ -4,7 +4,8 @@
     <url>/records/          ledger.jsonl, metrics.jsonl and the other records of the run, at the last checkpoint
 
 The manifest is uploaded last and removed first, so a partial copy never has one and is ignored. The records are
-uploaded before it, so they contain every step of each complete checkpoint.
+uploaded before it, so they contain every step of each complete checkpoint. They are downloaded before a checkpoint, so
+that a download that was interrupted is made again.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from myllm_ray.common.files import published, read_jsonl
 from myllm_ray.common.remote import is_transient, open_storage
 from myllm_ray.common.secrets import mask_text
 from myllm_ray.config.errors import CheckpointError, ConfigError
+from myllm_ray.engine.checkpointing.verification import MANIFEST
 
-_MANIFEST = "manifest.json"
+_LEDGER = "ledger.jsonl"
 _RECORDS = ("*.jsonl", "environment.json", "data_summary.json", "budget.json")
 """The files of a run's folder that are its records. `config.yaml` is written again when the run resumes."""
 _TRANSFERS = 4
@@ -57,7 +59,7 @@ class RemoteCheckpointStore:
             CheckpointError: the upload failed. The partial copy has no manifest and is ignored.
         """
         target, run = f"{self._root}/{checkpoint.name}", checkpoint.parent.parent
-        names = sorted(p.name for p in checkpoint.iterdir() if p.name != _MANIFEST)
+        names = sorted(p.name for p in checkpoint.iterdir() if p.name != MANIFEST)
         records = sorted(path for pattern in _RECORDS for path in run.glob(pattern))
 
         def upload() -> None:
@@ -71,7 +73,7 @@ class RemoteCheckpointStore:
                 + [(str(path), f"{self._root}/records/{path.name}") for path in records],
             )
             # Object stores have no atomic rename of folders, so the order of the files marks a complete copy.
-            self._storage.put_file(str(checkpoint / _MANIFEST), f"{target}/{_MANIFEST}")
+            self._storage.put_file(str(checkpoint / MANIFEST), f"{target}/{MANIFEST}")
 
         self._patiently("written", upload)
 
@@ -85,53 +87,37 @@ class RemoteCheckpointStore:
             folders = [
                 p for p in self._storage.ls(self._root, detail=False) if PurePosixPath(p).name.startswith("step-")
             ]
-            return sorted(
-                PurePosixPath(p).name for p in folders if self._storage.exists(f"{p.rstrip('/')}/{_MANIFEST}")
-            )
+            return sorted(PurePosixPath(p).name for p in folders if self._storage.exists(f"{p.rstrip('/')}/{MANIFEST}"))
 
         return self._patiently("read", find)
 
     def pull(self, name: str, folder: Path) -> Path:
-        """Downloads a checkpoint into a folder and returns its path there. The caller verifies it.
+        """Downloads a checkpoint and returns its path, after the run's records if those in its folder do not reach it.
 
-        The path exists only after the download is complete; an existing checkpoint of the same name is replaced.
+        A folder on another machine may have no records, or those of an earlier time. The caller verifies the
+        checkpoint. It exists only after everything is downloaded; an existing one of the same name is replaced.
+
+        Args:
+            name: the name of the checkpoint.
+            folder: the folder `<run>/checkpoints`.
         """
+        run, step = folder.parent, int(name.removeprefix("step-"))
+        if max((int(row.get("step", 0)) for row in read_jsonl(run / _LEDGER)), default=0) < step:
+            self._patiently("read", lambda: self._download_records(run))
         self._patiently("read", lambda: self._download(f"{self._root}/{name}", folder / name))
         return folder / name
 
-    def pull_records(self, checkpoint: Path) -> None:
-        """Downloads the run's records if those in its folder do not reach a checkpoint that was downloaded.
-
-        A folder on another machine may have none, or those of an earlier time.
-
-        Args:
-            checkpoint: the folder `<run>/checkpoints/step-…`.
-        """
-        run, step = checkpoint.parent.parent, int(checkpoint.name.removeprefix("step-"))
-        if max((int(row.get("step", 0)) for row in read_jsonl(run / "ledger.jsonl")), default=0) >= step:
-            return
-
-        def download() -> None:
-            if not self._storage.exists(f"{self._root}/records"):  # of a version that uploaded no records
-                return
-            for path in self._storage.ls(f"{self._root}/records", detail=False):
-                with published(run / PurePosixPath(path).name, existing="replace") as beside:
-                    self._storage.get_file(path, str(beside))
-
-        self._patiently("read", download)
-
     def remove(self, name: str) -> None:
-        """Removes a checkpoint, and the run's records with the last one.
-
-        The manifest is removed first: a partially removed checkpoint must not look complete.
-        """
+        """Removes a checkpoint, the manifest first: a partially removed checkpoint must not look complete."""
         self._patiently("written", lambda: self._remove(f"{self._root}/{name}"))
-        if not self.names():
-            self._patiently("written", lambda: self._remove(f"{self._root}/records"))
+
+    def remove_records(self) -> None:
+        """Removes the records of a run that is removed or replaced."""
+        self._patiently("written", lambda: self._remove(f"{self._root}/records"))
 
     def _remove(self, folder: str) -> None:
-        if self._storage.exists(f"{folder}/{_MANIFEST}"):
-            self._storage.rm_file(f"{folder}/{_MANIFEST}")
+        if self._storage.exists(f"{folder}/{MANIFEST}"):
+            self._storage.rm_file(f"{folder}/{MANIFEST}")
         if self._storage.exists(folder):
             self._storage.rm(folder, recursive=True)
 
@@ -140,6 +126,15 @@ class RemoteCheckpointStore:
             beside.mkdir(parents=True)
             paths = self._storage.ls(source, detail=False)
             self._transfer(self._storage.get_file, [(path, str(beside / PurePosixPath(path).name)) for path in paths])
+
+    def _download_records(self, run: Path) -> None:
+        if not self._storage.exists(f"{self._root}/records"):  # of a version that uploaded no records
+            return
+        run.mkdir(parents=True, exist_ok=True)
+        # The ledger last, because its steps decide whether the records are complete.
+        for path in sorted(self._storage.ls(f"{self._root}/records", detail=False), key=lambda p: p.endswith(_LEDGER)):
+            with published(run / PurePosixPath(path).name, existing="replace") as beside:
+                self._storage.get_file(path, str(beside))
 
     @staticmethod
     def _transfer(copy: Callable[[str, str], None], files: list[tuple[str, str]]) -> None:
