@@ -170,7 +170,10 @@ class WorkerHeartbeats:
                 asked = None  # the actor is starting again
                 continue
             except ray.exceptions.RayError:
-                return  # Ray is shutting down
+                # Ray is shutting down, or the actor can't be started again. Old heartbeats would look like ranks that
+                # are silent; without heartbeats no rank counts as one that hangs.
+                self._keep(self._group, {})
+                return
             self._keep(asked[0], beats)
             asked = None
 

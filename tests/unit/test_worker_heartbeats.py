@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from myllm_ray.engine.liveness.heartbeat import (
     Heartbeat,
@@ -17,7 +18,7 @@ from myllm_ray.engine.liveness.heartbeat import (
     request,
     write_heartbeats,
 )
-from myllm_ray.orchestration.heartbeats import HeartbeatBoard, HeartbeatLink
+from myllm_ray.orchestration.heartbeats import HeartbeatBoard, HeartbeatLink, WorkerHeartbeats
 
 
 def beat(rank: int, step: int = 1) -> dict[str, Any]:
@@ -107,3 +108,21 @@ def test_a_heartbeat_uses_its_channel_and_writes_no_file(tmp_path: Path) -> None
     assert heartbeat.preempt == "resize"
     assert channel.closed
     assert not heartbeat_folder(tmp_path).exists()
+
+
+class Dead:
+    """A board whose calls fail, as those of an actor that can't be started again."""
+
+    class exchange:
+        @staticmethod
+        def remote(*_: object) -> None:
+            raise ray.exceptions.RayActorError
+
+
+def test_without_its_actor_no_rank_looks_silent(tmp_path: Path) -> None:
+    """Regression: the last heartbeats stayed, and a rank counted as silent after `hang_seconds`."""
+    heartbeats = WorkerHeartbeats(Dead, tmp_path)
+    heartbeats._beats = {0: beat(0), 1: beat(1)}
+    heartbeats._work()
+    assert heartbeats.read() == {}
+    assert read_heartbeats(tmp_path) == {}
