@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -146,10 +146,21 @@ class FSDPAccelerator(Accelerator):
                 shard.to_local().copy_(part.to_local())
         fill(model, source, self.device)  # the buffers
 
-    def microbatch(self, last: bool) -> AbstractContextManager[Any]:
+    @contextmanager
+    def microbatch(self, last: bool) -> Iterator[None]:
+        root: Any = self.model
         # Without the reduction, gradients accumulate unsharded on every rank until the last micro-batch.
-        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
-        return nullcontext()
+        root.set_requires_gradient_sync(last)
+        if self.options.reshard_after_forward is not True:
+            yield
+            return
+        # The backward pass starts with the output head, which belongs to the root unit. Other forward passes have no
+        # backward pass that frees the unit.
+        root.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            root.set_reshard_after_forward(True, recurse=False)
 
     def backward(self, loss: Tensor) -> None:
         # FSDP averages over ranks, but the contract is a sum.

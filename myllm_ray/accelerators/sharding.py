@@ -160,13 +160,17 @@ class Sharding:
     parameters: int
     gradients: int
     optimizer: int
+    replicas: int = 1
+    """Groups of workers that hold a whole model each (hybrid sharding)."""
 
 
 def sharding_of(section: AcceleratorSection, workers: int) -> Sharding:
     """Returns the division of a built-in backend; other backends are taken to hold everything on each worker."""
     name, stage = section.name, section.stage
     if name == "fsdp":
-        return Sharding(workers, workers, workers)
+        replicas = int(section.options.get("replicas", 1))
+        shards = max(1, workers // replicas)
+        return Sharding(shards, shards, shards, replicas)
     if name != "deepspeed":
         return Sharding(1, 1, 1)
     stage = 2 if stage is None else stage

@@ -147,18 +147,25 @@ def communication_of(model: torch.nn.Module, config: TrainerConfig, workers: int
     """Returns the bytes that a worker sends per optimizer step, by what they are, for ring algorithms."""
     if workers == 1:
         return {}
-    shards, ring = sharding_of(config.accelerator, workers), (workers - 1) / workers
+    shards = sharding_of(config.accelerator, workers)
+    group = workers // shards.replicas  # that shares the shards
+    ring, across = (group - 1) / group, (shards.replicas - 1) / shards.replicas
     half = config.accelerator.gradient_dtype == "bf16"
     gradients = sum((2 if half else 4) * p.numel() for p in model.parameters() if p.requires_grad)
     size = 4 if config.accelerator.precision == "fp32" else 2
     weights = sum(size * p.numel() for p in model.parameters())
     micros = config.batch.global_size // config.batch.micro_size // workers
     if shards.parameters > 1:  # gathered for each forward and each backward pass
-        return {"parameters": int(2 * micros * ring * weights), "gradients": int(ring * gradients)}
+        passes = 1 if config.accelerator.options.get("reshard_after_forward") is False else 2
+        # Under hybrid sharding the shards of the gradients are also summed over the groups.
+        return {
+            "parameters": int(passes * micros * ring * weights),
+            "gradients": int((ring + 2 * across / group) * gradients),
+        }
     if shards.optimizer > 1:
         updated = sum(size * p.numel() for p in model.parameters() if p.requires_grad)
         return {"parameters": int(ring * updated), "gradients": int(ring * gradients)}
-    return {"gradients": int(2 * ring * gradients)}
+    return {"gradients": int(2 * (workers - 1) / workers * gradients)}
 
 
 def _assumed_seconds(

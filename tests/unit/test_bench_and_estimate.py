@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MakeConfig, read_jsonl
 
 from myllm_ray import cli
 from myllm_ray.common.hardware import hardware_of
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.orchestration.bench import WARM_UP, bench
-from myllm_ray.verify.estimate import estimate
+from myllm_ray.verify.estimate import communication_of, estimate
 from myllm_ray.worker import run_local
 
 SIZES = "model.config={model_type: llama, hidden_size: 64, intermediate_size: 96, num_hidden_layers: 2, "
@@ -89,6 +90,7 @@ def test_parts_of_the_memory(make_config: MakeConfig) -> None:
     [
         (["accelerator.name=ddp"], {"gradients"}),
         (["accelerator.name=fsdp"], {"gradients", "parameters"}),
+        (["accelerator={name: fsdp, options: {replicas: 2}}"], {"gradients", "parameters"}),
         (["accelerator={name: deepspeed, stage: 1}"], {"gradients", "parameters"}),
     ],
 )
@@ -98,12 +100,32 @@ def test_workers_divide_the_memory_and_communicate(
     alone = estimate(make_config(SIZES))
     found = estimate(make_config(SIZES, *overrides), hardware_of("h100x4"), usd_per_hour=10.0)
     assert (found.workers, set(found.communication)) == (4, names)
-    divides = overrides != ["accelerator.name=ddp"]
-    assert (found.memory["optimizer"] < 0.3 * alone.memory["optimizer"]) == divides
+    share = {"accelerator.name=ddp": 1.0, "accelerator={name: fsdp, options: {replicas: 2}}": 0.5}.get(
+        overrides[0], 0.25
+    )
+    assert found.memory["optimizer"] == pytest.approx(share * alone.memory["optimizer"], rel=0.05)
     assert found.step_seconds is not None
     assert found.usd == pytest.approx(10 * found.hours)
     assert alone.communication == {}
     assert alone.usd is None
+
+
+def test_communication_of_sharded_backends(make_config: MakeConfig) -> None:
+    """8 workers, one micro-batch each; rings send (n - 1) / n of a tensor of n ranks."""
+
+    def sent(options: str) -> dict[str, float]:
+        config = make_config(
+            SIZES, f"accelerator={{name: fsdp, options: {options}}}", "batch={global_size: 8, micro_size: 1}"
+        )
+        with torch.device("meta"):
+            model = torch.nn.Linear(64, 64, bias=False)
+        return {name: size / (4 * 64 * 64) for name, size in communication_of(model, config, 8).items()}
+
+    assert sent("{}") == {"parameters": 2 * 7 / 8, "gradients": 7 / 8}
+    assert sent("{reshard_after_forward: false}") == {"parameters": 7 / 8, "gradients": 7 / 8}
+    # Two groups of four: the shards, a quarter each, are summed over the two groups.
+    assert sent("{replicas: 2}") == {"parameters": 2 * 3 / 4, "gradients": 3 / 4 + 2 * 1 / 2 / 4}
+    assert sent("{replicas: 8}") == {"gradients": 2 * 7 / 8}
 
 
 def test_estimate_prints_a_table(
