@@ -61,6 +61,9 @@ def save_memory(model: nn.Module, section: AcceleratorSection, cache: str | None
             _keep_compiled(cache)
         # By default a width that equals another size by chance (the hidden size) is compiled as if it always did.
         torch.fx.experimental._config.use_duck_shape = False
+        # The numbers in a block are constants. As inputs of the graph they would make torch trace the block twice, and
+        # the first trace is not cached.
+        torch._dynamo.config.specialize_float = True
 
 
 def _keep_compiled(cache: str) -> None:

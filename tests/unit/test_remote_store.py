@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -99,3 +100,27 @@ def test_a_mirror_that_fails(make_config: MakeConfig, monkeypatch: pytest.Monkey
         CheckpointError, match=r"can't be written: PermissionError: 403 Forbidden for https://\*\*\*@host/"
     ):
         train(make_config("checkpoint.mirror=memory://bucket/runs", "run.name=x"))
+
+
+def test_a_removal_whose_answer_was_lost(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: the client repeats the request, finds nothing, and the run ended with a FileNotFoundError."""
+    storage = type(fsspec.filesystem("memory"))
+    removed = []
+
+    def repeated(remove: Any) -> Any:
+        def removes(self: object, path: str, *given: object, **named: object) -> None:
+            remove(self, path, *given, **named)
+            if not path.endswith(".safetensors"):
+                removed.append(path.rpartition("/")[2])
+                raise FileNotFoundError(path)
+
+        return removes
+
+    for name in ("rm", "rm_file"):
+        monkeypatch.setattr(storage, name, repeated(getattr(storage, name)))
+    train(make_config(*COMMON, "checkpoint.keep_last=1"))
+    assert RemoteCheckpointStore(f"{URL}/run").names() == ["step-00000009"]
+    assert {"manifest.json", "step-00000002"} <= set(removed)
+    assert [
+        p for p in fsspec.filesystem("memory").find("/bucket/runs/run") if "/step-" in p and "-00000009" not in p
+    ] == []

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -28,6 +29,8 @@ _RECORDS = ("*.jsonl", "environment.json", "data_summary.json", "budget.json")
 """The files of a run's folder that are its records. `config.yaml` is written again when the run resumes."""
 _TRANSFERS = 4
 """Number of files that are transferred at the same time."""
+_REMOVALS = 5
+"""How often the removal of a folder is tried. Files that are left have no manifest, so nothing reads them."""
 _PATIENCE_SECONDS = 300.0
 """How long an operation is repeated while the storage can't be reached, in seconds."""
 _LONGEST_WAIT_SECONDS = 30.0
@@ -116,10 +119,15 @@ class RemoteCheckpointStore:
         self._patiently("written", lambda: self._remove(f"{self._root}/records"))
 
     def _remove(self, folder: str) -> None:
-        if self._storage.exists(f"{folder}/{MANIFEST}"):
-            self._storage.rm_file(f"{folder}/{MANIFEST}")
-        if self._storage.exists(folder):
-            self._storage.rm(folder, recursive=True)
+        # A client repeats a request whose answer was lost, and then finds nothing to remove.
+        with suppress(FileNotFoundError):
+            if self._storage.exists(f"{folder}/{MANIFEST}"):
+                self._storage.rm_file(f"{folder}/{MANIFEST}")
+        for _ in range(_REMOVALS):
+            if not self._storage.exists(folder):
+                return
+            with suppress(FileNotFoundError):
+                self._storage.rm(folder, recursive=True)
 
     def _download(self, source: str, target: Path) -> None:
         with published(target, existing="replace") as beside:
