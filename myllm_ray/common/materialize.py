@@ -56,13 +56,15 @@ def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modu
         return model.to(device)
     with loading(model, source) as counted:
         fill(model, counted, device)
-    model.__dict__.pop("_initial_values")
     return model
 
 
 @contextmanager
 def loading(model: nn.Module, source: Source) -> Iterator[Source]:
-    """Yields the source of a model's values and reports the progress of the block that fills the model from it."""
+    """Yields the source of a model's values and reports the progress of the block that fills the model from it.
+
+    After the block, no source is attached to the model, because a source may keep files and tensors.
+    """
     with Task("loading weights", sum(1 for _ in (*model.parameters(), *model.buffers()))) as task:
 
         def create(name: str, box: Box | None = None) -> Tensor:
@@ -70,6 +72,7 @@ def loading(model: nn.Module, source: Source) -> Iterator[Source]:
             return source(name, box)
 
         yield create
+    model.__dict__.pop("_initial_values", None)
 
 
 Filled = dict[int, tuple[Tensor, Tensor]]

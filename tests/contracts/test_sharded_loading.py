@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from myllm_ray.accelerators.fsdp import FSDPAccelerator
 from myllm_ray.common.materialize import source_of
 from myllm_ray.common.tensor_files import box_of, part_of
-from myllm_ray.config.sections import ModelSection
+from myllm_ray.config.sections import LoraSection, ModelSection
 from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.models import initialization
 from myllm_ray.models.load import build_deferred, build_model
@@ -26,8 +26,12 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 5, "num_expert
 
 
 def sections(folder: str) -> dict[str, ModelSection]:
+    plain = {**LLAMA, "tie_word_embeddings": False}
+    gpt2 = {"model_type": "gpt2", "n_embd": 40, "n_layer": 2, "n_head": 2}
     return {
-        "random": ModelSection(config={**LLAMA, "tie_word_embeddings": False}),
+        "adapters": ModelSection(config=plain, lora=LoraSection(rank=3, dora=True)),
+        "pissa": ModelSection(config=gpt2, lora=LoraSection(rank=3, initialization="pissa")),
+        "random": ModelSection(config=plain),
         "random experts": ModelSection(config=MIXTRAL),
         "folder": ModelSection(name=folder),
         "resized": ModelSection(name=folder, resize_vocabulary=True),
