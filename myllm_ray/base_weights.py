@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from myllm_ray.common.files import write_json
-from myllm_ray.common.materialize import source_of
+from myllm_ray.common.materialize import held, source_of
 from myllm_ray.common.pretrained import checkpoint_in, gguf_arguments, pretrained_folder, tokenizer_folder
 from myllm_ray.common.progress import Task
+from myllm_ray.common.tensor_files import Box, whole
 from myllm_ray.config.errors import CheckpointError, ConfigError, UserError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
@@ -28,6 +30,7 @@ from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.dependencies import kind_of_model, model_section
 from myllm_ray.engine.checkpointing.manager import find_damage, read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import differences, named_models
+from myllm_ray.models.initialization import DRAWN_IN_BLOCKS
 from myllm_ray.models.load import build_deferred
 from myllm_ray.models.weights_folder import weight_files
 
@@ -175,23 +178,32 @@ def _random_sha256(config: TrainerConfig, tokenizer: Any) -> str:
     """
     section = model_section(config).model_copy(update={"lora": None, "freeze": [], "quantize": None})
     model = build_deferred(section, tokenizer, config.data.sequence_length, config.run.seed, kind_of_model(config))
-    source = source_of(model) or dict(model.named_parameters()).__getitem__
+    source = source_of(model) or held(dict(model.named_parameters()))
     digest = hashlib.sha256()
-    for kind, name in sorted(_samples(model).items()):
-        value: Tensor = source(name).detach().contiguous()
+    for kind, name, box in sorted(_samples(model)):
+        value: Tensor = source(name, box).detach().contiguous()
         digest.update(f"{kind} {name} {list(value.shape)}".encode())
         digest.update(value.numpy().tobytes())
     return digest.hexdigest()
 
 
-def _samples(model: nn.Module) -> dict[str, str]:
-    """Returns the name of the smallest parameter for each class of module and name within the module."""
-    smallest: dict[str, tuple[int, str]] = {}
-    known = {name for name, _ in model.named_parameters()}
+def _samples(model: nn.Module) -> Iterator[tuple[str, str, Box]]:
+    """Yields a sample of the parameters: a description, the name of a parameter, and a part of it.
+
+    The sample is the smallest parameter for each class of module and name within the module, and the first row of the
+    largest one if it is large enough to be drawn in blocks.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    kinds: dict[str, list[str]] = {}
     for prefix, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
+        for leaf, _ in module.named_parameters(recurse=False):
             name = f"{prefix}.{leaf}" if prefix else leaf
-            if name in known:  # a tied parameter has a value under its first name only
-                kind = f"{type(module).__name__}.{leaf}"
-                smallest[kind] = min(smallest.get(kind, (parameter.numel(), name)), (parameter.numel(), name))
-    return {kind: name for kind, (_, name) in smallest.items()}
+            if name in shapes:  # a tied parameter has a value under its first name only
+                kinds.setdefault(f"{type(module).__name__}.{leaf}", []).append(name)
+    for kind, names in kinds.items():
+        smallest = min(names, key=lambda name: (math.prod(shapes[name]), name))
+        yield kind, smallest, whole(shapes[smallest])
+        largest = max(names, key=lambda name: (math.prod(shapes[name]), name))
+        if math.prod(shapes[largest]) >= DRAWN_IN_BLOCKS:
+            first = whole(shapes[largest])
+            yield f"{kind} in blocks", largest, Box(first.offsets, (1, *first.lengths[1:]))

@@ -30,7 +30,7 @@ from myllm_ray.accelerators.zero_state import ZeroLossScale, ZeroState
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.extras import require
 from myllm_ray.common.files import why_not_writable
-from myllm_ray.common.materialize import Filled, Source, fill, loading, materialize, source_of
+from myllm_ray.common.materialize import Filled, Source, fill, held, loading, materialize, source_of
 from myllm_ray.common.modules import whole_shape
 from myllm_ray.common.quiet import quieten
 from myllm_ray.config.errors import ConfigError
@@ -148,7 +148,7 @@ class DeepSpeedAccelerator(Accelerator):
         rounded = self.precision != "fp32" and self.stage > 0
         if rounded and source is None:
             whole = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in model.named_parameters()}
-            source = whole.__getitem__
+            source = held(whole)
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints its memory usage at every start
             engine, self.optimizer, *_ = self.deepspeed.initialize(
                 model=model, optimizer=build_optimizer(model), config=self.json, dist_init_required=False

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.accelerators.optimizer_state import OptimizerLayout
@@ -21,6 +21,7 @@ from myllm_ray.accelerators.sharding import blocks_of, reshard, shard_units
 from myllm_ray.common import distributed
 from myllm_ray.common.distributed import world_size
 from myllm_ray.common.materialize import Source, fill, loading, source_of
+from myllm_ray.common.tensor_files import box_of
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import Section
 
@@ -127,11 +128,11 @@ class FSDPAccelerator(Accelerator):
         return model
 
     def _fill(self, model: nn.Module, source: Source) -> None:
-        """Creates the weights of a sharded model on the meta device, one tensor at a time, and keeps the local shards.
+        """Creates the weights of a sharded model on the meta device: of each tensor the part that this rank holds.
 
         Args:
             model: The sharded model, modified in place.
-            source: Returns the complete value of a parameter or buffer by its name, the same on every rank.
+            source: Creates the parts of the parameters, and the buffers.
         """
         place = torch.device("cpu") if self.offload.parameters == "cpu" else self.device
         # Like `to_empty`, but only for the shards: `to_empty` would also overwrite buffers.
@@ -139,11 +140,8 @@ class FSDPAccelerator(Accelerator):
         with torch.no_grad():
             for name, shard in model.named_parameters():
                 assert isinstance(shard, DTensor)
-                # src_data_rank=None: every rank takes its shard from its own copy, without communication.
-                part = distribute_tensor(
-                    source(name).to(shard.device), shard.device_mesh, shard.placements, src_data_rank=None
-                )
-                shard.to_local().copy_(part.to_local())
+                if shard.to_local().numel():  # the last ranks hold nothing of a tensor with few rows
+                    shard.to_local().copy_(source(name, box_of(shard)))
         fill(model, source, self.device)  # the buffers
 
     @contextmanager

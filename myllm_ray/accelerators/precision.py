@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from myllm_ray.common.materialize import Source, attach_source, source_of
 from myllm_ray.common.modules import adapted_modules
+from myllm_ray.common.tensor_files import Box
 from myllm_ray.config.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -163,8 +164,8 @@ def hold_in(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         attach_source(model, functools.partial(_cast, source, dtypes))
 
 
-def _cast(source: Source, dtypes: Mapping[str, torch.dtype], name: str) -> Tensor:
-    value = source(name)
+def _cast(source: Source, dtypes: Mapping[str, torch.dtype], name: str, box: Box | None = None) -> Tensor:
+    value = source(name, box)
     return value.to(dtypes.get(name, value.dtype))
 
 

@@ -7,6 +7,7 @@ addition to its share.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from myllm_ray.accelerators.optimizer_state import create_moments
 from myllm_ray.accelerators.precision import FIRST_SCALE
 from myllm_ray.common.distributed import rank, world_size
-from myllm_ray.common.materialize import Source
 
 
 class ZeroState:
@@ -79,7 +79,7 @@ class ZeroState:
                     for state in self.optimizer.optimizer.state.values():
                         state[key].copy_(tensors[f"optimizer.{name}.{key}"])
 
-    def set_masters(self, source: Source) -> None:
+    def set_masters(self, source: Callable[[str], Tensor]) -> None:
         """Sets the fp32 master weights, and does not change the parameters that the model computes with.
 
         Args:

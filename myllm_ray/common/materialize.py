@@ -1,22 +1,41 @@
 """Models on the meta device, with a source that creates each tensor on request.
 
-This makes it possible to build a model that is larger than a worker's memory: a sharding backend requests one tensor at
-a time, keeps its shard and frees the rest.
+This makes it possible to build a model that is larger than a worker's memory: a sharding backend requests its part of
+each tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.progress import Task
+from myllm_ray.common.tensor_files import Box, part_of
 
-Source = Callable[[str], Tensor]
-"""Maps the fully qualified name of a parameter or buffer to its initial value on the CPU, the same in every process."""
+
+class Source(Protocol):
+    """Creates the initial values of a model on the CPU. They are the same in every process."""
+
+    def __call__(self, name: str, box: Box | None = None) -> Tensor:
+        """Returns a value.
+
+        Args:
+            name: The fully qualified name of a parameter or buffer.
+            box: The part of the value to return; None: all.
+        """
+
+
+def held(values: Mapping[str, Tensor]) -> Source:
+    """Returns the source of values that exist already."""
+
+    def source(name: str, box: Box | None = None) -> Tensor:
+        return part_of(values[name], box)
+
+    return source
 
 
 def attach_source(model: nn.Module, source: Source) -> nn.Module:
@@ -37,20 +56,23 @@ def materialize(model: nn.Module, device: torch.device | str = "cpu") -> nn.Modu
         return model.to(device)
     with loading(model, source) as counted:
         fill(model, counted, device)
-    model.__dict__.pop("_initial_values")
     return model
 
 
 @contextmanager
 def loading(model: nn.Module, source: Source) -> Iterator[Source]:
-    """Yields the source of a model's values and reports the progress of the block that fills the model from it."""
+    """Yields the source of a model's values and reports the progress of the block that fills the model from it.
+
+    After the block, no source is attached to the model, because a source may keep files and tensors.
+    """
     with Task("loading weights", sum(1 for _ in (*model.parameters(), *model.buffers()))) as task:
 
-        def create(name: str) -> Tensor:
+        def create(name: str, box: Box | None = None) -> Tensor:
             task.advance()
-            return source(name)
+            return source(name, box)
 
         yield create
+    model.__dict__.pop("_initial_values", None)
 
 
 Filled = dict[int, tuple[Tensor, Tensor]]
@@ -60,7 +82,7 @@ Filled = dict[int, tuple[Tensor, Tensor]]
 @torch.no_grad()
 def fill(
     module: nn.Module,
-    source: Source,
+    source: Callable[[str], Tensor],
     device: torch.device | str,
     prefix: str = "",
     recurse: bool = True,
@@ -70,7 +92,7 @@ def fill(
 
     Args:
         module: The model or one of its submodules.
-        source: Creates the values.
+        source: Creates the complete value of a parameter or buffer from its name.
         device: The device of the values.
         prefix: The name of `module` in the model.
         recurse: Whether to fill the submodules too.

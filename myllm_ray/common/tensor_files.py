@@ -74,6 +74,16 @@ def whole(shape: Iterable[int]) -> Box:
     return Box((0,) * len(lengths), lengths)
 
 
+def part_of(tensor: Tensor, box: Box | None) -> Tensor:
+    """Returns a box of a tensor as a view; all of it for None."""
+    return tensor if box is None else tensor[slices_of(box)]
+
+
+def slices_of(box: Box) -> tuple[slice, ...]:
+    """Returns the index of a box."""
+    return tuple(slice(start, start + length) for start, length in zip(*box, strict=True))
+
+
 def reads(parts: Iterable[Part], wanted: Box) -> Iterator[Read]:
     """Yields what has to be read of the parts of a tensor to fill a box."""
     for part in parts:
@@ -145,7 +155,7 @@ def _piece(opened: Any, name: str, read: Read) -> Tensor:
 
 
 class TensorFiles:
-    """Reads whole tensors, one at a time. Files stay open.
+    """Reads tensors or parts of them, one at a time. Files stay open.
 
     Args:
         folder: The folder of the files.
@@ -156,21 +166,27 @@ class TensorFiles:
         self.folder, self.index = folder, index
         self._opened: dict[str, Any] = {}
 
-    def read(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Returns a whole tensor in the dtype of its files.
+    def read(self, name: str, shape: Sequence[int], box: Box | None = None) -> Tensor:
+        """Returns a tensor in the dtype of its files.
+
+        Args:
+            name: The name of the tensor.
+            shape: Its shape.
+            box: The part to read; None: all.
 
         Raises:
             ValueError: The index or a file does not match the shape.
         """
+        box = box or whole(shape)
         found: Tensor | None = None
-        for file, wanted in plan_reads(self.index, {name: whole(shape)}).items():
+        for file, wanted in plan_reads(self.index, {name: box}).items():
             if file not in self._opened:
                 self._opened[file] = safe_open(self.folder / file, "pt")
             for _, read in wanted:
                 piece = _piece(self._opened[file], name, read)
-                found = torch.empty(tuple(shape), dtype=piece.dtype) if found is None else found
+                found = torch.empty(box.lengths, dtype=piece.dtype) if found is None else found
                 found[read.target] = piece
-        return torch.empty(tuple(shape)) if found is None else found
+        return torch.empty(box.lengths) if found is None else found
 
 
 def to_json(index: Index) -> dict[str, Any]:

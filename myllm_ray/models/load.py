@@ -12,10 +12,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from myllm_ray.common.materialize import Source, attach_source, materialize
+from myllm_ray.common.materialize import Source, attach_source, held, materialize
 from myllm_ray.common.pretrained import checkpoint_in, gguf_arguments, pretrained_folder
 from myllm_ray.common.quiet import without_progress_bars
 from myllm_ray.common.seeds import seed_all
+from myllm_ray.common.tensor_files import Box, part_of
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
 from myllm_ray.config.sections import ModelSection
@@ -28,8 +29,9 @@ from myllm_ray.models.architecture import (
     random_by_name,
 )
 from myllm_ray.models.causal_lm import CausalLM
-from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source, record_initialization
+from myllm_ray.models.deferred import CheckpointTensors, checkpoint_source
 from myllm_ray.models.heads import ActorCritic, RewardModel
+from myllm_ray.models.initialization import record_initialization
 from myllm_ray.models.lora import adapter_source, add_adapters, fill_adapters
 from myllm_ray.models.lora_targets import freeze
 from myllm_ray.models.quantization import add_quantization, quantized_source, remove_quantization
@@ -145,11 +147,11 @@ def _renamed(source: Source, skeleton: PreTrainedModel) -> Source:
     """
     hidden = int(skeleton.config.get_text_config().hidden_size)
 
-    def renamed(name: str) -> torch.Tensor:
+    def renamed(name: str, box: Box | None = None) -> torch.Tensor:
         if name == "value.weight":
-            return torch.zeros(1, hidden)
+            return part_of(torch.zeros(1, hidden), box)
         outer, _, inner = name.partition(".")
-        return source(f"{skeleton.base_model_prefix}.{inner}" if outer == "critic" else inner)
+        return source(f"{skeleton.base_model_prefix}.{inner}" if outer == "critic" else inner, box)
 
     return renamed
 
@@ -194,22 +196,18 @@ def _skeleton(section: ModelSection, tokenizer: Any, sequence_length: int, kind:
 
 
 def _source(section: ModelSection, skeleton: PreTrainedModel, seed: int) -> Source | None:
-    try:
-        random = record_initialization(skeleton, skeleton.initialize_weights, seed)
-    # RuntimeError: the initialization reads values, which meta tensors do not have.
-    except (NotImplementedError, RuntimeError):
-        return None
+    """Returns the source of a model's weights, or None if they can't be created or read one by one."""
+    random = record_initialization(skeleton, skeleton.initialize_weights, seed)
     if section.name is None:
-        return random
+        return None if random.dependent else random.source
     if (checkpoint := checkpoint_in(section.name)) is not None:
-        return checkpoint_source(_opened(checkpoint), skeleton, random)
-    if gguf_arguments(section.name):  # dequantized by transformers, as a whole
+        tensors = _opened(checkpoint)
+        return None if random.dependent - tensors.names else checkpoint_source(tensors, skeleton, random.source)
+    # Dequantized by transformers, as a whole.
+    if gguf_arguments(section.name) or getattr(skeleton.config, "quantization_config", None) is not None:
         return None
     folder = pretrained_folder(section.name, "model.name", weights=True, code=section.trust_remote_code)
-    # The score head is not required: it is randomly initialized if the folder contains a language model.
-    return folder_source(
-        folder, {name for name, _ in skeleton.named_parameters() if not name.startswith("score.")}, random
-    )
+    return folder_source(folder, skeleton, random, section.resize_vocabulary)
 
 
 def _opened(checkpoint: Path) -> CheckpointTensors:
@@ -241,7 +239,7 @@ def _opened(checkpoint: Path) -> CheckpointTensors:
         source = source and quantized_source(source, model)
         remove_quantization(model)  # `initial` has the names of the model without quantization
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    tensors.initial = source or values.__getitem__
+    tensors.initial = source or held(values)
     return tensors
 
 
@@ -257,7 +255,7 @@ def _from_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel
     if checkpoint is not None:
         model: PreTrainedModel = random_by_name(section, kind, tokens)
         values: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        source = checkpoint_source(_opened(checkpoint), model, values.__getitem__)
+        source = checkpoint_source(_opened(checkpoint), model, held(values))
         source = resized_source(source, model) if section.resize_vocabulary else source
         with torch.no_grad():
             for name, tensor in values.items():
@@ -277,7 +275,7 @@ def _from_name(section: ModelSection, kind: str, tokens: int) -> PreTrainedModel
                 **(section.config or {}),
                 output_loading_info=True,
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.name: {section.name!r} can't be loaded: {one_line(error)}") from None
     except RuntimeError as error:
         if not gguf:

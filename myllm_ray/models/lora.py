@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from myllm_ray.common.extras import require
 from myllm_ray.common.materialize import Source
 from myllm_ray.common.modules import adapted_modules
 from myllm_ray.common.seeds import derive_seed
+from myllm_ray.common.tensor_files import Box, part_of
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.sections import LoraSection
 from myllm_ray.models.lora_targets import modules_to_adapt, parameters_to_save
@@ -97,15 +99,20 @@ def adapter_source(base: Source, seed: int, skeleton: nn.Module, section: LoraSe
     def principal(stem: str) -> tuple[Tensor, Tensor, Tensor]:
         return _principal(weight(stem), section, derive_seed("weight", seed, stem))
 
-    def source(name: str) -> Tensor:
+    def source(name: str, box: Box | None = None) -> Tensor:
+        _, inner, leaf = name.rpartition(".base_layer.")
+        if ".lora_" not in name and not (section.initialization == "pissa" and inner and leaf == "weight"):
+            # PEFT moves an adapted layer into `base_layer`; the base source has the original name.
+            return base(name.replace(".base_layer.", "."), box)
+        return part_of(changed(name), box)
+
+    def changed(name: str) -> Tensor:
+        """Returns a tensor of an adapter, or a base weight that its initialization changes."""
         stem, _, part = name.partition(".lora_")
         if not part:
-            # PEFT moves an adapted layer into `base_layer`; the base source has the original name.
-            stem, inner, leaf = name.rpartition(".base_layer.")
-            if section.initialization == "pissa" and inner and leaf == "weight":
-                rest = principal(stem)[2]
-                return rest.T.contiguous() if stem in transposed else rest
-            return base(name.replace(".base_layer.", "."))
+            stem = name.rpartition(".base_layer.")[0]
+            rest = principal(stem)[2]
+            return rest.T.contiguous() if stem in transposed else rest
         if part.startswith("magnitude_vector."):
             norms: Tensor = torch.linalg.norm(weight(stem), dim=1)
             return norms
@@ -157,7 +164,11 @@ def fill_adapters(model: nn.Module, seed: int, section: LoraSection) -> None:
         section: The section `model.lora`.
     """
     values = dict(model.named_parameters())
-    source = adapter_source(lambda name: values[_inside(name, values)].detach(), seed, model, section)
+
+    def base(name: str, box: Box | None = None) -> Tensor:
+        return part_of(values[_inside(name, values)].detach(), box)
+
+    source = adapter_source(base, seed, model, section)
     with torch.no_grad():
         for name, _ in adapted_modules(model):
             parts = [n for n in values if n.startswith(f"{name}.")]
@@ -171,7 +182,9 @@ def _inside(name: str, known: dict[str, Any]) -> str:
     return name if name in known else f"{outer}.base_layer.{leaf}"
 
 
-def merged(weight: Tensor, read: Source, stem: str, section: LoraSection, transposed: bool = False) -> Tensor:
+def merged(
+    weight: Tensor, read: Callable[[str], Tensor], stem: str, section: LoraSection, transposed: bool = False
+) -> Tensor:
     """Returns a weight with its adapter merged.
 
     Args:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from myllm_ray.common.extras import require
 from myllm_ray.common.materialize import Source
+from myllm_ray.common.tensor_files import Box, part_of
 from myllm_ray.config.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -169,17 +170,17 @@ def quantized_source(base: Source, skeleton: nn.Module) -> Source:
     last: dict[str, dict[str, Tensor]] = {}
     shapes: dict[str, torch.Size] = {}
 
-    def source(name: str) -> Tensor:
+    def source(name: str, box: Box | None = None) -> Tensor:
         layer, _, part = name.rpartition(".")
         if layer not in layers or part not in (*_PARTS, "weight"):
-            return base(name)
+            return base(name, box)
         if layer not in last:  # the three buffers of a layer are requested one after the other
             last.clear()
             weight = base(f"{layer}.weight")
             last[layer], shapes[layer] = quantize(weight), weight.shape
         if part == "weight":  # of a model whose layers are dequantized
-            return dequantize(**last[layer], shape=shapes[layer], dtype=torch.float32)
-        return last[layer][part]
+            return part_of(dequantize(**last[layer], shape=shapes[layer], dtype=torch.float32), box)
+        return part_of(last[layer][part], box)
 
     return source
 

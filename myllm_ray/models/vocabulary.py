@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from myllm_ray.common.materialize import Source
+from myllm_ray.common.tensor_files import Box, part_of
 from myllm_ray.config.errors import ConfigError
 
 MULTIPLE = 64
@@ -40,9 +41,11 @@ def resized_source(source: Source, skeleton: nn.Module) -> Source:
     """
     rows = {name: len(tensor) for name, tensor in _vocabulary_tensors(skeleton).items()}
 
-    def resized(name: str) -> Tensor:
-        value = source(name)
-        return value if name not in rows else with_mean_rows(value, rows[name])
+    def resized(name: str, box: Box | None = None) -> Tensor:
+        if name not in rows:
+            return source(name, box)
+        # The mean of the rows needs all of them.
+        return part_of(with_mean_rows(source(name), rows[name]), box)
 
     return resized
 

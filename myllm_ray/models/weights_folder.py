@@ -1,15 +1,22 @@
-"""The weights of a local folder in Hugging Face format, read tensor by tensor."""
+"""The weights of a local folder in Hugging Face format, read tensor by tensor or in parts."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from myllm_ray.common.materialize import Source
+from myllm_ray.common.tensor_files import Box, slices_of, whole
 from myllm_ray.config.errors import ConfigError
+from myllm_ray.models.conversion import model_tensors
+from myllm_ray.models.initialization import Initialization
+from myllm_ray.models.parts import Stored
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -38,29 +45,64 @@ def weight_files(folder: Path) -> dict[str, str]:
     return dict.fromkeys(_names(folder / _SINGLE), _SINGLE) if (folder / _SINGLE).is_file() else {}
 
 
-def folder_source(folder: Path, names: set[str], otherwise: Source) -> Source | None:
-    """Returns a source that reads safetensors files tensor by tensor, or None if a tensor of `names` is missing.
+def folder_source(folder: Path, model: PreTrainedModel, random: Initialization, resized: bool = False) -> Source | None:
+    """Returns a source that reads safetensors files in parts, or None if a tensor is missing that can't be initialized.
 
     Args:
         folder: A folder in Hugging Face format, with one file or with several files and an index.
-        names: The names of the required parameters in the model.
-        otherwise: The source of tensors that the files do not contain (computed buffers).
+        model: The model on the meta device. Its score head, if it has one, may be missing in the files.
+        random: The initialization of the model, for tensors that the files do not contain: computed buffers and a
+            score head.
+        resized: Whether the embeddings of the model may have more rows than those of the files.
 
     Raises:
-        ConfigError: A file is missing or damaged.
+        ConfigError: A file is missing or damaged, or a tensor has another shape than the model's.
     """
     files = weight_files(folder)
-    if not names <= files.keys():
+    tensors = model_tensors(_stored(folder, files), model)
+    required = {name for name, _ in model.named_parameters() if not name.startswith("score.")} | random.dependent
+    if not required <= tensors.keys():
         return None
+    for name, parameter in model.named_parameters():
+        shape, expected = tensors[name].shape if name in tensors else parameter.shape, tuple(parameter.shape)
+        if shape != expected and not (resized and shape[1:] == expected[1:]):
+            raise ConfigError(
+                f"model.name: the files in {folder} hold {name} of shape {list(shape)}, "
+                f"and its config.json describes {list(expected)}"
+            )
 
-    def source(name: str) -> Tensor:
-        if name not in files:
-            return otherwise(name)
-        with safe_open(folder / files[name], "pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-        return tensor.float() if tensor.is_floating_point() else tensor
+    def source(name: str, box: Box | None = None) -> Tensor:
+        if name not in tensors:
+            return random.source(name, box)
+        return tensors[name].read(box or whole(tensors[name].shape))
 
     return source
+
+
+def _stored(folder: Path, files: Mapping[str, str]) -> dict[str, Stored]:
+    """Returns the tensors of files, which stay open.
+
+    Args:
+        folder: The folder of the files.
+        files: The file of each tensor.
+    """
+    opened = {file: _open(folder / file) for file in sorted({*files.values()})}
+    return {name: _stored_tensor(opened[file], name) for name, file in files.items()}
+
+
+def _open(path: Path) -> Any:
+    return safe_open(path, "pt")
+
+
+def _stored_tensor(opened: Any, name: str) -> Stored:
+    shape = tuple(opened.get_slice(name).get_shape())
+
+    def read(box: Box) -> Tensor:
+        # The whole tensor is a view of the file, which saves a copy.
+        value: Tensor = opened.get_tensor(name) if box == whole(shape) else opened.get_slice(name)[slices_of(box)]
+        return value.float() if value.is_floating_point() else value
+
+    return Stored(shape, read)
 
 
 def _names(path: Path) -> set[str]:

@@ -52,7 +52,7 @@ def compare(name: str, precision: str) -> dict[str, Any]:
     total = parameter_count([other])
     source, asked = source_of(other), []
     assert source is not None
-    attach_source(other, lambda key: asked.append(key) or source(key))  # type: ignore[func-returns-value]
+    attach_source(other, lambda name, box=None: asked.append(name) or source(name, box))  # type: ignore[func-returns-value, misc]
     trained = accelerator.prepare(
         model, OptimizerManager(model, config).build, SchedulerManager(config=config).build
     ).eval()

@@ -26,8 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tied": LLAMA,
     "untied": {**LLAMA, "tie_word_embeddings": False},
     "head with bias": {**LLAMA, "model_type": "phi", "tie_word_embeddings": False},
-    # Its initialization reads values, so it is loaded as a whole.
-    "whole": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "expand": 2},
+    "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "expand": 2},
 }
 
 
@@ -44,12 +43,12 @@ def saved(folder: Path, config: dict[str, Any], **arguments: Any) -> Path:
 @pytest.mark.parametrize("kind", ["causal_lm", "reward_model"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_new_tokens_get_the_mean_embedding(shape: str, kind: str, tmp_path: Path) -> None:
-    if shape == "whole" and kind == "reward_model":
+    if shape == "mamba" and kind == "reward_model":
         pytest.skip("transformers has no sequence classifier for Mamba")
     folder = saved(tmp_path / "base", SHAPES[shape])
     tokenizer = load_tokenizer(TokenizerSection(path=str(folder), add_special_tokens=["<a>", "<b>"]))
     assert len(tokenizer) == 262
-    attention: Any = "eager" if shape == "whole" else "sdpa"
+    attention: Any = "eager" if shape == "mamba" else "sdpa"
     with pytest.raises(ConfigError, match=r"260 token embeddings, the tokenizer 262 tokens: .*model.resize_vocabulary"):
         build_skeleton(ModelSection(name=str(folder), attention=attention), tokenizer, 16, kind)
     section = ModelSection(name=str(folder), resize_vocabulary=True, attention=attention)
@@ -64,14 +63,14 @@ def test_new_tokens_get_the_mean_embedding(shape: str, kind: str, tmp_path: Path
             expected = old[name].double().mean(0).float()
             torch.testing.assert_close(parameter[260:], expected.expand(60, *expected.shape), rtol=0, atol=0)
             rows += 1
-    assert rows == {"tied": 1, "untied": 2, "head with bias": 3, "whole": 2}[shape] - (
+    assert rows == {"tied": 1, "untied": 2, "head with bias": 3, "mamba": 2}[shape] - (
         0 if kind == "causal_lm" else {"tied": 0, "untied": 1, "head with bias": 2}[shape]
     )
     assert model.config.get_text_config().vocab_size == 320
 
 
 def test_an_attention_that_the_architecture_lacks_is_one_line(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "base", SHAPES["whole"])
+    folder = saved(tmp_path / "base", SHAPES["mamba"])
     with pytest.raises(
         ConfigError, match=r"^model\.name: .* the architecture has no model\.attention: sdpa; use eager$"
     ):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import LLAMA, MakeConfig
+from models_table import NEEDED
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -20,9 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from myllm_ray.accelerators.base import Accelerator
 from myllm_ray.accelerators.fsdp import FSDPAccelerator
-from myllm_ray.accelerators.sharding import largest_shard, local_bytes, placement
+from myllm_ray.accelerators.sharding import OUTSIDE, largest_shard, local_bytes, placement
 from myllm_ray.common import distributed
-from myllm_ray.common.modules import parameter_count, repeated_blocks
+from myllm_ray.common.modules import outside_blocks, parameter_count, repeated_blocks
 from myllm_ray.config import ConfigError
 from myllm_ray.config.resolve import resolve
 from myllm_ray.config.sections import ModelSection
@@ -30,6 +31,7 @@ from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.engine.optimizer import OptimizerManager
 from myllm_ray.engine.scheduler import SchedulerManager
 from myllm_ray.models.load import build_deferred
+from myllm_ray.models.shrink import small_model
 from myllm_ray.preparation import check_model
 
 RANKS = 64
@@ -102,6 +104,50 @@ def test_every_block_is_a_unit(name: str) -> None:
     assert len(blocks) == (8 if own else 4)
     assert len({type(block) for block in blocks}) == (2 if name == "jamba" else 1)
     check_sharded(*(lambda m, a: (m, blocks, a))(*sharded(model)))
+
+
+HYBRIDS = [
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "gemma3n_text",
+    "granitemoehybrid",
+    "jamba",
+    "kimi_linear",
+    "lfm2",
+    "lfm2_moe",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5_text",
+    "qwen3_next",
+    "recurrent_gemma",
+    "rwkv",
+    "xlstm",
+    "zamba",
+    "zamba2",
+]
+"""Architectures with recurrent, convolutional or linear-attention layers."""
+USUAL = ("qwen3_next", "zamba2")
+
+
+@pytest.mark.usefixtures("ranks")
+@pytest.mark.parametrize("kind", ["actor_critic", "actor_own_critic"])
+@pytest.mark.parametrize("name", [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in HYBRIDS])
+def test_hybrid_architectures_are_wrapped_by_block(name: str, kind: str) -> None:
+    """With a critic too, all layers are units, and little but embeddings and head is gathered with the root."""
+    section = small_model(ModelSection(config={"model_type": name, **NEEDED.get(name, {})}, attention="eager"))
+    # Random weights of some architectures are created with the model.
+    model = build_deferred(section, byte_tokenizer(), 32, 0, kind).to("meta")
+    blocks = repeated_blocks(model)
+    sharded(model)
+    assert len(blocks) >= (4 if kind == "actor_own_critic" else 2)
+    assert all(isinstance(block, FSDPModule) for block in blocks)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    outside, total = outside_blocks(model, blocks)
+    assert outside <= OUTSIDE * total
 
 
 @pytest.mark.usefixtures("ranks")

@@ -154,6 +154,7 @@ def test_checkpoints_of_format_2_are_read(tmp_path: Path) -> None:
     assert torch.equal(live["model.model.w"], weight)
     assert live["optimizer.w.step"] == 4
     assert torch.equal(CheckpointTensors(folder).read("w"), weight)
+    assert torch.equal(CheckpointTensors(folder).read("w", box=Box((2, 1), (2, 2))), weight[2:4, 1:3])
 
 
 def test_what_torch_wrote_for_format_2_is_read(tmp_path: Path) -> None:
