@@ -213,16 +213,17 @@ def regrouped(rows: Iterable[Rows], size: int) -> Iterator[Rows]:
         rest = piece
         while held + len(rest.counts) >= size:
             head, rest = rest.split(size - held)
-            yield _joined([*parts, head])
+            yield joined([*parts, head])
             parts, held = [], 0
         if len(rest.counts):
             parts.append(rest)
             held += len(rest.counts)
     if held:
-        yield _joined(parts)
+        yield joined(parts)
 
 
-def _joined(parts: list[Rows]) -> Rows:
+def joined(parts: list[Rows]) -> Rows:
+    """Returns the rows of all parts, one after the other."""
     return Rows(np.concatenate([p.segments for p in parts]), np.concatenate([p.counts for p in parts]))
 
 

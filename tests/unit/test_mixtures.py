@@ -1,0 +1,373 @@
+"""Mixtures by share: the source of every row, the sequence of rows, the config, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeConfig, instruction_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from planned import MadeUpStore, reference_round
+
+from myllm_ray.common.types import Position
+from myllm_ray.config import ConfigError
+from myllm_ray.config.errors import CheckpointError, DataError
+from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.data import mixture as mixing
+from myllm_ray.data import plan as planning
+from myllm_ray.data.mixture import UNIT, Mixture, Stage, choose
+from myllm_ray.data.order import Order, documents
+from myllm_ray.data.packing import Row
+from myllm_ray.data.plan import Packing, RowPlan
+from myllm_ray.data.prepare import prepare
+from myllm_ray.data.stream import LocalStream
+from myllm_ray.engine.checkpointing.manager import CheckpointManager
+from myllm_ray.engine.run_folder import check_same_run
+
+SHARES = st.lists(st.integers(0, 1000), min_size=1, max_size=7).filter(any)
+PACKINGS = [
+    Packing("continuous", 64, "split"),
+    Packing("best_fit", 64),
+    Packing("best_fit", 64, "split"),
+    Packing("none", 64),
+    Packing("none", 64, "split"),
+    Packing("record", 64),
+]
+COUNTS = [600, 1, 7, 900]
+STAGES = (Stage(300, (UNIT // 2, UNIT // 10, UNIT // 5, UNIT // 5)), Stage(None, (0, 0, UNIT // 4, UNIT - UNIT // 4)))
+
+
+@given(SHARES, st.integers(1, 300))
+def test_rows_of_one_length_differ_by_less_than_one_row(shares: list[int], count: int) -> None:
+    """After n rows, a source has share · n rows, rounded up or down."""
+    owed = [0] * len(shares)
+    found = choose(shares, [[5] * count] * len(shares), owed, count)
+    assert len(found) == count
+    for n in range(1, count + 1):
+        for source, share in enumerate(shares):
+            exact = Fraction(share * n, sum(shares))
+            assert exact.__floor__() <= found[:n].count(source) <= exact.__ceil__()
+
+
+@given(SHARES, st.integers(0, 2**32), st.sampled_from([2, 30, 1000]))
+def test_rows_of_any_length_differ_by_at_most_one_row(shares: list[int], seed: int, longest: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = [rng.integers(1, rng.integers(2, longest + 1), 200).tolist() for _ in shares]
+    owed, total = [0] * len(shares), sum(shares)
+    found = choose(shares, sizes, owed, 200)
+    left, given = [iter(values) for values in sizes], [0] * len(shares)
+    for source in found:
+        given[source] += next(left[source])
+        for other, share in enumerate(shares):
+            apart = total * given[other] - share * sum(given)
+            assert -total * max(map(max, sizes)) <= apart <= (total - share) * max(sizes[other])
+    assert owed == [share * sum(given) - total * mine for share, mine in zip(shares, given, strict=True)]
+
+
+@given(SHARES, st.lists(st.integers(1, 50), min_size=1))
+def test_the_choice_does_not_depend_on_its_parts(shares: list[int], parts: list[int]) -> None:
+    sizes = [[1 + (7 * n + source) % 13 for n in range(sum(parts))] for source in range(len(shares))]
+    whole = choose(shares, sizes, [0] * len(shares), sum(parts))
+    owed, found = [0] * len(shares), list[int]()
+    for part in parts:
+        rest = [values[found.count(source) :] for source, values in enumerate(sizes)]
+        found += choose(shares, rest, owed, part)
+    assert found == whole[: len(found)]
+
+
+def reference(plan: RowPlan, count: int, flush_rows: int) -> Iterator[Row]:
+    """Yields the rows of a mixture one at a time, with fractions."""
+    mixture, names = plan.order.mixture, range(len(plan.store.sources))
+    assert mixture is not None
+
+    def endless(source: int) -> Iterator[Row]:
+        for number in itertools.count():
+            yield from reference_round(plan, source, number, plan._passes(source), flush_rows)
+
+    def size(row: Row) -> int:
+        return 1 if plan.packing.kind == "record" else sum(s.length for s in row)
+
+    rows = [endless(source) for source in names]
+    heads: dict[int, Row] = {}
+    begin, stages = 0, list(mixture.stages)
+    given = [0] * len(rows)
+    for n in range(count):
+        if stages[0].until == n:
+            begin, given = n, [0] * len(rows)
+            stages.pop(0)
+        shares = [Fraction(share, UNIT) for share in stages[0].shares]
+        total, ends = sum(given), {}
+        for source in names:
+            if shares[source]:
+                if source not in heads:
+                    heads[source] = next(rows[source])
+                if given[source] <= shares[source] * total:
+                    ends[source] = (given[source] + size(heads[source])) / shares[source]
+        chosen = min(ends, key=lambda source: (ends[source], source))
+        row = heads.pop(chosen)
+        given[chosen] += size(row)
+        yield row
+    assert begin in (0, 300)
+
+
+@pytest.mark.parametrize("shuffle", ["full", "window", "none", "formula"])
+@pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: f"{packing.kind}-{packing.overflow}")
+def test_the_sequence_is_that_of_one_row_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: Packing, shuffle: str
+) -> None:
+    """It depends neither on pieces and files, nor on where it is cut into epochs, nor on where it is opened."""
+    monkeypatch.setattr(planning, "_ROUND_ROWS", 20)
+    monkeypatch.setattr(planning, "_FLUSH_ROWS", 64)
+    monkeypatch.setattr(planning, "_LEAST_FLUSH_ROWS", 16)
+    order = Order(
+        3,
+        shuffle.replace("formula", "full"),
+        100,
+        held_out=0.1,
+        by_formula=shuffle == "formula",
+        mixture=Mixture(STAGES, 700),
+    )
+    expected = list(reference(RowPlan(MadeUpStore(tmp_path, COUNTS, 50), order, packing), 700, 16))
+    for small, piece, most, rows in ((10**6, 32768, 65536, 700), (0, 100, 65536, 128), (0, 1000, 7, 96)):
+        monkeypatch.setattr(planning, "_SMALL", small)
+        monkeypatch.setattr(planning, "_PIECE", piece)
+        monkeypatch.setattr(mixing, "_MOST_ROWS", most)
+        cut = Order(**{**vars(order), "mixture": Mixture(STAGES, rows)})
+        store = MadeUpStore(tmp_path / f"{rows}", COUNTS, 50)
+        plan = RowPlan(store, cut, packing)
+        assert plan.rows_in_epoch(3) == rows
+        found = [row for epoch in range(700 // rows) for row in plan.rows(epoch, 0, rows)]
+        assert found == expected[: len(found)]
+        for epoch in range(700 // rows):
+            for name in ("kept", "other"):  # the earlier epochs are in files, or not
+                opened = RowPlan(
+                    MadeUpStore(store.folder if name == "kept" else tmp_path / f"{rows}-{epoch}", COUNTS, 50),
+                    cut,
+                    packing,
+                )
+                assert opened.rows(epoch, 5, 9) == expected[epoch * rows + 5 : epoch * rows + 9]
+                assert opened.segments(epoch)[1][-1] == len(opened.segments(epoch)[0])
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: f"{packing.kind}-{packing.overflow}")
+def test_every_round_has_every_document_once_per_pass(tmp_path: Path, packing: Packing) -> None:
+    order = Order(0, held_out=0.1, mixture=Mixture(STAGES, 4096))
+    plan = RowPlan(MadeUpStore(tmp_path, COUNTS, 50), order, packing)
+    held = {int(d) for part in documents(plan.store, Order(0, "none", held_out=0.1, validation=True), 0) for d in part}
+    for source in range(len(COUNTS)):
+        passes, orders = plan._passes(source), []
+        for number in range(2):
+            segments = np.concatenate([rows.segments for rows in plan._rows_of_source(source, number)])
+            begun = segments[segments[:, 1] == 0, 0]
+            expected = sorted([d for d in plan.store.documents_of(source) if d not in held] * passes)
+            assert sorted(begun.tolist()) == expected
+            orders.append(begun.tolist())
+        assert len(set(orders[0])) < 7 or orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: f"{packing.kind}-{packing.overflow}")
+def test_the_tokens_of_a_plan_are_those_of_the_shares(tmp_path: Path, packing: Packing) -> None:
+    plan = RowPlan(MadeUpStore(tmp_path, COUNTS, 50), Order(1, mixture=Mixture(STAGES, 1000)), packing)
+    rows = plan.rows(0, 0, 1000)
+    for begin, stage, end in ((0, STAGES[0], 300), (300, STAGES[1], 1000)):
+        given = np.zeros(len(COUNTS), np.int64)
+        for row in rows[begin:end]:
+            size = 1 if packing.kind == "record" else sum(s.length for s in row)
+            sources = {int(plan.store.source_of(np.asarray(s.document))) for s in row}
+            assert len(sources) == 1
+            given[sources.pop()] += size
+            exact = given.sum() * np.asarray(stage.shares) / UNIT
+            assert (abs(given - exact) <= (1 if packing.kind == "record" else 64)).all()
+
+
+def test_a_source_without_documents_is_an_error(tmp_path: Path) -> None:
+    store = MadeUpStore(tmp_path, [50, 1], 20)
+    order = Order(0, held_out=0.9, mixture=Mixture((Stage(None, (UNIT // 2, UNIT // 2)),), 64))
+    with pytest.raises(DataError, match="'source-1' has no documents for training"):
+        RowPlan(store, order, Packing("best_fit", 64)).segments(0)
+
+
+# ---------------------------------------------------------------------------------------------------------- configs
+
+
+@pytest.fixture
+def mixed(make_config: MakeConfig, tmp_path: Path) -> MakeConfig:
+    """Returns a function that builds a config with two sources, `long` and `short`, without shares."""
+    for name, count in (("long", 40), ("short", 9)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(instruction_rows(count, seed=count)))
+
+    def make(*overrides: str, **top: Any) -> TrainerConfig:
+        sources = [f"{{name: {name}, path: {tmp_path}/{name}.json, format: instruction}}" for name in ("long", "short")]
+        return make_config(f"data.train=[{', '.join(sources)}]", *overrides, **top)
+
+    return make
+
+
+def shares(long: float, short: float) -> tuple[str, str]:
+    return f"data.train.0.share={long}", f"data.train.1.share={short}"
+
+
+LONG, BOTH = "{shares: {long: 1}}", "{shares: {long: 0.5, short: 0.5}}"
+
+
+def until(end: Any, stage: str) -> str:
+    return stage.replace("{shares", f"{{until: {end}, shares", 1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train.0.share=0.8"], "data: train.share: give every source a share, or none"),
+        ([*shares(0.8, 0.3)], "train.share: the shares must add up to 1 .they add up to 1.1"),
+        ([*shares(0, 1)], "data.train.0.share: input should be greater than 0"),
+        ([*shares(1e-7, 1 - 1e-7)], "the smallest share above 0 is 1e-06"),
+        ([*shares(0.8, 0.2), "data.train.0.weight=2"], "train.weight is a number of passes per epoch"),
+        ([*shares(0.8, 0.2), "run.max_steps=null", "run.epochs=2"], "run.epochs: sources with shares"),
+        ([*shares(0.8, 0.2), f"data.mixture=[{BOTH}]"], "mixture and train.share exclude each other"),
+        (["data.mixture=[]"], "mixture is an empty list"),
+        ([f"data.mixture=[{BOTH}]", "data.train.1.weight=0.5"], "train.weight is a number of passes"),
+        ([f"data.mixture=[{BOTH}]", "data.train.1.name=null"], "give every entry of data.train a name"),
+        ([f"data.mixture=[{BOTH}]", "data.train.1.name=long"], "give every entry of data.train a name"),
+        ([f"data.mixture=[{LONG}]"], "source short has no share in any stage"),
+        (["data.mixture=[{shares: {long: 0.5, shrot: 0.5}}]"], "no source is named shrot .names: long, short"),
+        (["data.mixture=[{shares: {long: 0.5, short: 0.4}}]"], "mixture.0: shares: the shares must add up to 1"),
+        (["data.mixture=[{shares: {long: 1.5, short: -0.5}}]"], "less than or equal to 1"),
+        ([f"data.mixture=[{LONG}, {BOTH}]"], "only the last stage can be without until"),
+        ([f"data.mixture=[{until(3, BOTH)}]"], "the last stage ends with the run: leave until=3 out"),
+        ([f"data.mixture=[{until('50%', BOTH)}]"], "the last stage ends with the run"),
+        ([f"data.mixture=[{until('0%', LONG)}, {BOTH}]"], "give an optimizer step, or a part of the run"),
+        ([f"data.mixture=[{until('101%', LONG)}, {BOTH}]"], "give an optimizer step, or a part of the run"),
+        ([f"data.mixture=[{until('2B', LONG)}, {BOTH}]"], "give an optimizer step, or a part of the run"),
+        ([f"data.mixture=[{until(0.5, LONG)}, {BOTH}]"], "until"),
+        ([f"data.mixture=[{until(0, LONG)}, {BOTH}]"], "until"),
+        ([f"data.mixture=[{until('100%', LONG)}, {BOTH}]"], "must ascend"),
+        ([f"data.mixture=[{until('20%', LONG)}, {until('10%', BOTH)}, {LONG}]"], "must ascend"),
+        ([f"data.mixture=[{until(4, LONG)}, {until(4, BOTH)}, {LONG}]"], "must ascend"),
+        ([f"data.mixture=[{until(4, LONG)}, {until('90%', BOTH)}, {LONG}]"], "as a step in all stages"),
+        ([*shares(0.8, 0.2), "data.validation={split: 0.1, share: 0.5}"], "share belongs to data.train"),
+        (["evaluation.tasks=[{data: {path: x.json, share: 1}}]"], "share belongs to data.train"),
+        (["data.train.0.proportion=0.8"], "use data.train.share"),
+    ],
+)
+def test_contradictory_shares_are_one_line(mixed: MakeConfig, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        mixed(*overrides)
+    assert "\n" not in str(raised.value)
+    assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages"),
+    [
+        ([*shares(0.8, 0.2)], [(None, 0.8)]),
+        ([f"data.mixture=[{BOTH}]"], [(None, 0.5)]),
+        ([f"data.mixture=[{until('100%', BOTH)}]"], [(None, 0.5)]),
+        ([f"data.mixture=[{until(3, LONG)}, {BOTH}]"], [(24, 1), (None, 0.5)]),
+        ([f"data.mixture=[{until(3, LONG)}, {until('100%', BOTH)}]"], [(24, 1), (None, 0.5)]),
+        ([f"data.mixture=[{until('10%', LONG)}, {BOTH}]", "run.max_steps=25"], [(16, 1), (None, 0.5)]),
+        ([f"data.mixture=[{until('33.4%', LONG)}, {BOTH}]", "run.max_steps=1000"], [(2672, 1), (None, 0.5)]),
+        ([f"data.mixture=[{until(100, LONG)}, {BOTH}]"], [(800, 1), (None, 0.5)]),  # after the end of the run
+    ],
+)
+def test_the_stages_of_a_config(
+    mixed: MakeConfig, overrides: list[str], stages: list[tuple[int | None, float]]
+) -> None:
+    order = prepare(mixed(*overrides, "data.validation=null")).train.plan.order
+    assert order.mixture == Mixture(
+        tuple(Stage(end, (round(s * UNIT), round((1 - s) * UNIT))) for end, s in stages), 4096
+    )
+    assert order.weights == ()
+
+
+def test_the_store_does_not_depend_on_the_shares(mixed: MakeConfig) -> None:
+    plans = [prepare(mixed(*given)).train.plan for given in ([], shares(0.8, 0.2), shares(0.7, 0.3))]
+    assert len({plan.store.folder for plan in plans}) == 1
+    assert len({plan.key for plan in plans}) == 3
+
+
+@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("trainer", ["sft", "pretrain"])
+@pytest.mark.parametrize("shuffle", ["full", "none"])
+def test_any_world_size_and_any_resume_give_the_same_rows(
+    mixed: MakeConfig, monkeypatch: pytest.MonkeyPatch, packing: str, trainer: str, shuffle: str
+) -> None:
+    monkeypatch.setattr(mixing, "_LEAST_ROWS", 24)  # several epochs
+    monkeypatch.setattr(planning, "_ROUND_ROWS", 32)
+    given = [f"data.mixture=[{until(5, BOTH)}, {{shares: {{long: 0.8, short: 0.2}}}}]", "run.max_steps=16"]
+    spec = prepare(mixed(*given, f"data.packing={packing}", f"data.shuffle={shuffle}", trainer=trainer)).train
+    whole = list(LocalStream(spec, 0, 1).batches(Position(), 16))
+    assert whole[-1].position.epoch >= 2
+    for at in (0, 1, 4, 5, 11, 15):
+        other = prepare(mixed(*given, f"data.packing={packing}", f"data.shuffle={shuffle}", trainer=trainer)).train
+        rest = [list(LocalStream(other, rank, 4).batches(whole[at].position, 16 - at)) for rank in range(4)]
+        for batch, *parts in zip(whole[at:], *rest, strict=True):
+            assert (sum(part.fingerprint for part in parts) - batch.fingerprint) % 2**64 == 0
+            assert {part.position for part in parts} == {batch.position}
+    first = spec.plan.rows(0, 0, 24)
+    sources = [int(spec.plan.store.source_of(np.asarray(row[0].document))) for row in first]
+    assert {0, 1} == set(sources)
+
+
+def test_preferences_are_mixed_by_rows(make_config: MakeConfig, preference_files: tuple[Path, Path, Path]) -> None:
+    train, held_out, _ = preference_files
+    sources = [
+        f"{{name: {n}, path: {p}, format: preference, share: {s}}}"
+        for n, p, s in (("a", train, 0.75), ("b", held_out, 0.25))
+    ]
+    plan = prepare(make_config(f"data.train=[{', '.join(sources)}]", "data.validation=null", trainer="dpo")).train.plan
+    rows = plan.rows(0, 0, 400)
+    assert all(len(row) == 1 for row in rows)
+    given = np.cumsum([row[0].document >= 7 for row in rows])
+    exact = 0.25 * np.arange(1, 401)
+    assert (abs(given - exact) < 1).all()
+
+
+def test_amendments_that_would_move_a_stage_are_refused(mixed: MakeConfig) -> None:
+    steps, parts = f"data.mixture=[{until(3, LONG)}, {BOTH}]", f"data.mixture=[{until('50%', LONG)}, {BOTH}]"
+    longer, larger = (
+        f"run.amendments=[{{at: 2, set: {{{what}}}}}]" for what in ("run.max_steps: 9", "batch.global_size: 16")
+    )
+    mixed(steps, longer)
+    mixed(*shares(0.8, 0.2), longer)
+    mixed(*shares(0.8, 0.2), larger)
+    with pytest.raises(ConfigError, match=r"run.max_steps can't change: the stages of data.mixture are parts of it"):
+        mixed(parts, longer)
+    for stages in (steps, parts):
+        with pytest.raises(ConfigError, match=r"batch.global_size can't change: the stages of data.mixture"):
+            mixed(stages, larger)
+
+
+def test_a_run_does_not_resume_with_other_shares(mixed: MakeConfig, tmp_path: Path) -> None:
+    parts, steps = f"data.mixture=[{until('50%', LONG)}, {BOTH}]", f"data.mixture=[{until(3, LONG)}, {BOTH}]"
+
+    def saved(name: str, *overrides: str) -> Path:
+        config = mixed(*overrides)
+        content = {
+            "position": {"epoch": 0, "row": 8},
+            "config": config.model_dump(mode="json"),
+            "identity": prepare(config).identity,
+        }
+        return CheckpointManager(folder=tmp_path / name / "checkpoints").save(1, {"model.w": torch.ones(3)}, content)
+
+    def resume(checkpoint: Path, *overrides: str) -> None:
+        config = mixed(*overrides)
+        check_same_run(checkpoint, config, prepare(config).identity)
+
+    of_parts, of_steps, of_shares = saved("parts", parts), saved("steps", steps), saved("shares", *shares(0.8, 0.2))
+    resume(of_parts, parts)
+    resume(of_steps, steps, "run.max_steps=60")  # a longer run: its rows are the same
+    resume(of_shares, *shares(0.8, 0.2), "run.max_steps=60")
+    with pytest.raises(CheckpointError, match=r"order or packing.*run.max_steps was 6, now it is 60"):
+        resume(of_parts, parts, "run.max_steps=60")
+    with pytest.raises(CheckpointError, match=r"order or packing.*data.train.0.share was 0.8, now it is 0.7"):
+        resume(of_shares, *shares(0.7, 0.3))
+    with pytest.raises(CheckpointError, match=r"order or packing.*share"):
+        resume(of_shares)
