@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,19 +19,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planned import MadeUpStore, reference_round
 
+from myllm_ray import cli
 from myllm_ray.common.types import Position
 from myllm_ray.config import ConfigError
 from myllm_ray.config.errors import CheckpointError, DataError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.data import mixture as mixing
 from myllm_ray.data import plan as planning
+from myllm_ray.data.inspect import describe
 from myllm_ray.data.mixture import UNIT, Mixture, Stage, choose
 from myllm_ray.data.order import Order, documents
 from myllm_ray.data.packing import Row
 from myllm_ray.data.plan import Packing, RowPlan
 from myllm_ray.data.prepare import prepare
 from myllm_ray.data.stream import LocalStream
+from myllm_ray.data.summary import summarize
+from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.engine.checkpointing.manager import CheckpointManager
+from myllm_ray.engine.reporting.run_sections import data
 from myllm_ray.engine.run_folder import check_same_run
 
 SHARES = st.lists(st.integers(0, 1000), min_size=1, max_size=7).filter(any)
@@ -314,6 +321,55 @@ def test_any_world_size_and_any_resume_give_the_same_rows(
     first = spec.plan.rows(0, 0, 24)
     sources = [int(spec.plan.store.source_of(np.asarray(row[0].document))) for row in first]
     assert {0, 1} == set(sources)
+
+
+@pytest.mark.parametrize("least_rows", [160, 4096])
+@pytest.mark.parametrize("trainer", ["sft", "pretrain"])
+def test_the_use_of_the_sources_is_that_of_the_run(
+    mixed: MakeConfig, monkeypatch: pytest.MonkeyPatch, trainer: str, least_rows: int
+) -> None:
+    """All rows are counted here; the report counts those of the first epoch and knows the shares of the others."""
+    monkeypatch.setattr(mixing, "_LEAST_ROWS", least_rows)
+    monkeypatch.setattr(planning, "_ROUND_ROWS", 32)
+    stages = f"data.mixture=[{until('25%', BOTH)}, {{shares: {{long: 0.8, short: 0.2}}}}]"
+    prepared = prepare(mixed(stages, "run.max_steps=40", trainer=trainer))
+    spec, batches = prepared.train, 40
+    rows = [row for p in spec.positions(Position(), batches) for row in spec.plan.rows(p.epoch, p.row, p.row + 8)]
+    segments = np.asarray([segment for row in rows for segment in row])
+    sources = spec.plan.store.source_of(segments[:, 0])
+    report = describe(prepared, open_tokenizer(prepared.tokenizer_folder), batches)
+    assert (report.rows, report.steps, report.mixed) == (320, 40, True)
+    held = [4, 1]
+    for number, (source, documents_held) in enumerate(zip(report.sources, held, strict=True)):
+        mine = segments[sources == number]
+        assert source.use is not None
+        assert source.use.share == pytest.approx(mine[:, 2].sum() / segments[:, 2].sum(), abs=0.01)
+        passes = (mine[:, 1] == 0).sum() / (source.documents - documents_held)
+        assert source.use.passes == pytest.approx(passes, rel=0.1)
+        expected = (0.25 * 0.5 + 0.75 * 0.8, 0.25 * 0.5 + 0.75 * 0.2)[number]
+        assert source.use.share == pytest.approx(expected, abs=0.01)
+    assert not [line for line in report.warnings if "cuts off" in line]
+    summary = summarize(prepared, open_tokenizer(prepared.tokenizer_folder), batches)
+    assert [s["share"] for s in summary["sources"]] == [s.use.share for s in report.sources if s.use]
+    assert (summary["run_rows"], summary["run_steps"]) == (320, 40)
+    page = data(summary)
+    assert page is not None
+    shown = repr(page)
+    assert "share of the run" in shown
+    assert "rows of the run" in shown
+
+
+def test_the_command_shows_the_shares(
+    mixed: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(mixed(*shares(0.8, 0.2), "run.max_steps=60").model_dump_json())
+    monkeypatch.setattr(sys, "argv", ["myllm-ray", "data", str(path), "--rows", "0"])
+    cli.app(standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "rows of 160 tokens of the run: 480 (60 steps)" in shown
+    assert re.search(r"long .* (79|80|81)\.\d% ", shown)
+    assert re.search(r"short .* (19|20|21)\.\d% ", shown)
 
 
 def test_preferences_are_mixed_by_rows(make_config: MakeConfig, preference_files: tuple[Path, Path, Path]) -> None:
