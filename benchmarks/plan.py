@@ -31,6 +31,10 @@ _PACKINGS = {
 }
 
 
+_IN_MEMORY = 2**22
+"""Default of `data.shuffle_in_memory`."""
+
+
 class MadeUpStore(TokenStore):
     """A store of documents without tokens, whose lengths are a function of their numbers."""
 
@@ -49,7 +53,8 @@ def plan(tokens: float, mean: int, packing: Packing, shuffle: str) -> int:
     """Plans an epoch and returns its number of rows."""
     with tempfile.TemporaryDirectory() as folder:
         store = MadeUpStore(Path(folder), int(tokens / mean), mean)
-        return RowPlan(store, Order(0, shuffle), packing).rows_in_epoch(0)
+        by_formula = shuffle == "full" and len(store) > _IN_MEMORY
+        return RowPlan(store, Order(0, shuffle, by_formula=by_formula), packing).rows_in_epoch(0)
 
 
 def measured(options: argparse.Namespace) -> Iterator[str]:
