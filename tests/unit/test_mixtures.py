@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +16,8 @@ from planned import MadeUpStore, reference_round
 
 from myllm_ray.config.errors import DataError
 from myllm_ray.data import mixture as mixing
+from myllm_ray.data import order as order_of_documents
+from myllm_ray.data import packing as packing_rows
 from myllm_ray.data import plan as planning
 from myllm_ray.data.mixture import UNIT, Mixture, Stage, choose
 from myllm_ray.data.order import Order, documents
@@ -175,6 +178,22 @@ def test_the_tokens_of_a_plan_are_those_of_the_shares(tmp_path: Path, packing: P
             given[sources.pop()] += size
             exact = given.sum() * np.asarray(stage.shares) / UNIT
             assert (abs(given - exact) <= (1 if packing.kind == "record" else 64)).all()
+
+
+@pytest.mark.parametrize("kind", ["continuous", "best_fit", "none", "record"])
+def test_the_memory_of_planning_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    small = [(planning, "_PIECE"), (planning, "_FLUSH_ROWS"), (planning, "_LEAST_FLUSH_ROWS"), (mixing, "_MOST_ROWS")]
+    for module, name in (*small, (packing_rows, "_PIECE"), (order_of_documents, "_PIECE")):
+        monkeypatch.setattr(module, name, 512)
+    peaks = []
+    for count in (10_000, 50_000):
+        store, stage = MadeUpStore(tmp_path, [count, count // 10], 700), Stage(None, (UNIT // 2, UNIT // 2))
+        order = Order(0, "full", by_formula=True, mixture=Mixture((stage,), count))
+        tracemalloc.start()
+        RowPlan(store, order, Packing(kind, 2048)).segments(0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_a_source_without_documents_is_an_error(tmp_path: Path) -> None:
