@@ -107,6 +107,7 @@ def test_contradictory_shares_are_one_line(mixed: MakeConfig, overrides: list[st
         ([f"data.mixture=[{until(3, LONG)}, {BOTH}]"], [(24, 1), (None, 0.5)]),
         ([f"data.mixture=[{until(3, LONG)}, {until('100%', BOTH)}]"], [(24, 1), (None, 0.5)]),
         ([f"data.mixture=[{until('10%', LONG)}, {BOTH}]", "run.max_steps=25"], [(16, 1), (None, 0.5)]),
+        ([f"data.mixture=[{until('1%', LONG)}, {BOTH}]", "run.max_steps=25"], [(0, 1), (None, 0.5)]),
         ([f"data.mixture=[{until('33.4%', LONG)}, {BOTH}]", "run.max_steps=1000"], [(2672, 1), (None, 0.5)]),
         ([f"data.mixture=[{until(100, LONG)}, {BOTH}]"], [(800, 1), (None, 0.5)]),  # after the end of the run
     ],
@@ -119,6 +120,7 @@ def test_the_stages_of_a_config(
         tuple(Stage(end, (round(s * UNIT), round((1 - s) * UNIT))) for end, s in stages), 4096
     )
     assert order.weights == ()
+    assert order.mixture.stage_at(0)[1] == order.mixture.stages[stages[0][0] == 0]
 
 
 def test_the_store_does_not_depend_on_the_shares(mixed: MakeConfig) -> None:

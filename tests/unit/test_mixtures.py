@@ -150,10 +150,12 @@ def test_the_sequence_is_that_of_one_row_at_a_time(
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=lambda packing: f"{packing.kind}-{packing.overflow}")
-def test_every_round_has_every_document_once_per_pass(tmp_path: Path, packing: Packing) -> None:
-    order = Order(0, held_out=0.1, mixture=Mixture(STAGES, 4096))
+@pytest.mark.parametrize("by_formula", [False, True])
+def test_every_round_has_every_document_once_per_pass(tmp_path: Path, packing: Packing, by_formula: bool) -> None:
+    order = Order(0, held_out=0.1, by_formula=by_formula, mixture=Mixture(STAGES, 4096))
     plan = RowPlan(MadeUpStore(tmp_path, COUNTS, 50), order, packing)
-    held = {int(d) for part in documents(plan.store, Order(0, "none", held_out=0.1, validation=True), 0) for d in part}
+    validation = Order(0, "none", held_out=0.1, validation=True, by_formula=by_formula)
+    held = {int(d) for part in documents(plan.store, validation, 0) for d in part}
     for source in range(len(COUNTS)):
         passes, orders = plan._passes(source), []
         for number in range(2):
