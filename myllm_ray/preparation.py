@@ -205,7 +205,8 @@ def _write_data_summary(config: TrainerConfig, prepared: PreparedData) -> None:
     """Writes `data_summary.json` for the report of the run. A failure is one warning: the run does not need it."""
     path = folder_of(config) / "data_summary.json"
     try:
-        write_json(path, summarize(prepared, open_tokenizer(prepared.tokenizer_folder)))
+        batches = -(-(config.run.max_steps or 0) // config.steps_per_batch)
+        write_json(path, summarize(prepared, open_tokenizer(prepared.tokenizer_folder), batches))
     except Exception as error:
         log.warning("%s was not written: %s: %s", path, type(error).__name__, error)
 

@@ -27,8 +27,12 @@ class MadeUpStore(TokenStore):
     def __init__(self, folder: Path, counts: list[int], mean: int):
         self.folder, self.mean = folder, mean
         self.sources = [f"source-{i}" for i in range(len(counts))]
-        self.meta = {"content_hash": f"{counts} {mean}", "sources": [{"kind": "tokens"} for _ in counts]}
         self._first = np.cumsum([0, *counts])
+        tokens = [int(self.lengths(np.asarray(self.documents_of(i))).sum()) for i in range(len(counts))]
+        self.meta = {
+            "content_hash": f"{counts} {mean}",
+            "sources": [{"kind": "tokens", "tokens": count} for count in tokens],
+        }
 
     def lengths(self, documents: np.ndarray) -> np.ndarray:
         mixed = documents.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)
@@ -39,6 +43,22 @@ class MadeUpStore(TokenStore):
 def reference_rows(plan: RowPlan, epoch: int, flush_rows: int) -> list[Row]:
     """Returns the rows of an epoch, computed one document at a time."""
     numbers = [int(d) for part in documents(plan.store, plan.order, epoch) for d in part]
+    return reference_rows_of(plan, numbers, flush_rows, epoch)
+
+
+def reference_round(plan: RowPlan, source: int, round: int, passes: int, flush_rows: int) -> list[Row]:
+    """Returns the rows of a round of `passes` passes over a source of a mixture, computed one document at a time."""
+    numbers = [
+        int(d)
+        for number in range(round * passes, (round + 1) * passes)
+        for part in documents(plan.store, plan.order, number, source)
+        for d in part
+    ]
+    return reference_rows_of(plan, numbers, flush_rows, round, source)
+
+
+def reference_rows_of(plan: RowPlan, numbers: list[int], flush_rows: int, *seed: int) -> list[Row]:
+    """Returns the rows of documents, computed one document at a time."""
     lengths = [int(n) for n in plan.store.lengths(np.asarray(numbers, np.int64))]
     pairs, size = list(zip(numbers, lengths, strict=True)), plan.packing.size
     if plan.packing.kind == "continuous":
@@ -54,7 +74,7 @@ def reference_rows(plan: RowPlan, epoch: int, flush_rows: int) -> list[Row]:
     found: list[Row] = []
     for number, first in enumerate(range(0, len(rows), flush_rows)):
         piece = rows[first : first + flush_rows]
-        found += [piece[i] for i in generator("rows", plan.order.seed, epoch, number).permutation(len(piece))]
+        found += [piece[i] for i in generator("rows", plan.order.seed, *seed, number).permutation(len(piece))]
     return found
 
 

@@ -40,7 +40,8 @@ def data(
         prepared = prepare_data(loaded)
     tokenizer = open_tokenizer(prepared.tokenizer_folder)
     if step is None:
-        print_report(describe(prepared, tokenizer), prepared.train.plan.packing.size)
+        batches = -(-(loaded.run.max_steps or 0) // loaded.steps_per_batch)
+        print_report(describe(prepared, tokenizer, batches), prepared.train.plan.packing.size)
         out.print(Text(f"packing: {prepared.packing}; {prepared.isolation}"))
         print_rows(prepared.train, prepared.train.plan.rows(0, 0, 2 if rows is None else rows), tokenizer)
         return

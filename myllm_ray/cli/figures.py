@@ -89,6 +89,8 @@ def estimate(
     table.add_row("  trained", f"{found.trained_parameters:,}")
     table.add_row("steps", f"{data.steps:,}")
     table.add_row("tokens", f"{data.tokens:,}")
+    for source, count in data.by_source.items() if len(data.by_source) > 1 else ():
+        table.add_row(f"  of {source}", f"{count:,}  {_share(count, data.tokens)}")
     table.add_row("  with a loss", f"{data.trained:,}")
     table.add_row("  per step", f"{data.tokens / steps:,.0f}")
     table.add_row("padding", f"{1 - data.tokens / max(1, data.positions):.1%}")

@@ -14,11 +14,15 @@ out = Console(highlight=False, soft_wrap=True)
 def print_report(report: Any, size: int) -> None:
     """Prints the sources, the histogram of document lengths and the statistics of packing. `size`: tokens per row."""
     table = Table(title="training data", title_justify="left")
-    for column in ("source", "documents", "tokens", "rows skipped", "duplicates"):
+    used = ("share", "passes") if report.mixed else ()
+    for column in ("source", "documents", "tokens", "rows skipped", "duplicates", *used):
         table.add_column(column, justify="left" if column == "source" else "right")
     for source in report.sources:
+        use = source.use
         table.add_row(
-            source.name, f"{source.documents:,}", f"{source.tokens:,}", f"{source.skipped:,}", f"{source.duplicates:,}"
+            source.name,
+            *(f"{count:,}" for count in (source.documents, source.tokens, source.skipped, source.duplicates)),
+            *((f"{use.share:.1%}", f"{use.passes:.3g}") if use is not None else ()),
         )
     out.print(table)
     most = max(count for *_, count in report.histogram)
@@ -26,7 +30,8 @@ def print_report(report: Any, size: int) -> None:
     for low, high, count in report.histogram:
         out.print(f"  {low:>7,} – {high:<7,} {count:>9,} {'█' * round(40 * count / most)}")
     out.print(
-        f"rows of {size} tokens per epoch: {report.rows:,} ({report.steps_per_epoch:,} steps); packing fills "
+        f"rows of {size} tokens {'of the run' if report.mixed else 'per epoch'}: {report.rows:,} "
+        f"({report.steps:,} steps); packing fills "
         f"{report.efficiency:.1%}; loss on {report.trained_share:.1%} of the tokens; validation rows: "
         f"{report.validation_rows:,}"
     )

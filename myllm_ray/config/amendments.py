@@ -233,8 +233,15 @@ def _problem(before: TrainerConfig, now: TrainerConfig, at: int, given: Mapping[
         return f"run.max_steps={now.run.max_steps} is before this step"
     if given.get("batch.micro_size") == "auto":
         return "batch.micro_size: auto applies before the first step: give a number"
+    stages = now.data.mixture or []
+    if now.run.max_steps != before.run.max_steps and any(stage.part for stage in stages[:-1]):
+        return (
+            "run.max_steps can't change: the stages of data.mixture are parts of it; give their ends (until) as steps"
+        )
     if now.batch.global_size == before.batch.global_size:
         return None
+    if len(stages) > 1:
+        return "batch.global_size can't change: the stages of data.mixture end at rows of the run"
     rollout = rollout_of(now)
     if now.run.epochs is not None or before.run.epochs is not None:
         return (

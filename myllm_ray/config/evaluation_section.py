@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
+from myllm_ray.config.mixture_section import refuse_share
 from myllm_ray.config.sections import Section, SourceSection
 
 
@@ -48,6 +49,8 @@ class EvaluationTask(Section):
     def _one(self) -> EvaluationTask:
         if (self.data is None) == (self.task is None):
             raise ValueError("give exactly one of data (a file) and task (a task of lm-evaluation-harness)")
+        if self.data is not None:
+            refuse_share(self.data)
         if self.task is not None and (self.metrics or self.name):
             raise ValueError("name and metrics belong to data; a task of lm-evaluation-harness has its own")
         if self.data is not None and (self.few_shot is not None or self.task_folder is not None):

@@ -41,6 +41,8 @@ _BY_KEY = {
     "train_dataset data_path data_files training_data",
     "data.train.format": "template dataset_type dataset_format format_type",
     "data.train.fields": "dataset_text_field text_column column_mapping",
+    "data.train.share": "proportion target_ratio ratio probability probs mixture_weight sampling_ratio",
+    "data.mixture": "train_weights data_mix data_mixture mixture_schedule",
     "data.train.limit": "max_samples max_train_samples",
     "data.validation.path": "eval_dataset validation_file eval_file eval_data validation_data test_datasets",
     "data.validation.split": "val_set_size val_size test_size validation_split eval_split validation_split_percentage",

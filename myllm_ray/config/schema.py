@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from myllm_ray.config.evaluation_section import EvaluationSection
 from myllm_ray.config.run_section import RunSection
+from myllm_ray.config.scheduler_section import SchedulerSection
 from myllm_ray.config.sections import (
     AcceleratorSection,
     BatchSection,
@@ -22,7 +23,6 @@ from myllm_ray.config.sections import (
     ModelSection,
     OptimizerSection,
     ScalingSection,
-    SchedulerSection,
     Section,
     TokenizerSection,
 )
@@ -81,6 +81,10 @@ class TrainerConfig(Section):
             )
         if (self.run.max_steps is None) == (self.run.epochs is None):
             raise ValueError("run: give exactly one of max_steps and epochs, which set the length of the run")
+        if self.run.epochs is not None and self.data.has_shares:
+            raise ValueError(
+                "run.epochs: sources with shares make different numbers of passes: give run.max_steps instead"
+            )
         scaling, batch = self.scaling, self.batch
         if not self.worker_counts():
             workers = (

@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from myllm_ray.config.lora_section import LoraSection, check_pattern
+from myllm_ray.config.mixture_section import MixtureStage, check_mixture, refuse_share
 from myllm_ray.config.section import Section
 
 
@@ -124,6 +125,9 @@ class SourceSection(Section):
     weight: float = Field(
         1.0, gt=0, description="number of passes over this source per epoch; 0.5: a different random half per epoch"
     )
+    share: float | None = Field(
+        None, gt=0, le=1, description="share of the tokens of the run, in place of weight; passes begin as needed"
+    )
     options: dict[str, Any] = Field(default_factory=dict, description="settings of a custom format, by its Config")
     fields: dict[str, str] = Field(
         default_factory=dict, description="renamed columns: {field of the format: column of the data}"
@@ -147,6 +151,7 @@ class ValidationSection(SourceSection):
     @model_validator(mode="after")
     def _one(self) -> ValidationSection:
         _exactly_one(self, ("split", "path", "source"))
+        refuse_share(self)
         return self
 
 
@@ -155,6 +160,9 @@ class DataSection(Section):
 
     train: SourceSection | list[SourceSection]
     validation: ValidationSection | None = None
+    mixture: list[MixtureStage] | None = Field(
+        None, description="shares of the sources that change in the run: a list of stages, in place of train.share"
+    )
     sequence_length: int = Field(1024, ge=2, description="number of tokens per row")
     packing: bool | Literal["required"] = Field(
         True,
@@ -191,7 +199,13 @@ class DataSection(Section):
     def _some(self) -> DataSection:
         if not self.sources:
             raise ValueError("data.train is an empty list: name at least one source")
+        check_mixture(self.sources, self.mixture)
         return self
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether the sources have shares of the tokens, instead of passes per epoch."""
+        return self.mixture is not None or self.sources[0].share is not None
 
 
 class BatchSection(Section):
@@ -246,34 +260,6 @@ class EMASection(Section):
     decay: float = Field(0.999, gt=0, lt=1, description="share of the average that an update keeps")
     every_steps: PositiveInt = Field(1, description="optimizer steps between two updates")
     start_step: NonNegativeInt = Field(0, description="up to this optimizer step, the average is the weights")
-
-
-class SchedulerSection(Section):
-    """The schedule of the learning rate, a function of the optimizer step only."""
-
-    name: str = Field(
-        "constant",
-        description="constant, linear, cosine, cosine_with_restarts, wsd, polynomial, "
-        "inverse_sqrt, or an import path of fn(progress: float) -> multiplier",
-    )
-    warmup_steps: int | None = Field(None, ge=0)
-    warmup_ratio: float | None = Field(None, ge=0, le=1, description="length of the warm-up as a share of all steps")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="multiplier of the learning rate at the end of the decay")
-    start_step: NonNegativeInt | None = Field(
-        None, description="step at which the schedule begins; set by an amendment of a run (run.amendments)"
-    )
-    decay_steps: PositiveInt | None = Field(
-        None, description="step at which the decay ends, counted from start_step; default: the last step"
-    )
-    decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: length of the decay as a share of all steps")
-    cycles: PositiveInt = Field(1, description="cosine_with_restarts: number of cycles")
-    power: PositiveFloat = Field(1.0, description="polynomial: exponent")
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> SchedulerSection:
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ValueError("give warmup_steps or warmup_ratio, not both")
-        return self
 
 
 class OffloadSection(Section):

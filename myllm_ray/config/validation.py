@@ -85,6 +85,8 @@ _SHORTHAND = {
 """{section: the key that is suggested if the section is given as a single value}."""
 
 
+_NO_SECTION = ("model_type", "model_attributes_type", "dict_type")
+"""Types of errors of pydantic for a value that is not a section."""
 _MOST_UNKNOWN = 4
 """Largest number of unknown keys in one message."""
 
@@ -99,7 +101,7 @@ def explain(error: ValidationError, cls: type[BaseModel], raw: Any) -> str:
         cls: The class of the config.
         raw: The config that was validated.
     """
-    details = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    details = sorted(error.errors(), key=_priority)
     unknown = [d for d in details if d["type"] == "extra_forbidden"][:_MOST_UNKNOWN]
     more = f" (and {rest} more)" if (rest := len(details) - max(1, len(unknown))) else ""
     if unknown:
@@ -111,10 +113,22 @@ def explain(error: ValidationError, cls: type[BaseModel], raw: Any) -> str:
         return f"{key} is missing{more}"
     if first["type"] == "value_error":
         return f"{key + ': ' if key else ''}{first['ctx']['error']}{more}"
-    if first["type"] in ("model_type", "model_attributes_type", "dict_type") and key in _SHORTHAND:
+    if first["type"] in _NO_SECTION and key in _SHORTHAND:
         return f"{key} is a section of keys, not one value: write {key}.{_SHORTHAND[key]}={first['input']}"
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}: {message} (got {first['input']!r}){more}"
+
+
+def _priority(detail: Any) -> int:
+    """Returns the rank of an error of pydantic among those of one config; the lowest is the most important one."""
+    kind = detail["type"]
+    # Of a union of a section and a list of sections, the member that the value does not have at all.
+    other_member = kind in _NO_SECTION and _are_sections(detail["input"])
+    return 0 if kind == "extra_forbidden" else 2 if other_member else 1
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _location(detail: Any) -> list[int | str]:

@@ -14,6 +14,7 @@ from myllm_ray.data.collate import wrap64
 from myllm_ray.data.examples import LABELLED, PAIRS, PROMPTS, TOKENS, split
 from myllm_ray.data.packing import Row
 from myllm_ray.data.prepare import PreparedData
+from myllm_ray.data.source_counts import SourceUse, source_uses
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.targets import count_targets, target_warnings
 from myllm_ray.data.tokenize import decode
@@ -23,7 +24,10 @@ _SAMPLE = 2000
 
 @dataclass
 class SourceReport:
-    """Counts of one data source; `first_skipped` is the place of its first skipped row, and the reason."""
+    """Counts of one data source; `first_skipped` is the place of its first skipped row, and the reason.
+
+    `use`: what the run reads of a source that has a share.
+    """
 
     name: str
     documents: int
@@ -31,6 +35,7 @@ class SourceReport:
     skipped: int
     first_skipped: str
     duplicates: int
+    use: SourceUse | None = None
 
 
 @dataclass
@@ -38,30 +43,40 @@ class DataReport:
     """A report on the prepared data.
 
     `histogram`: (from, to, documents) by length in tokens. `longer_than_row`: number of documents longer than a row.
-    `efficiency`: fraction of row positions that contain a token. `trained_share`: fraction of the tokens that are
-    trained on.
+    `rows`, `steps`: those of an epoch; if the sources have shares (`mixed`), those of the run. `efficiency`: fraction
+    of row positions that contain a token. `trained_share`: fraction of the tokens that are trained on.
     """
 
     sources: list[SourceReport]
     histogram: list[tuple[int, int, int]]
     longer_than_row: int
     rows: int
-    steps_per_epoch: int
+    steps: int
+    mixed: bool
     efficiency: float
     trained_share: float
     validation_rows: int
     warnings: list[str]
 
 
-def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
-    """Returns a report on prepared data, from the whole index and the tokens of the first `_SAMPLE` documents."""
+def describe(prepared: PreparedData, tokenizer: Any, batches: int = 1) -> DataReport:
+    """Returns a report on prepared data, from the whole index and the tokens of the first `_SAMPLE` documents.
+
+    Args:
+        prepared: The data.
+        tokenizer: Its tokenizer.
+        batches: Number of global batches of the run, for sources that have shares.
+    """
     spec = prepared.train
     store, size = spec.plan.store, spec.plan.packing.size
     sources = [
         SourceReport(s["name"], s["documents"], s["tokens"], s["skipped"], s["first_skipped"], s["duplicates"])
         for s in store.meta["sources"]
     ]
-    rows = spec.plan.rows_in_epoch(0)
+    mixed, rows = spec.plan.order.mixture is not None, spec.plan.rows_in_epoch(0)
+    if mixed:
+        for source, use in zip(sources, source_uses(spec, batches), strict=True):
+            source.use = use
     if store.kind == TOKENS:
         lengths = np.concatenate(
             [store.lengths(np.arange(a, min(a + 65536, len(store)))) for a in range(0, len(store), 65536)]
@@ -77,8 +92,9 @@ def describe(prepared: PreparedData, tokenizer: Any) -> DataReport:
         sources=sources,
         histogram=list(histogram(lengths)),
         longer_than_row=longer,
-        rows=rows,
-        steps_per_epoch=spec.steps_in_epoch(0),
+        rows=batches * spec.global_size if mixed else rows,
+        steps=batches if mixed else spec.steps_in_epoch(0),
+        mixed=mixed,
         efficiency=placed / (rows * size),
         trained_share=trained / max(1, total),
         validation_rows=prepared.validation.plan.rows_in_epoch(0) if prepared.validation else 0,

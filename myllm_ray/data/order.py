@@ -8,13 +8,14 @@ any position follows from permutations (`permutation.py`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import overload
 
 import numpy as np
 
 from myllm_ray.common.seeds import generator
+from myllm_ray.data.mixture import Mixture
 from myllm_ray.data.permutation import Permutation
 from myllm_ray.data.store import TokenStore
 
@@ -35,6 +36,7 @@ class Order:
         weights: Passes over each source per epoch. Empty: one pass over each.
         held_out: Share of each source that is reserved for validation.
         validation: Selects the held-out share instead of the rest.
+        mixture: Shares of the sources, in place of `weights`; see `mixture.py`.
         by_formula: All choices are made by `Permutation`, in bounded memory. For `shuffle: full`, and for the
             validation share of such data, which then has a random order.
     """
@@ -46,19 +48,27 @@ class Order:
     held_out: float = 0.0
     validation: bool = False
     by_formula: bool = False
+    mixture: Mixture | None = None
 
 
-def documents(store: TokenStore, order: Order, epoch: int) -> Iterator[np.ndarray]:
+def documents(store: TokenStore, order: Order, epoch: int, source: int | None = None) -> Iterator[np.ndarray]:
     """Yields the document numbers of an epoch in order, as (n,) int64 arrays.
+
+    With a source, only its documents are yielded, once each, in an order of their own; `epoch` is the number of the
+    pass.
 
     Arrays have bounded size, except with `shuffle: full` without `by_formula`, which yields one array with all
     documents.
     """
+    seed: tuple[int | str, ...] = ("order", order.seed, epoch)
+    if source is not None:
+        order = replace(order, weights=tuple(float(i == source) for i in range(len(store.sources))))
+        seed = (*seed, source)
     if order.by_formula:
-        yield from _by_formula(store, order, epoch)
+        yield from _by_formula(store, order, epoch, seed)
         return
     blocks = _Blocks(store, order)
-    rng = generator("order", order.seed, epoch)
+    rng = generator(*seed)
     if order.shuffle == "none":
         yield from (_take(store, order, epoch, *block) for block in blocks)
     elif order.shuffle == "full":
@@ -140,7 +150,7 @@ def _windows(
         yield rng.permutation(np.concatenate(waiting))
 
 
-def _by_formula(store: TokenStore, order: Order, epoch: int) -> Iterator[np.ndarray]:
+def _by_formula(store: TokenStore, order: Order, epoch: int, seed: tuple[int | str, ...]) -> Iterator[np.ndarray]:
     """Yields the documents of an epoch; the held-out share and partial passes are exact to one document per source."""
     passes = [
         _Pass(store, order, epoch, source, share)
@@ -148,7 +158,7 @@ def _by_formula(store: TokenStore, order: Order, epoch: int) -> Iterator[np.ndar
         for share in _shares(weight)
     ]
     firsts = np.cumsum([0, *map(len, passes)])
-    shuffled = Permutation(int(firsts[-1]), "order", order.seed, epoch) if order.shuffle != "none" else None
+    shuffled = Permutation(int(firsts[-1]), *seed) if order.shuffle != "none" else None
     for first in range(0, int(firsts[-1]), _PIECE):
         places: np.ndarray = np.arange(first, min(first + _PIECE, int(firsts[-1])))
         if shuffled is not None:

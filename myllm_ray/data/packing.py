@@ -6,6 +6,7 @@ bounded by the size of a piece and, for best-fit packing, by the number of open 
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right, insort
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from myllm_ray.config.errors import DataError
 
 OPEN_ROWS = 256
 """Maximum number of open rows in best-fit packing. Bounds memory, and how far a document moves in the order."""
-_ROW_BITS = 17
+_ROW_BITS = 15
 """Bits of a row's number within a piece. Tokens and number of a row share an int, which is fast up to 30 bits."""
 _LAST_ROW = 2**_ROW_BITS - 1
 _PIECE = 2 ** (_ROW_BITS - 1)
@@ -53,7 +54,7 @@ class Rows(NamedTuple):
         firsts = _before(self.counts)
         counts = self.counts[order]
         places = np.repeat(firsts[order] - _before(counts), counts) + np.arange(counts.sum())
-        return Rows(self.segments[places], counts)
+        return Rows(self.segments.take(places, 0), counts)
 
 
 def fit(documents: Iterable[Documents], size: int, overflow: str) -> Iterator[np.ndarray]:
@@ -118,20 +119,25 @@ def best_fit(segments: Iterable[np.ndarray], size: int, open_rows: int = OPEN_RO
             limits = ((size - piece[:, 2]) << _ROW_BITS) | _LAST_ROW
             chosen, closed, number = _best_fit_rows(limits.tolist(), spaces, size, open_rows)
             waiting, row_of = np.concatenate([waiting, piece]), np.concatenate([row_of, _row_numbers(chosen)])
-            rank = np.full(number, -1, np.int64)
+            # Closed rows come first, in the order in which they were closed; the others keep their order.
+            rank = np.full(number, len(closed), np.int64)
             rank[_row_numbers(closed)] = np.arange(len(closed))
             ranks = rank[row_of]
-            done = ranks >= 0
-            yield _grouped(waiting[done], ranks[done], len(closed))
+            order = _stable_order(ranks, len(closed) + 1)
+            counts = np.bincount(ranks, minlength=len(closed) + 1)[: len(closed)]
+            waiting, done = waiting.take(order, 0), int(counts.sum())
+            yield Rows(waiting[:done], counts)
             # The new number of an open row is its position among the open rows.
-            renumbered = np.cumsum(rank < 0) - 1
-            waiting, row_of = waiting[~done], renumbered[row_of[~done]]
+            renumbered = np.cumsum(rank == len(closed)) - 1
+            waiting, row_of = waiting[done:].copy(), renumbered[row_of[order[done:]]]
             used = np.asarray(spaces, np.int64) >> _ROW_BITS << _ROW_BITS
             spaces = (used | (_LAST_ROW - renumbered[_row_numbers(spaces)])).tolist()
-    yield _grouped(waiting, row_of, len(spaces))
+    yield Rows(waiting.take(_stable_order(row_of, len(spaces)), 0), np.bincount(row_of, minlength=len(spaces)))
 
 
-def _best_fit_rows(limits: list[int], spaces: list[int], size: int, open_rows: int) -> tuple[list[int], list[int], int]:
+def _best_fit_rows(
+    limits: list[int], spaces: list[int], size: int, open_rows: int
+) -> tuple[array[int], array[int], int]:
     """Chooses the row of each segment.
 
     This loop is the cost of best-fit packing. It therefore handles integers only: the key of a row is its number of
@@ -148,8 +154,7 @@ def _best_fit_rows(limits: list[int], spaces: list[int], size: int, open_rows: i
         The key of the row of each segment, the keys of the rows that were closed, in that order, and the number of
         rows, those that were open before included.
     """
-    chosen: list[int] = []
-    closed: list[int] = []
+    chosen, closed = array("q"), array("q")
     choose, close, pop = chosen.append, closed.append, spaces.pop
     full, empty = size << _ROW_BITS, _LAST_ROW - len(spaces)
     most = full | _LAST_ROW
@@ -157,17 +162,22 @@ def _best_fit_rows(limits: list[int], spaces: list[int], size: int, open_rows: i
         at = bisect_right(spaces, limit)
         if at:
             key = pop(at - 1)
+            choose(key)
+            key += most - limit
+            if key < full:
+                insort(spaces, key, at - 1)
+            else:
+                close(key)
         else:
-            key = empty
+            choose(empty)
+            key = empty + most - limit
             empty -= 1
-        choose(key)
-        key += most - limit
-        if key >= full:
-            close(key)
-            continue
-        insort(spaces, key)
-        if len(spaces) > open_rows:
-            close(pop())
+            if key >= full:
+                close(key)
+                continue
+            insort(spaces, key)
+            if len(spaces) > open_rows:
+                close(pop())
     return chosen, closed, _LAST_ROW - empty
 
 
@@ -213,16 +223,17 @@ def regrouped(rows: Iterable[Rows], size: int) -> Iterator[Rows]:
         rest = piece
         while held + len(rest.counts) >= size:
             head, rest = rest.split(size - held)
-            yield _joined([*parts, head])
+            yield joined([*parts, head])
             parts, held = [], 0
         if len(rest.counts):
             parts.append(rest)
             held += len(rest.counts)
     if held:
-        yield _joined(parts)
+        yield joined(parts)
 
 
-def _joined(parts: list[Rows]) -> Rows:
+def joined(parts: list[Rows]) -> Rows:
+    """Returns the rows of all parts, one after the other."""
     return Rows(np.concatenate([p.segments for p in parts]), np.concatenate([p.counts for p in parts]))
 
 
@@ -232,13 +243,13 @@ def _segments(documents: np.ndarray, starts: np.ndarray | int, lengths: np.ndarr
     return found
 
 
-def _grouped(segments: np.ndarray, rows: np.ndarray, count: int) -> Rows:
-    """Returns `count` rows of segments (n, 3) that belong to the rows with the numbers `rows` (n,)."""
-    narrow = rows.astype(np.uint16) if count <= 2**16 else rows  # numpy sorts 16 bits in linear time
-    return Rows(segments[np.argsort(narrow, kind="stable")], np.bincount(rows, minlength=count))
+def _stable_order(numbers: np.ndarray, limit: int) -> np.ndarray:
+    """Returns the stable order (n,) of numbers (n,) below `limit`."""
+    # numpy sorts 16 bits in linear time
+    return np.argsort(numbers.astype(np.uint16) if limit <= 2**16 else numbers, kind="stable")
 
 
-def _row_numbers(keys: list[int]) -> np.ndarray:
+def _row_numbers(keys: list[int] | array[int]) -> np.ndarray:
     numbers: np.ndarray = _LAST_ROW - (np.asarray(keys, np.int64) & _LAST_ROW)
     return numbers
 

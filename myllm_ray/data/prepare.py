@@ -28,6 +28,7 @@ from myllm_ray.data import sources as reading
 from myllm_ray.data.chat_template import ChatTemplate
 from myllm_ray.data.examples import PROMPTS, TOKENS, LengthLimits
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
+from myllm_ray.data.mixture import mixture_of
 from myllm_ray.data.order import Order, documents_in_passes
 from myllm_ray.data.plan import Packing, RowPlan
 from myllm_ray.data.sources import Unit
@@ -124,6 +125,8 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolati
     most = data.shuffle_in_memory
     by_formula = data.shuffle == "full" and most is not None and documents_in_passes(train, weights) > most
     order = Order(config.run.seed, data.shuffle, data.shuffle_window, weights, share, by_formula=by_formula)
+    if data.has_shares:
+        order = replace(order, weights=(), mixture=mixture_of(config, train, packs(config, isolation)))
 
     def spec(store: TokenStore, order: Order) -> StreamSpec:
         plan = RowPlan(
@@ -151,7 +154,7 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolati
     )
     for stream in filter(None, (prepared.train, prepared.validation)):
         # Written before workers start: they find the plan on disk, and errors in the data are raised early.
-        stream.plan.rows_in_epoch(0)
+        stream.plan.segments(0)
     return prepared
 
 
@@ -318,7 +321,7 @@ def _counted(batches: Iterable[pa.RecordBatch], task: Task) -> Iterator[pa.Recor
 
 def _identity(source: SourceSection, *without: str) -> dict[str, Any]:
     """Returns what determines the documents of a source. Empty options are left out: older caches stay valid."""
-    return source.model_dump(exclude={*without, *([] if source.options else ["options"])})
+    return source.model_dump(exclude={*without, "share", *([] if source.options else ["options"])})
 
 
 _tokenizers: dict[str, Any] = {}

@@ -6,6 +6,7 @@ at most `_MOST` documents and rows that are spread over all of them, and only th
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,19 +15,27 @@ from myllm_ray.common.secrets import mask_text
 from myllm_ray.data.examples import TOKENS
 from myllm_ray.data.inspect import histogram, label_of, part_names, parts_of, pieces
 from myllm_ray.data.prepare import PreparedData
+from myllm_ray.data.source_counts import source_uses
 
 _MOST, _BLOCK, _READ = 2**18, 4096, 500
 _ROWS, _CHARACTERS = 3, 1500
 
 
-def summarize(prepared: PreparedData, tokenizer: Any) -> dict[str, Any]:
+def summarize(prepared: PreparedData, tokenizer: Any, batches: int = 1) -> dict[str, Any]:
     """Returns a summary of the data as a JSON object.
 
-    Keys: `sources` (each with `name`, `documents`, `tokens`, `skipped`, `first_skipped`, `duplicates`), `documents`,
+    Keys: `sources` (each with `name`, `documents`, `tokens`, `skipped`, `first_skipped`, `duplicates`, and if the
+    sources have shares `share` and `passes`, those of the run), `run_rows` and `run_steps` (only with shares: those of
+    the run), `documents`,
     `tokens`, `kind`, `histogram` ([from, to, documents] by length in tokens), `sampled_documents` and `sampled_rows`
     (None: all were counted), `row_tokens`, `rows` and `steps` of an epoch, `efficiency` (share of the positions of rows
     that contain a token), `trained_share`, `longer_than_row` (a share), `validation_rows`, `packing`, `isolation`,
     `notes`, and `preview` (the first rows as text, with what is trained on).
+
+    Args:
+        prepared: The data.
+        tokenizer: Its tokenizer.
+        batches: Number of global batches of the run, for sources that have shares.
     """
     spec = prepared.train
     plan, store, size = spec.plan, spec.plan.store, spec.plan.packing.size
@@ -48,13 +57,17 @@ def summarize(prepared: PreparedData, tokenizer: Any) -> dict[str, Any]:
         efficiency = filled / (len(picked) * size)
     else:
         efficiency = float(np.minimum(lengths, size).mean()) / size
+    mixed = plan.order.mixture is not None
+    uses = [asdict(use) for use in source_uses(spec, batches)] if mixed else [{}] * len(store.sources)
     return {
+        **({"run_rows": batches * spec.global_size, "run_steps": batches} if mixed else {}),
         "sources": [
             {
                 **{key: source[key] for key in ("name", "documents", "tokens", "skipped", "duplicates")},
                 "first_skipped": mask_text(str(source["first_skipped"])),
+                **use,
             }
-            for source in store.meta["sources"]
+            for source, use in zip(store.meta["sources"], uses, strict=True)
         ],
         "documents": len(store),
         "tokens": sum(int(source["tokens"]) for source in store.meta["sources"]),

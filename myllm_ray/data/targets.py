@@ -62,6 +62,8 @@ def count_targets(plan: RowPlan, epoch: int = 0) -> Targets:
             np.add.at(placed, piece[:, 0], piece[:, 2])
             np.add.at(passes, piece[piece[:, 1] == 0, 0], 1)  # a source with weight 2 occurs twice in an epoch
         whole, cut, lost = _of_documents(plan.store, kept, placed, passes)
+        if plan.order.mixture is not None and plan.packing.overflow == "split":
+            whole, cut, lost = int(rows.sum()), 0, 0  # the other pieces of a document may be in the next epoch
         with (
             suppress(OSError),
             published(path, existing="replace") as beside,

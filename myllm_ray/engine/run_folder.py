@@ -243,6 +243,8 @@ def check_same_run(checkpoint: Path, config: TrainerConfig, identity: dict[str, 
         before, after = saved["identity"].get(key, identity[key]), identity[key]  # older checkpoints lack `packing`
         if before != after:
             change = next(changes("data", then.get("data"), now["data"]), None)
+            if change is None and key == "rows" and config.data.mixture:  # its stages may be parts of the run
+                change = next(changes("run.max_steps", then["run"].get("max_steps"), config.run.max_steps), None)
             if key == "batch.global_size" or (key == "packing" and change is None):
                 change = f"it was {before}, now it is {after}"
             raise CheckpointError(

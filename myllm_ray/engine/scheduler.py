@@ -14,7 +14,7 @@ import torch
 
 from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.resolve import load_object
-from myllm_ray.config.sections import SchedulerSection
+from myllm_ray.config.scheduler_section import SchedulerSection
 from myllm_ray.config.validation import section_of
 
 Decay = Callable[[float, SchedulerSection], float]

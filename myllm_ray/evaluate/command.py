@@ -116,7 +116,7 @@ class Evaluation:
         s = self.settings
         found: dict[str, Any] = {"precision": s.precision}
         if s.data is not None:
-            source = s.data.model_dump(exclude={"path", "name", "weight", "source"})
+            source = s.data.model_dump(exclude={"path", "name", "weight", "share", "source"})
             names = ("sequence_length", "packing", "score_prompts")
             found |= {"data": {"sha256": digest(s.data, "--data"), **source, **{n: getattr(s, n) for n in names}}}
         if s.metrics or s.judge is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from myllm_ray.common.types import Position
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.data.collate import to_tensors
 from myllm_ray.data.row_tokens import row_tokens
+from myllm_ray.data.source_counts import tokens_by_source
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.targets import count_targets
 from myllm_ray.models.flops import ModelFlops
@@ -35,6 +36,8 @@ class DataCount:
     widest_at: tuple[int, int]
     """Epoch and first row of the micro-batch that needs the most memory: the widest; among those one with packed rows,
     which need a mask; among those the one with the most tokens with a loss."""
+    by_source: dict[str, int] = field(default_factory=dict)
+    """Tokens of each source; empty for pairs."""
 
 
 def count_tokens(config: TrainerConfig, spec: StreamSpec, flops: ModelFlops) -> DataCount:
@@ -43,6 +46,7 @@ def count_tokens(config: TrainerConfig, spec: StreamSpec, flops: ModelFlops) -> 
     batches = config.run.total_steps(per_batch, spec.steps_in_epoch) // per_batch
     left, epoch = batches, 0
     tokens = trained = positions = 0
+    of_source = np.zeros(len(spec.plan.store.sources), np.int64)
     total, most = 0.0, (0, False, 0, 0, 0)
     while left > 0:
         used = min(left, spec.steps_in_epoch(epoch))
@@ -54,6 +58,7 @@ def count_tokens(config: TrainerConfig, spec: StreamSpec, flops: ModelFlops) -> 
         lengths = np.asarray(segments[: firsts[len(rows)], 2])
         total += flops.of(Workload(lengths, int(targets.sum())))
         tokens, trained = tokens + int(rows.sum()), trained + int(targets.sum())
+        of_source += tokens_by_source(spec.plan, epoch, len(rows))
         positions += int(widths.sum()) * spec.micro_size
         # Padding is a document too.
         documents = np.diff(firsts[: len(rows) + 1]) + (rows < np.repeat(widths, spec.micro_size)[: len(rows)])
@@ -62,7 +67,8 @@ def count_tokens(config: TrainerConfig, spec: StreamSpec, flops: ModelFlops) -> 
         found = int(widths[place]), bool(packed[place]), int(predicted[place]), epoch, int(firsts_of_micros[place])
         most = max(most, found, key=lambda item: item[:3])
         left, epoch = left - used, epoch + 1
-    return DataCount(batches * per_batch, tokens, trained, positions, total, most[0], most[3:])
+    by_source = dict(zip(spec.plan.store.sources, of_source.tolist(), strict=True))
+    return DataCount(batches * per_batch, tokens, trained, positions, total, most[0], most[3:], by_source)
 
 
 def _widths(spec: StreamSpec, rows: np.ndarray) -> np.ndarray:

@@ -105,6 +105,33 @@ def test_a_checkpoint_moves_between_backends(
         assert_same_state(folder / "checkpoints" / "step-00000010", whole / "checkpoints" / "step-00000010")
 
 
+@pytest.mark.promise
+def test_a_mixture_is_the_same_run_in_any_number_of_processes(make_config: MakeConfig, data_file: Path) -> None:
+    """Also where a run resumes in the middle of a stage, in another number of processes; with the loss by source."""
+    sources = ", ".join(f"{{name: {name}, path: {data_file}, format: instruction}}" for name in ("a", "b"))
+    mixed = (
+        *TEN,
+        f"data.train=[{sources}]",
+        "data.mixture=[{until: 30%, shares: {a: 1}}, {until: 80%, shares: {a: 0.25, b: 0.75}}, {shares: {b: 1}}]",
+        "checkpoint.every_steps=5",
+    )
+    (whole,) = run_all(1, [make_config("run.name=whole", *mixed)])
+    by_source = [[name for name in ("a", "b") if f"loss/{name}" in row] for row in comparable(whole)]
+    assert by_source == [["a"]] * 3 + [["a", "b"]] * 5 + [["b"]] * 2
+    checkpoint = f"checkpoint.resume={whole / 'checkpoints' / 'step-00000005'}"
+    names = ("ddp", "fsdp")
+    configs = [make_config(f"run.name={name}", *BACKENDS[name], *mixed) for name in names]
+    configs += [make_config(f"run.name={name}-5", *BACKENDS[name], *mixed, checkpoint) for name in names]
+    folders = run_all(2, configs)
+    for folder in folders[:2]:
+        assert_same_run(folder, whole, TOLERANCE["fp32"])
+    for folder in folders[2:]:
+        assert ledger(folder) == ledger(whole)[5:]
+        for metric in ("loss", "loss/b"):
+            expected = [row[metric] for row in comparable(whole)[5:]]
+            assert column(folder, metric) == pytest.approx(expected, rel=1e-5)
+
+
 def assert_same_run_half(folder: Path, whole: Path) -> None:
     assert column(folder, "loss") == pytest.approx(column(whole, "loss")[:5], rel=1e-5), folder.name
 

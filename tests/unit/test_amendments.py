@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 from myllm_ray.config import ConfigError
 from myllm_ray.config.amendments import CHANGEABLE, REFUSED, effective, next_boundary, refusal, segments
+from myllm_ray.config.scheduler_section import SchedulerSection
 from myllm_ray.config.schema import TrainerConfig
-from myllm_ray.config.sections import SchedulerSection
 from myllm_ray.config.trainers import builtin_config_classes
 from myllm_ray.config.validation import _section_in
 from myllm_ray.engine.amendments import amended, check_segments, described, opened, recorded, with_recorded

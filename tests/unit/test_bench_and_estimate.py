@@ -64,7 +64,24 @@ def test_estimated_tokens_are_those_of_the_run(make_config: MakeConfig) -> None:
         assert found.steps == rows[-1]["step"]
         assert found.trained == sum(row["tokens"] for row in rows)
         assert found.trained < found.tokens <= found.positions
+        assert list(found.by_source.values()) == [found.tokens]
         assert found.flops > 6 * found.tokens
+
+
+@pytest.mark.slow
+def test_estimated_tokens_by_source(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = make_config().data.sources[0].path
+    sources = ", ".join(
+        f"{{name: {n}, path: {given}, format: instruction, share: {s}}}" for n, s in (("a", 0.7), ("b", 0.3))
+    )
+    path = written(make_config, tmp_path, f"data.train=[{sources}]", "run.max_steps=40")
+    found = json.loads(printed(capsys, monkeypatch, "estimate", path, "--json").splitlines()[-1])["data"]
+    assert sum(found["by_source"].values()) == found["tokens"]
+    assert abs(found["by_source"]["a"] - 0.7 * found["tokens"]) <= 160
+    table = printed(capsys, monkeypatch, "estimate", path)
+    assert f"of a {found['by_source']['a']:,}" in " ".join(table.replace("│", " ").split())
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from conftest import MakeConfig, read_jsonl
 
 from myllm_ray import cli
 from myllm_ray.config import ConfigError, TrainingError
-from myllm_ray.config.sections import SchedulerSection
+from myllm_ray.config.scheduler_section import SchedulerSection
 from myllm_ray.engine.lr_finder import analyse
 from myllm_ray.engine.scheduler import multiplier
 from myllm_ray.orchestration.lr_find import find_lr

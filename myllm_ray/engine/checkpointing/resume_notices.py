@@ -40,6 +40,9 @@ def changes(key: str, then: Any, now: Any) -> Iterator[str]:
     if isinstance(then, dict) and isinstance(now, dict):
         for name in sorted({*then, *now}):
             yield from changes(f"{key}.{name}", then.get(name), now.get(name))
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for number, (before, after) in enumerate(zip(then, now, strict=True)):
+            yield from changes(f"{key}.{number}", before, after)
     elif then != now:
         yield f"{key} was {then!r}, now it is {now!r}"
 

@@ -198,13 +198,15 @@ def data(found: Mapping[str, Any]) -> Section | None:
     if not found:
         return None
     sampled = found.get("sampled_documents")
+    mixed = "run_rows" in found
+    rows, steps = (found["run_rows"], found["run_steps"]) if mixed else (found["rows"], found["steps"])
     facts = [
         ("documents", f"{found['documents']:,}", ""),
         ("tokens", large(found["tokens"]), ""),
         (
-            "rows per epoch",
-            f"{found['rows']:,}",
-            f"{_plural(found['steps'], 'step')}, {found['row_tokens']:,} tokens a row",
+            "rows of the run" if mixed else "rows per epoch",
+            f"{rows:,}",
+            f"{_plural(steps, 'step')}, {found['row_tokens']:,} tokens a row",
         ),
         ("packing efficiency", f"{found['efficiency']:.1%}", found.get("packing") or ""),
         ("trained tokens", f"{found['trained_share']:.1%}", "of all tokens"),
@@ -231,18 +233,20 @@ def data(found: Mapping[str, Any]) -> Section | None:
     blocks.append(
         Charts("", [Chart("Length of documents", figure={"data": [bars], "layout": layout}, wide=len(names) > 8)])
     )
-    columns = [("source", False), ("documents", True), ("tokens", True), ("skipped rows", True), ("duplicates", True)]
-    rows = [
+    numbers = ["documents", "tokens", "skipped rows", "duplicates", *(["share of the run", "passes"] if mixed else [])]
+    columns = [("source", False), *((name, True) for name in numbers)]
+    cells = [
         [
             Cell(str(s["name"]), "strong"),
             Cell(f"{s['documents']:,}"),
             Cell(f"{s['tokens']:,}"),
             _count(s["skipped"]),
             Cell(f"{s['duplicates']:,}"),
+            *([Cell(f"{s['share']:.1%}"), Cell(f"{s['passes']:.3g}")] if mixed else []),
         ]
         for s in found["sources"]
     ]
-    blocks.append(Table("Sources", columns, rows))
+    blocks.append(Table("Sources", columns, cells))
     blocks.extend(
         Text(f"{s['name']}: the first skipped row: {s['first_skipped']}", "warning")
         for s in found["sources"]
