@@ -118,13 +118,14 @@ class SourceSection(Section):
     )
     format: str = Field(
         "text",
-        description="text, instruction, chat, prompt_completion, preference, unpaired, prompt, or my_pkg.my_mod:fn",
+        description="text, instruction, chat, prompt_completion, preference, unpaired, prompt, tokens, or "
+        "my_pkg.my_mod:fn",
     )
     name: str | None = Field(None, description="name under which the loss of this source is logged")
     weight: float = Field(
         1.0, gt=0, description="number of passes over this source per epoch; 0.5: a different random half per epoch"
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="settings of a custom format, by its Config")
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of the format, by its Config")
     fields: dict[str, str] = Field(
         default_factory=dict, description="renamed columns: {field of the format: column of the data}"
     )
