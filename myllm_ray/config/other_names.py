@@ -142,6 +142,7 @@ NAMES: dict[str, dict[str, str]] = {
         ),
         **dict.fromkeys(("kto", "unpaired_preference", "binary"), "unpaired"),
         **dict.fromkeys(("prompt_only", "prompts", "grpo", "ppo"), "prompt"),
+        **dict.fromkeys(("pretokenized", "tokenized", "input_ids", "token_ids", "megatron", "npy", "numpy"), "tokens"),
     },
     "trainers": {
         **dict.fromkeys(("pt", "pretraining", "clm", "causal_lm", "cpt"), "pretrain"),

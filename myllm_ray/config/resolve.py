@@ -54,6 +54,7 @@ SHORT_NAMES: dict[str, dict[str, str]] = {
         "preference": "myllm_ray.data.formats:preference",
         "unpaired": "myllm_ray.data.formats:unpaired",
         "prompt": "myllm_ray.data.formats:prompt",
+        "tokens": "myllm_ray.data.pretokenized:Tokens",
     },
 }
 

@@ -119,7 +119,8 @@ class SourceSection(Section):
     )
     format: str = Field(
         "text",
-        description="text, instruction, chat, prompt_completion, preference, unpaired, prompt, or my_pkg.my_mod:fn",
+        description="text, instruction, chat, prompt_completion, preference, unpaired, prompt, tokens, or "
+        "my_pkg.my_mod:fn",
     )
     name: str | None = Field(None, description="name under which the loss of this source is logged")
     weight: float = Field(
@@ -128,7 +129,7 @@ class SourceSection(Section):
     share: float | None = Field(
         None, gt=0, le=1, description="share of the tokens of the run, in place of weight; passes begin as needed"
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="settings of a custom format, by its Config")
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of the format, by its Config")
     fields: dict[str, str] = Field(
         default_factory=dict, description="renamed columns: {field of the format: column of the data}"
     )

@@ -121,4 +121,4 @@ def digest(source: SourceSection, key: str) -> str:
 
 
 def _files(source: SourceSection, key: str) -> Iterator[str]:
-    return iter(dict.fromkeys(unit.path for unit in reading.list_units(source, key)))
+    return reading.files_of(reading.list_units(source, key))

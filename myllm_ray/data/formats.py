@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from myllm_ray.data.messages import BadRow as BadRow
 from myllm_ray.data.messages import Messages, read_messages
@@ -68,7 +70,16 @@ class Prompt:
     columns: Mapping[str, Any] = dataclass_field(default_factory=dict)
 
 
-Formatted = list[Part] | Messages | Preference | Labelled | Prompt
+class TokenIds(NamedTuple):
+    """A document that has been tokenized."""
+
+    ids: np.ndarray
+    """(n,) token ids, integers."""
+    trained: np.ndarray
+    """(n,) bool, which tokens the loss includes."""
+
+
+Formatted = list[Part] | Messages | Preference | Labelled | Prompt | TokenIds
 Format = Callable[[Mapping[str, Any]], Formatted]
 
 

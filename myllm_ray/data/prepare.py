@@ -21,7 +21,7 @@ from myllm_ray.common.files import published
 from myllm_ray.common.progress import Task
 from myllm_ray.common.types import Isolation
 from myllm_ray.config.components import format_of
-from myllm_ray.config.errors import DataError
+from myllm_ray.config.errors import ConfigError, DataError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sections import SourceSection
 from myllm_ray.data import sources as reading
@@ -31,11 +31,15 @@ from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Promp
 from myllm_ray.data.mixture import mixture_of
 from myllm_ray.data.order import Order, documents_in_passes
 from myllm_ray.data.plan import Packing, RowPlan
+from myllm_ray.data.pretokenized import Tokens
+from myllm_ray.data.shard_tasks import ShardTask, make_shard, opened, shard_tasks
 from myllm_ray.data.sources import Unit
-from myllm_ray.data.store import FORMAT_VERSION, TokenStore, write_store
+from myllm_ray.data.special_tokens import vocabulary_size
+from myllm_ray.data.store import TokenStore
+from myllm_ray.data.store_writer import FORMAT_VERSION, SourceShards, write_store
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.templates import TURN_END, TURN_START
-from myllm_ray.data.tokenize import TokenizeOptions, tokenize_rows
+from myllm_ray.data.tokenize import TokenizeOptions
 from myllm_ray.data.tokenizer import (
     TOKENIZER_VERSION,
     fingerprint,
@@ -47,8 +51,8 @@ from myllm_ray.data.tokenizer import (
 )
 
 log = logging.getLogger(__name__)
-MapUnits = Callable[[Callable[[Unit], pa.RecordBatch], list[Unit]], Iterable[pa.RecordBatch]]
-"""Applies a function to units and returns the results in order, in-process or with Ray Data."""
+MapUnits = Callable[[Callable[[ShardTask], pa.RecordBatch], list[ShardTask]], Iterable[pa.RecordBatch]]
+"""Applies a function to tasks and returns the results in order, in-process or with Ray Data."""
 
 
 _DUPLICATES = 0.01
@@ -297,47 +301,41 @@ def token_store(
     folder = cache / f"tokens-{_hash(described)}"
     if not (folder / "meta.json").exists():
         log.info("tokenizing %s: %d units; cached in %s", ", ".join(names), sum(map(len, units)), folder)
-        parts: list[tuple[str, Iterable[pa.RecordBatch], int | None]] = []
-        with Task(f"tokenizing {', '.join(names)}", sum(map(len, units))) as task:
-            for (source, key), name, source_units in zip(named, names, units, strict=True):
+        tasks = [shard_tasks(u, source.limit) for (source, _), u in zip(named, units, strict=True)]
+        vocabulary = vocabulary_size(opened(str(tokenizer_folder)))
+        parts: list[SourceShards] = []
+        with Task(f"tokenizing {', '.join(names)}", sum(map(len, tasks))) as progress:
+            for (source, key), name, own in zip(named, names, tasks, strict=True):
                 format_of(source, key)  # fail on the driver, not in a Ray task
                 work = partial(
-                    tokenize_unit,
+                    make_shard,
+                    name=name,
                     source=source,
                     tokenizer_folder=str(tokenizer_folder),
                     options=replace(options, fields=source.fields),
+                    vocabulary=vocabulary,
                 )
-                parts.append((name, _counted(map_units(work, source_units), task), source.limit))
-            vocabulary = 1 + max(_opened(str(tokenizer_folder)).get_vocab().values(), default=0)
-            write_store(folder, parts, {"tokenizer": str(tokenizer_folder)}, vocabulary)
+                parts.append(SourceShards(name, partial(_mapped, map_units, work, own, progress), source.limit))
+            write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
     return TokenStore(folder)
 
 
-def _counted(batches: Iterable[pa.RecordBatch], task: Task) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        task.advance()
+def _mapped(
+    map_units: MapUnits,
+    work: Callable[..., pa.RecordBatch],
+    tasks: list[ShardTask],
+    progress: Task,
+    folder: Path,
+    index: int,
+) -> Iterator[pa.RecordBatch]:
+    for batch in map_units(partial(work, folder=folder, index=index), tasks):
+        progress.advance()
         yield batch
 
 
 def _identity(source: SourceSection, *without: str) -> dict[str, Any]:
     """Returns what determines the documents of a source. Empty options are left out: older caches stay valid."""
     return source.model_dump(exclude={*without, "share", *([] if source.options else ["options"])})
-
-
-_tokenizers: dict[str, Any] = {}
-"""Opened tokenizers by folder: a worker process opens each tokenizer once, not once per unit."""
-
-
-def tokenize_unit(unit: Unit, source: SourceSection, tokenizer_folder: str, options: TokenizeOptions) -> pa.RecordBatch:
-    """Tokenizes one unit of one source. This is the work of one Ray task."""
-    format_row = format_of(source)
-    return tokenize_rows(reading.read_unit(unit, source), format_row, _opened(tokenizer_folder), options)
-
-
-def _opened(tokenizer_folder: str) -> Any:
-    if tokenizer_folder not in _tokenizers:
-        _tokenizers[tokenizer_folder] = open_tokenizer(tokenizer_folder)
-    return _tokenizers[tokenizer_folder]
 
 
 def _units(source: SourceSection, key: str) -> list[Unit]:
@@ -361,6 +359,11 @@ def _texts(config: TrainerConfig) -> Iterator[str]:
     """Yields the training texts, for training a tokenizer."""
     for source in config.data.sources:
         format_row = format_of(source)
+        if isinstance(format_row, Tokens):
+            raise ConfigError(
+                "tokenizer.train: the data has token ids and no text; give the tokenizer with which it was tokenized "
+                "(tokenizer.path or tokenizer.name)"
+            )
         for unit in _units(source, "data.train"):
             for place, row in reading.read_unit(unit, source):
                 try:

@@ -25,6 +25,7 @@ from myllm_ray.config.errors import DataError, UserError
 from myllm_ray.config.sections import SourceSection
 from myllm_ray.data.builtin import stdlib, tasks
 from myllm_ray.data.formats import BadRow
+from myllm_ray.data.pretokenized import index_path
 
 RANGE_BYTES = 2**20
 """Size of a unit of a line-based file, in bytes."""
@@ -42,6 +43,11 @@ EXTENSIONS = {
     ".py": "text",
     ".rst": "text",
 }
+
+TOKEN_FILES = {".npy": "flat", ".bin": "flat", ".arrow": "arrow"}
+"""Files of token ids, which are used in place with the format `tokens`."""
+_TOKENS = "tokens"
+_ROWS_OF_IDS = (".jsonl", ".ndjson", ".json", ".parquet")
 
 Row = tuple[str, Mapping[str, Any] | BadRow]
 """The location of a row (`file:line`), and the row, or the reason why it is invalid."""
@@ -72,13 +78,24 @@ def list_units(source: SourceSection, key: str) -> list[Unit]:
     if source.source is not None:
         return [Unit(source.source, "task", 0, tasks.VERSION)]
     paths = source.path if isinstance(source.path, list) else [source.path or ""]
-    return [unit for path in paths for file in _expand(path, key) for unit in _split(file, key)]
+    tokens = source.format == _TOKENS
+    types = {**{t: EXTENSIONS[t] for t in _ROWS_OF_IDS}, **TOKEN_FILES} if tokens else EXTENSIONS
+    return [unit for path in paths for file in _expand(path, key, types) for unit in _split(file, key, types)]
+
+
+def files_of(units: list[Unit]) -> Iterator[str]:
+    """Yields the paths of the files of units."""
+    for path, kind in dict.fromkeys((u.path, u.kind) for u in units):
+        if kind != "task":
+            yield path
+        if kind == "megatron":
+            yield index_path(path)
 
 
 def signature(units: list[Unit]) -> str:
     """Returns a hash of the files' paths, sizes and modification times, used in the cache keys of prepared data."""
     seen = {}
-    for path in dict.fromkeys(u.path for u in units if u.kind != "task"):
+    for path in files_of(units):
         filesystem, inner = url_to_fs(path)
         info = filesystem.info(inner)
         seen[path] = [info.get("size"), str(info.get("mtime") or info.get("LastModified") or info.get("etag"))]
@@ -105,14 +122,17 @@ def read_unit(unit: Unit, source: SourceSection) -> Iterator[Row]:
         yield from _read_text(unit, source.split_text)
 
 
-def _expand(path: str, key: str) -> list[str]:
+def _expand(path: str, key: str, types: Mapping[str, str]) -> list[str]:
     """Returns the files of a path, folder or glob."""
     filesystem, inner = open_storage(path, key, DataError)
     try:
         if globbing.has_magic(inner):
             found = sorted(p for p in filesystem.glob(inner) if filesystem.isfile(p))
         elif filesystem.isdir(inner):
-            found = sorted(p for p in filesystem.find(inner) if PurePosixPath(p).suffix in EXTENSIONS)
+            found = _of_datasets(filesystem, inner, key, ".arrow" in types)
+            found = found or sorted(p for p in filesystem.find(inner) if PurePosixPath(p).suffix in types)
+        elif ".bin" in types and (bin := _megatron(filesystem, inner)):
+            found = [bin]
         else:
             found = [inner] if filesystem.exists(inner) else []
     except UserError:
@@ -121,15 +141,47 @@ def _expand(path: str, key: str) -> list[str]:
         raise DataError(f"{key}: {path!r} can't be listed: {type(error).__name__}: {error}") from None
     if not found:
         raise DataError(
-            f"{key}: nothing found at {path!r}: give a file, a folder with {', '.join(EXTENSIONS)} files, or a glob"
+            f"{key}: nothing found at {path!r}: give a file, a folder with {', '.join(types)} files, or a glob"
         )
     return [filesystem.unstrip_protocol(p) if "://" in path else p for p in found]
 
 
-def _split(path: str, key: str) -> list[Unit]:
-    kind = EXTENSIONS.get(PurePosixPath(path).suffix.lower())
+def _of_datasets(filesystem: Any, folder: str, key: str, tokens: bool) -> list[str]:
+    """Returns the Arrow files of a folder that Hugging Face datasets has saved; no files for another folder."""
+    if filesystem.exists(f"{folder}/dataset_dict.json"):
+        splits = json.loads(filesystem.cat_file(f"{folder}/dataset_dict.json"))["splits"]
+        raise DataError(f"{key}: {folder!r} has several splits: give the folder of one of them ({', '.join(splits)})")
+    if not (filesystem.exists(f"{folder}/state.json") and filesystem.exists(f"{folder}/dataset_info.json")):
+        return []
+    if not tokens:
+        raise DataError(
+            f"{key}: {folder!r} is a folder of datasets (save_to_disk): with token ids, set format: tokens; with text, "
+            "write Parquet (to_parquet)"
+        )
+    state = json.loads(filesystem.cat_file(f"{folder}/state.json"))
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(f"{key}: {folder!r} has an index of rows: save it again after flatten_indices()")
+    return [f"{folder}/{file['filename']}" for file in state["_data_files"]]
+
+
+def _megatron(filesystem: Any, path: str) -> str | None:
+    """Returns Megatron's file of tokens for the path of its index, or for the path without a suffix."""
+    stem = path.removesuffix(".idx")
+    if path.endswith(".idx") or not filesystem.exists(path):
+        return f"{stem}.bin" if filesystem.exists(f"{stem}.bin") and filesystem.exists(f"{stem}.idx") else None
+    return None
+
+
+def _split(path: str, key: str, types: Mapping[str, str]) -> list[Unit]:
+    suffix = PurePosixPath(path).suffix.lower()
+    kind = types.get(suffix)
     if kind is None:
-        raise DataError(f"{key}: {path!r} has an unsupported file type; supported types are {', '.join(EXTENSIONS)}")
+        hint = "; for token ids, set format: tokens" if suffix in (*TOKEN_FILES, ".idx") else ""
+        raise DataError(f"{key}: {path!r} has an unsupported file type; supported types are {', '.join(types)}{hint}")
+    if kind in TOKEN_FILES.values():
+        filesystem, inner = url_to_fs(path)
+        indexed = suffix == ".bin" and filesystem.exists(index_path(inner))
+        return [Unit(path, "megatron" if indexed else kind, 0, 1)]
     if kind == "parquet":
         return [Unit(path, kind, group, group + 1) for group in range(_parquet_groups(path))]
     if kind in ("json", "csv"):

@@ -176,3 +176,13 @@ class SpecialTokens:
 
 
 _made: WeakKeyDictionary[Any, SpecialTokens] = WeakKeyDictionary()
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Returns a number above all token ids of a tokenizer, cached per tokenizer."""
+    if tokenizer not in _sizes:
+        _sizes[tokenizer] = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    return _sizes[tokenizer]
+
+
+_sizes: WeakKeyDictionary[Any, int] = WeakKeyDictionary()

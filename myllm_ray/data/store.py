@@ -2,35 +2,32 @@
 
 The folder `<cache>/<key>` contains for each source i:
 
-    tokens-<i>.bin    int32, the encoded tokens of all documents (see `tokenize.encode`), or
-    tokens-<i>.u16    uint16, their ids, for small vocabularies; see `token_file.py`
-    offsets-<i>.npy   int64, the start of each document, followed by the total
-    targets-<i>.npy   int64, see `TokenStore.targets`
+    tokens-<i>-<n>.bin    int32, the encoded tokens of the documents of shard n (see `tokenize.encode`), or
+    tokens-<i>-<n>.u16    uint16, their ids, for small vocabularies; see `token_file.py`
+    runs-<i>.npy          int64, the places of the tokens in the shards, see `shards.py`
+    offsets-<i>.npy       int64, the start of each document, followed by the total
+    targets-<i>.npy       int64, see `TokenStore.targets`
 
-and one `meta.json`, which is written last. Documents are read with `pread`, so memory use does not grow with the data.
+and one `meta.json`, which is written last. Files that are used in place have no copy in the folder. Stores of earlier
+versions have one file of tokens per source. Documents are read with `pread`, so memory use does not grow with the data.
 Rows are packed by document length only, so any row of any epoch is located without reading the preceding tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import socket
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from myllm_ray.common.files import published, write_json
 from myllm_ray.config.errors import DataError
-from myllm_ray.data.token_file import NARROW, TokenReader, TokenWriter
+from myllm_ray.data.byte_ranges import ByteRanges
+from myllm_ray.data.shards import ShardReader
+from myllm_ray.data.token_file import TokenReader
 
-FORMAT_VERSION = 4
-"""Part of the cache key. Change it when the same rows result in different documents."""
 _NAMED = 5
 """Maximum number of documents listed in a message."""
 
@@ -45,7 +42,8 @@ class TokenStore:
         self._offsets = [np.load(self.folder / f"offsets-{i}.npy", mmap_mode="r") for i in range(len(self.sources))]
         self._targets = [np.load(self.folder / f"targets-{i}.npy", mmap_mode="r") for i in range(len(self.sources))]
         self._first = np.cumsum([0, *(len(o) - 1 for o in self._offsets)])
-        self._files: dict[int, TokenReader] = {}
+        self._files: dict[int, TokenReader | ShardReader] = {}
+        self._ranges = ByteRanges()
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -116,19 +114,31 @@ class TokenStore:
         Without `length`, returns all tokens from `start` to the end of the document.
 
         Raises:
-            DataError: The token file is truncated.
+            DataError: The token file is truncated, or has changed.
         """
         source = int(self.source_of(np.asarray([document]))[0])
         local = document - int(self._first[source])
         first, last = (int(x) for x in self._offsets[source][local : local + 2])
         count = last - first - start if length is None else length
+        return self.tokens_of(source, first + start, count)
+
+    def tokens_of(self, source: int, first: int, count: int) -> np.ndarray:
+        """Returns the encoded tokens [first, first + count) of a source, (count,) int32."""
         if source not in self._files:
-            self._files[source] = TokenReader(self.folder, source, self.meta["sources"][source])
-        return self._files[source].read(first + start, count)
+            described = self.meta["sources"][source]
+            self._files[source] = (
+                ShardReader(self.folder, source, described["shards"], self._ranges)
+                if "shards" in described
+                else TokenReader(self.folder, source, described)
+            )
+        return self._files[source].read(first, count)
 
     def __del__(self) -> None:
         for file in getattr(self, "_files", {}).values():
-            file.close()
+            if isinstance(file, TokenReader):
+                file.close()
+        if hasattr(self, "_ranges"):
+            self._ranges.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process opens its own file descriptors, and the folder may be another one on its node.
@@ -171,155 +181,3 @@ def describe_documents(store: TokenStore, documents: Sequence[int]) -> str:
         f"document{'s' if len(documents) > 1 else ''} {', '.join(map(str, documents[:_NAMED]))}{more} "
         f"of {', '.join(names)}"
     )
-
-
-def write_store(
-    folder: Path,
-    sources: list[tuple[str, Iterable[pa.RecordBatch], int | None]],
-    extra: dict[str, Any],
-    vocabulary: int | None = None,
-) -> None:
-    """Writes a store to a temporary folder and renames it to `folder`.
-
-    If another process has created `folder` in the meantime, that store is kept.
-
-    Args:
-        folder: Folder of the store.
-        sources: (name, batches of `tokenize_rows`, maximum number of documents or None) of each source, in order.
-        extra: Additional entries of `meta.json`.
-        vocabulary: A number above all token ids; None: not known. It determines the width of the stored ids, not the
-            content hash.
-
-    Raises:
-        DataError: A source has no documents, the sources are of different kinds, the folder can't be written, or it
-            exists and is not a token store.
-    """
-    try:
-        with published(folder, existing="keep") as beside:
-            beside.mkdir(parents=True)
-            digest = hashlib.sha256()
-            hashes: list[np.ndarray] = []
-            described = [
-                _write_source(beside, i, name, batches, limit, digest, hashes, vocabulary)
-                for i, (name, batches, limit) in enumerate(sources)
-            ]
-            kinds = {source["name"]: source["kind"] for source in described}
-            if len(set(kinds.values())) > 1:
-                raise DataError(
-                    "data.train: sources of different kinds can't be mixed "
-                    f"({', '.join(f'{n}: {k}' for n, k in kinds.items())})"
-                )
-            write_json(
-                beside / "meta.json",
-                {
-                    "format": FORMAT_VERSION,
-                    "sources": described,
-                    "content_hash": digest.hexdigest()[:32],
-                    "duplicates": _duplicates(np.concatenate(hashes)),
-                    **extra,
-                },
-            )
-    except OSError as error:
-        raise DataError(f"data.cache: {folder} can't be written: {error}") from None
-    if not (folder / "meta.json").exists():
-        raise DataError(f"data.cache: {folder} exists but is not a token store; remove it")
-
-
-def _write_source(
-    folder: Path,
-    index: int,
-    name: str,
-    batches: Iterable[pa.RecordBatch],
-    limit: int | None,
-    digest: Any,
-    hashes: list[np.ndarray],
-    vocabulary: int | None,
-) -> dict[str, Any]:
-    """Writes the files of one source and returns its entry in `meta.json`.
-
-    Updates `digest` with the tokens and offsets, and appends the document hashes (n,) uint64 to `hashes`.
-    """
-    skipped, cut, chats, reason, kind = 0, 0, 0, "", ""
-    lengths: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    own: list[np.ndarray] = []
-    count = 0
-    with ExitStack() as stack:
-        file: TokenWriter | None = None
-        for batch in batches:
-            metadata = batch.schema.metadata or {}
-            skipped += int(metadata.get(b"skipped", b"0"))
-            reason = reason or metadata.get(b"reason", b"").decode()
-            cut += int(metadata.get(b"cut", b"0"))
-            chats += int(metadata.get(b"chats", b"0"))
-            here = metadata.get(b"kind", b"").decode()
-            if kind and here and here != kind:
-                raise DataError(f"data source {name!r}: its format returns {here} for some rows and {kind} for others")
-            kind = kind or here
-            column = batch.column(0)
-            if limit is not None:
-                column = column.slice(0, max(0, limit - count))
-            values = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
-            if file is None and len(column):
-                # Examples also contain separators and numbers that are not tokens.
-                narrow = vocabulary is not None and vocabulary <= NARROW and kind in ("", "tokens")
-                file = stack.enter_context(TokenWriter(folder, index, narrow))
-            if file is not None:
-                file.write(values)
-            digest.update(values.data)
-            lengths.append(column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64))
-            targets.append(_targets(values, lengths[-1]))
-            own.append(_hashes(values, lengths[-1]))
-            count += len(column)
-            if limit is not None and count >= limit:
-                break
-    if count == 0 or file is None:
-        why = f"all {skipped} rows were skipped, the first: {reason}" if skipped else "it contains no documents"
-        raise DataError(f"data source {name!r} is empty: {why}")
-    own_hashes = np.concatenate(own)
-    hashes.append(own_hashes)
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-    np.save(folder / f"offsets-{index}.npy", offsets)
-    np.save(folder / f"targets-{index}.npy", np.concatenate(targets))
-    digest.update(offsets.tobytes())
-    return {
-        "name": name,
-        "documents": count,
-        "tokens": int(offsets[-1]),
-        "skipped": skipped,
-        "first_skipped": reason,
-        "cut": cut,
-        "kind": kind or "tokens",
-        "chats": chats,
-        "duplicates": _duplicates(own_hashes),
-        **file.described,
-    }
-
-
-def _hashes(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Returns the hashes (n,) uint64 of the documents, whose tokens are concatenated in `values`."""
-    edges = np.concatenate([[0], np.cumsum(lengths)])
-    digests = (hashlib.blake2b(values[a:b].tobytes(), digest_size=8).digest() for a, b in itertools.pairwise(edges))
-    return np.frombuffer(b"".join(digests), np.uint64)
-
-
-def _duplicates(hashes: np.ndarray) -> int:
-    """Returns the number of documents that repeat an earlier one, by their hashes."""
-    return len(hashes) - len(np.unique(hashes))
-
-
-def _targets(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Returns the number of trained tokens (n,) of each document, its first token excluded.
-
-    Args:
-        values: Encoded tokens of all documents, concatenated. Tokens that are not trained on are negative.
-        lengths: (n,) document lengths in tokens.
-    """
-    ends = np.cumsum(lengths)
-    trained = np.concatenate([[0], np.cumsum(values >= 0)])
-    starts = ends - lengths
-    # An empty document has no first token.
-    first = np.zeros(len(lengths), np.int64)
-    first[lengths > 0] = values[starts[lengths > 0]] >= 0
-    targets: np.ndarray = trained[ends] - trained[starts] - first
-    return targets

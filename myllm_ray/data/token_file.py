@@ -8,6 +8,7 @@ values.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import BinaryIO
@@ -21,36 +22,78 @@ NARROW = 2**16
 _BLOCK = 2**16
 
 
+class BitWriter:
+    """Writes one bit per token, the lowest bit of a byte first. There is no file as long as all bits are set."""
+
+    def __init__(self, path: Path):
+        self._path, self._count = path, 0
+        self._file: BinaryIO | None = None
+        self._rest = np.empty(0, bool)  # the bits that do not fill a byte yet
+
+    @property
+    def masked(self) -> bool:
+        """Whether a bit is not set, so that there is a file."""
+        return self._file is not None
+
+    def write(self, bits: np.ndarray) -> None:
+        """Appends bits (n,) bool."""
+        if self._file is None and not bits.all():
+            # All bits so far are set.
+            self._file = open(self._path, "wb")  # noqa: SIM115
+            whole = self._count // 8
+            for first in range(0, whole, _BLOCK):
+                self._file.write(b"\xff" * min(_BLOCK, whole - first))
+            self._rest = np.ones(self._count % 8, bool)
+        if self._file is not None:
+            every = np.concatenate([self._rest, bits])
+            at = len(every) // 8 * 8
+            self._file.write(np.packbits(every[:at], bitorder="little").data)
+            self._rest = every[at:].copy()
+        self._count += len(bits)
+
+    def close(self) -> None:
+        """Writes the last bits and closes the file."""
+        if self._file is not None:
+            self._file.write(np.packbits(self._rest, bitorder="little").data)
+            self._file.close()
+
+
 class TokenWriter:
     """Writes the tokens of one source. To be used as a context manager.
 
     Args:
         folder: Folder of the files.
-        index: Number of the source.
+        index: Number of the source, or another part of the names of the files.
         narrow: Whether all ids are below `NARROW`.
     """
 
-    def __init__(self, folder: Path, index: int, narrow: bool):
-        self.narrow = narrow
-        self._bits_path = folder / f"trained-{index}.bits"
+    def __init__(self, folder: Path, index: int | str, narrow: bool):
+        self.narrow, self.count = narrow, 0
+        self._digest = hashlib.blake2b(digest_size=16)
         self._file: BinaryIO = open(folder / f"tokens-{index}.{'u16' if narrow else 'bin'}", "wb")  # noqa: SIM115
-        self._bits: BinaryIO | None = None
-        self._count = 0
-        self._rest = np.empty(0, bool)  # the mask of tokens that do not fill a byte yet
+        self._bits = BitWriter(folder / f"trained-{index}.bits")
 
     def __enter__(self) -> TokenWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        if self._bits is not None:
-            self._bits.write(np.packbits(self._rest, bitorder="little").data)
-            self._bits.close()
+        self._bits.close()
+
+    @property
+    def masked(self) -> bool:
+        """Whether a token is not trained on, so that there is a file of bits."""
+        return self._bits.masked
+
+    @property
+    def digest(self) -> str:
+        """The hash of the ids, as they are stored."""
+        return self._digest.hexdigest()
 
     @property
     def described(self) -> dict[str, object]:
         """The format, for `TokenReader`."""
-        return {"dtype": "uint16", "masked": self._bits is not None} if self.narrow else {"dtype": "int32"}
+        return {"dtype": "uint16", "masked": self.masked} if self.narrow else {"dtype": "int32"}
 
     def write(self, values: np.ndarray) -> None:
         """Appends encoded tokens (n,) int32.
@@ -59,7 +102,7 @@ class TokenWriter:
             DataError: An id does not fit.
         """
         if not self.narrow:
-            self._file.write(values.data)
+            self._write(values)
             return
         trained = values >= 0
         ids = np.where(trained, values, ~values)
@@ -68,20 +111,13 @@ class TokenWriter:
                 f"the tokenizer returned the token id {int(ids.max())}, but it has at most {NARROW} tokens; "
                 "it can't be used"
             )
-        self._file.write(ids.astype("<u2").data)
-        if self._bits is None and not trained.all():
-            # All tokens so far are trained on.
-            self._bits = open(self._bits_path, "wb")  # noqa: SIM115
-            whole = self._count // 8
-            for first in range(0, whole, _BLOCK):
-                self._bits.write(b"\xff" * min(_BLOCK, whole - first))
-            self._rest = np.ones(self._count % 8, bool)
-        if self._bits is not None:
-            mask = np.concatenate([self._rest, trained])
-            at = len(mask) // 8 * 8
-            self._bits.write(np.packbits(mask[:at], bitorder="little").data)
-            self._rest = mask[at:].copy()
-        self._count += len(values)
+        self._write(ids.astype("<u2"))
+        self._bits.write(trained)
+
+    def _write(self, stored: np.ndarray) -> None:
+        self._file.write(stored.data)
+        self._digest.update(stored.data)
+        self.count += len(stored)
 
 
 class TokenReader:

@@ -16,8 +16,8 @@ import pyarrow as pa
 from myllm_ray.config.errors import DataError, UserError
 from myllm_ray.data.chat import tokenize_chat
 from myllm_ray.data.examples import LengthLimits, kind_of, tokenize_example
-from myllm_ray.data.formats import BadRow, Format, Instruction, Labelled, Messages, Preference, Prompt
-from myllm_ray.data.special_tokens import SpecialTokens, start_of_text
+from myllm_ray.data.formats import BadRow, Format, Instruction, Labelled, Messages, Preference, Prompt, TokenIds
+from myllm_ray.data.special_tokens import SpecialTokens, start_of_text, vocabulary_size
 from myllm_ray.data.tokenizer import has_own_template
 
 
@@ -125,8 +125,10 @@ def tokenize_one(formatted: Any, tokenizer: Any, train_on_prompt: bool = False) 
     """Tokenises one document; returns encoded tokens (n,) int32, see `encode`.
 
     A document of parts ends with the end-of-text token, which is trained on if the token before it is. The end of a
-    chat is that of its template, see `tokenize_chat`.
+    chat is that of its template, see `tokenize_chat`. Token ids are used as they are.
     """
+    if isinstance(formatted, TokenIds):
+        return _checked(formatted, tokenizer, train_on_prompt)
     if isinstance(formatted, Instruction) and has_own_template(tokenizer):
         formatted = formatted.messages
     if isinstance(formatted, Messages):
@@ -142,3 +144,19 @@ def tokenize_one(formatted: Any, tokenizer: Any, train_on_prompt: bool = False) 
     ids.append(eos)
     trained.append(trained[-1] if trained else True)
     return encode(np.asarray(ids), np.asarray(trained))
+
+
+def _checked(document: TokenIds, tokenizer: Any, train_on_prompt: bool) -> np.ndarray:
+    """Returns the encoded tokens (n,) int32 of a document that has been tokenized.
+
+    Raises:
+        BadRow: the tokenizer does not have one of the ids.
+    """
+    vocabulary = vocabulary_size(tokenizer)
+    wrong = np.flatnonzero((document.ids < 0) | (document.ids >= vocabulary))
+    if len(wrong):
+        raise BadRow(
+            f"the token id {int(document.ids[wrong[0]])} is not one of the tokenizer, which has the ids 0 to "
+            f"{vocabulary - 1}: use the tokenizer of the data"
+        )
+    return encode(document.ids, document.trained | train_on_prompt)

@@ -24,14 +24,13 @@ from myllm_ray.common.types import Batch, Position
 from myllm_ray.config.errors import DataError, TrainingError, UserError
 from myllm_ray.data.collate import to_arrow
 from myllm_ray.data.plan import RowPlan
-from myllm_ray.data.sources import Unit
+from myllm_ray.data.shard_tasks import ShardTask
 from myllm_ray.data.store import TokenStore
 from myllm_ray.data.stream import StreamSpec, make_batch
 from myllm_ray.orchestration.failures import RemoteError
 
 _LOCAL_SECONDS = 10.0
-"""Time for which units are processed in the driver. The processes of Ray Data take about as long to start."""
-_UNITS_PER_TASK = 8
+"""Time for which the driver prepares data itself. The processes of Ray Data take about as long to start."""
 _MICROS_PER_TASK = 16
 _MOST_TASKS = 4096
 _PREFETCH = 8
@@ -40,30 +39,30 @@ _PARTS = pa.schema([("first", pa.int64()), ("micros", pa.int64())])
 their epochs itself, so the cost of a start does not depend on the number of epochs."""
 
 
-def map_units(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iterator[pa.RecordBatch]:
-    """Applies `work` to each unit and yields the results in order.
+def map_units(work: Callable[[ShardTask], pa.RecordBatch], tasks: list[ShardTask]) -> Iterator[pa.RecordBatch]:
+    """Applies `work` to each task of the preparation and yields the results in order.
 
-    The driver processes units for `_LOCAL_SECONDS`. The remaining units are processed in tasks across the cluster. The
-    result does not depend on where a unit is processed.
+    The driver does tasks for `_LOCAL_SECONDS`. The others are done in tasks of Ray across the cluster. The result does
+    not depend on where a task is done: it writes its tokens itself and returns their index.
 
     Raises:
         DataError: `work` has raised a `UserError`.
         RemoteError: `work` has raised another error.
     """
     until = time.monotonic() + _LOCAL_SECONDS
-    for done, unit in enumerate(units):
+    for done, task in enumerate(tasks):
         if time.monotonic() > until:
-            yield from _map_on_cluster(work, units[done:])
+            yield from _map_on_cluster(work, tasks[done:])
             return
-        yield _result(*_attempt(work, unit))
+        yield _result(*_attempt(work, task))
 
 
 def _attempt(
-    work: Callable[[Unit], pa.RecordBatch], unit: Unit
+    work: Callable[[ShardTask], pa.RecordBatch], task: ShardTask
 ) -> tuple[pa.RecordBatch | None, str | None, str | None]:
-    """Returns the batch of a unit; or the problem as one line, and the traceback if it is not a `UserError`."""
+    """Returns the batch of a task; or the problem as one line, and the traceback if it is not a `UserError`."""
     try:
-        return work(unit), None, None
+        return work(task), None, None
     except UserError as error:
         return None, str(error), None
     except Exception as error:  # in a user-defined format
@@ -77,19 +76,17 @@ def _result(batch: pa.RecordBatch | None, problem: str | None, trace: str | None
     return batch
 
 
-def _map_on_cluster(work: Callable[[Unit], pa.RecordBatch], units: list[Unit]) -> Iterator[pa.RecordBatch]:
+def _map_on_cluster(work: Callable[[ShardTask], pa.RecordBatch], tasks: list[ShardTask]) -> Iterator[pa.RecordBatch]:
     _quiet()
+    size = -(-len(tasks) // _MOST_TASKS)
     dataset = ray.data.from_arrow(
-        [
-            pa.table({"number": list(range(a, min(a + _UNITS_PER_TASK, len(units))))})
-            for a in range(0, len(units), _UNITS_PER_TASK)
-        ]
+        [pa.table({"number": list(range(a, min(a + size, len(tasks))))}) for a in range(0, len(tasks), size)]
     )
 
     def tokenize(table: pa.Table) -> Iterator[pa.Table]:
         for number in table.column("number").to_pylist():
             # Errors in the data are returned as values. Ray would log an exception of a task with its whole stack.
-            batch, problem, trace = _attempt(work, units[number])
+            batch, problem, trace = _attempt(work, tasks[number])
             yield pa.table(
                 {
                     "batch": pa.array([None if batch is None else _to_bytes(batch)], pa.large_binary()),

@@ -1,21 +1,28 @@
-"""The files of a token store: 16 and 32 bits per token give the same documents."""
+"""The files of a token store: 16 and 32 bits per token, and any cut into shards, give the same documents."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import MakeConfig
+from conftest import MakeConfig, instruction_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from myllm_ray.config.errors import DataError
-from myllm_ray.data import store as storing
+from myllm_ray.data import shard_tasks, shards, sources, store_writer
+from myllm_ray.data.byte_ranges import OPEN_FILES
 from myllm_ray.data.prepare import prepare
-from myllm_ray.data.store import TokenStore, write_store
+from myllm_ray.data.shards import write_shard
+from myllm_ray.data.store import TokenStore
+from myllm_ray.data.store_writer import SourceShards, write_store
 from myllm_ray.data.token_file import TokenReader, TokenWriter
 
 IDS = st.integers(0, 2**16 - 1)
@@ -62,6 +69,34 @@ def batch(documents: list[list[int]], kind: str = "tokens") -> pa.RecordBatch:
     return pa.record_batch([column], schema=pa.schema([pa.field("tokens", column.type)], metadata={"kind": kind}))
 
 
+def written(
+    folder: Path, pieces: list[list[pa.RecordBatch]], vocabulary: int | None = None, limit: int | None = None
+) -> TokenStore:
+    """Writes a store with one source, which has a shard for each piece."""
+
+    def write(beside: Path, index: int) -> Iterator[pa.RecordBatch]:
+        for number, batches in enumerate(pieces):
+            yield write_shard(beside, f"{index}-{number:05d}", "a", batches, vocabulary, None)
+
+    write_store(folder, [SourceShards("a", write, limit)], {})
+    return TokenStore(folder)
+
+
+def legacy(store: TokenStore, folder: Path) -> TokenStore:
+    """Writes the same store as an earlier version did: one file of tokens per source."""
+    shutil.copytree(store.folder, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    source = meta["sources"][0]
+    with TokenWriter(folder, 0, source.pop("shards")[0]["dtype"] == "uint16") as writer:
+        for number in range(len(store)):
+            writer.write(store.read(number))
+    source.update(writer.described)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    for path in (*folder.glob("tokens-0-*"), *folder.glob("trained-0-*"), folder / "runs-0.npy"):
+        path.unlink()
+    return TokenStore(folder)
+
+
 @pytest.mark.parametrize(
     ("kind", "vocabulary", "dtype"),
     [
@@ -73,46 +108,127 @@ def batch(documents: list[list[int]], kind: str = "tokens") -> pa.RecordBatch:
 )
 def test_the_width_does_not_change_the_content(tmp_path: Path, kind: str, vocabulary: int | None, dtype: str) -> None:
     documents = [[1, 65535, ~0, 7], [], [~65535], [4, 5]]
-    sources = [("a", [batch([], ""), batch(documents[:2], kind), batch(documents[2:], kind)], None)]
-    for name, size in (("wide", None), ("other", vocabulary)):
-        write_store(tmp_path / name, sources, {}, size)  # type: ignore[arg-type]
-    wide, other = TokenStore(tmp_path / "wide"), TokenStore(tmp_path / "other")
-    assert other.meta["sources"][0]["dtype"] == dtype
+    batches = [batch([], ""), batch(documents[:2], kind), batch(documents[2:], kind)]
+    wide, other = (written(tmp_path / str(size), [batches], size) for size in (None, vocabulary or 2**20))
+    assert other.meta["sources"][0]["shards"][0]["dtype"] == dtype
     assert other.content_hash == wide.content_hash
-    assert other.targets(np.arange(4)).tolist() == wide.targets(np.arange(4)).tolist()
+    assert other.targets(np.arange(4)).tolist() == wide.targets(np.arange(4)).tolist() == [2, 0, 0, 1]
     assert [other.read(i).tolist() for i in range(4)] == documents
     assert other.read(0, 1, 2).tolist() == [65535, ~0]
 
 
 def test_a_store_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    write_store(tmp_path / "s", [("a", [batch([[1, ~2], [3]])], None)], {})
-    meta = json.loads((tmp_path / "s/meta.json").read_text())
-    del meta["sources"][0]["dtype"]
-    (tmp_path / "s/meta.json").write_text(json.dumps(meta))
-    assert [TokenStore(tmp_path / "s").read(i).tolist() for i in range(2)] == [[1, ~2], [3]]
+    documents = [[1, ~2], [3], [], [~4, 5, 6]]
+    for vocabulary in (100, 2**20):
+        store = written(tmp_path / f"s{vocabulary}", [[batch(documents[:2])], [batch(documents[2:])]], vocabulary)
+        old = legacy(store, tmp_path / f"old{vocabulary}")
+        assert [old.read(i).tolist() for i in range(4)] == documents
+        assert old.read(3, 1, 2).tolist() == [5, 6]
+    (tmp_path / "old100/tokens-0.u16").write_bytes(b"")
+    with pytest.raises(DataError, match=r"tokens-0.u16 is shorter than its index; delete .*/old100"):
+        TokenStore(tmp_path / "old100").read(1)
+
+
+def test_the_content_hash_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    """A run that was started by an earlier version resumes after its cache was deleted."""
+    documents = [[1, ~2], [3], [], [~4, 5, 6]]
+    values = np.concatenate([np.asarray(d, np.int32) for d in documents])
+    offsets = np.cumsum([0, *map(len, documents)]).astype(np.int64)
+    expected = hashlib.sha256(values.tobytes() + offsets.tobytes()).hexdigest()[:32]
+    assert written(tmp_path / "s", [[batch(documents)]], 100).content_hash == expected
+
+
+@pytest.mark.parametrize("most", [store_writer.HASHED_TOKENS, 3])
+def test_the_cut_into_shards_does_not_change_the_store(
+    tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_writer, "HASHED_TOKENS", most)
+    documents = [[1, ~2], [3], [], [~4, 5, 6], [3], [7] * 20]
+    cuts = [[0, 6], [0, 1, 2, 3, 4, 5, 6], [0, 0, 4, 4, 6]]
+    stores = [
+        written(tmp_path / str(i), [[batch(documents[a:b])] for a, b in itertools.pairwise(cut)], 100)
+        for i, cut in enumerate(cuts)
+    ]
+    numbers = np.arange(len(documents))
+    for store in stores:
+        assert [store.read(i).tolist() for i in range(len(store))] == documents
+        assert store.targets(numbers).tolist() == stores[0].targets(numbers).tolist()
+        assert (store.content_hash, store.duplicates, store.tokens) == (stores[0].content_hash, 1, 27)
+    moved = [[1, ~2, 3], [], [~4, 5, 6], [3], [7] * 20, []]
+    assert written(tmp_path / "moved", [[batch(moved)]], 100).content_hash != stores[0].content_hash
+    other = [*documents[:-1], [7] * 19 + [8]]
+    assert written(tmp_path / "other", [[batch(other)]], 100).content_hash != stores[0].content_hash
+
+
+def test_a_limit_ends_within_a_shard(tmp_path: Path) -> None:
+    documents = [[1, ~2], [3], [4, 5, 6], [7]]
+    limited = written(tmp_path / "limited", [[batch(documents[:1])], [batch(documents[1:])]], 100, limit=2)
+    whole = written(tmp_path / "whole", [[batch(documents[:2])]], 100)
+    assert limited.content_hash == whole.content_hash
+    assert (len(limited), limited.tokens) == (2, 3)
+
+
+def test_documents_in_pieces_have_the_same_index() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = rng.integers(0, 5, 8)
+        values = rng.integers(-5, 5, int(lengths.sum())).astype(np.int32)
+        ends = np.cumsum(lengths)
+        whole, pieces = shards.DocumentIndex(), shards.DocumentIndex()
+        whole.add(values, ends)
+        cut = int(rng.integers(0, len(values) + 1))
+        before = ends[ends <= cut]
+        pieces.add(values[:cut], before)
+        pieces.add(values[cut:], ends[len(before) :] - cut)
+        for a, b in zip(whole.finish(), pieces.finish(), strict=True):
+            assert a.tolist() == b.tolist()
+        documents = np.split(values, ends[:-1])
+        assert whole.finish()[1].tolist() == [int((document[1:] >= 0).sum()) for document in documents]
 
 
 def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
-    write_store(tmp_path / "s", [("a", [batch([[1, ~2, 3, 4], [3]])], None)], {}, 100)
-    for name, size in (("trained-0.bits", 0), ("tokens-0.u16", 6)):
+    written(tmp_path / "s", [[batch([[1, ~2, 3, 4], [3]])]], 100)
+    for name, size in (("trained-0-00000.bits", 0), ("tokens-0-00000.u16", 6)):
         with open(tmp_path / "s" / name, "r+b") as file:
             file.truncate(size)
-        with pytest.raises(DataError, match=r"tokens-0.u16 is shorter than its index; delete .*/s"):
+        with pytest.raises(DataError, match=rf"{name} is shorter than its index; delete .*/s, and the next run"):
             TokenStore(tmp_path / "s").read(1)
 
 
 def test_an_id_above_the_vocabulary_is_refused(tmp_path: Path) -> None:
     for token in (2**16, ~(2**16)):
         with pytest.raises(DataError, match="token id 65536"):
-            write_store(tmp_path / "s", [("a", [batch([[1, token]])], None)], {}, 2**16)
+            written(tmp_path / "s", [[batch([[1, token]])]], 2**16)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_a_task_cannot_write(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"node .* can't write .*/gone: No such file.*; all nodes that tokenize must"):
+        write_shard(tmp_path / "gone", "0-00000", "a", [batch([[1]])], 100, None)
+
+
+def test_many_shards_have_few_open_files(tmp_path: Path) -> None:
+    store = written(tmp_path / "s", [[batch([[i, ~i]])] for i in range(100)], 100)
+    store.read(0)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(2):
+        assert [store.read(i).tolist() for i in range(100)] == [[i, ~i] for i in range(100)]
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= OPEN_FILES
+
+
 def test_micro_batches_are_the_same(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = prepare(make_config(f"data.cache={tmp_path / 'narrow'}"))
-    monkeypatch.setattr(storing, "NARROW", 0)
-    wide = prepare(make_config(f"data.cache={tmp_path / 'wide'}"))
-    assert [p.train.plan.store.meta["sources"][0]["dtype"] for p in (narrow, wide)] == ["uint16", "int32"]
+    rows = "".join(json.dumps(row) + "\n" for row in instruction_rows())
+    (tmp_path / "rows.jsonl").write_text(rows)
+    path = f"data.train.path={tmp_path / 'rows.jsonl'}"
+    narrow = prepare(make_config(path, f"data.cache={tmp_path / 'narrow'}"))
+    monkeypatch.setattr(shards, "NARROW", 0)
+    monkeypatch.setattr(shard_tasks, "_UNITS", 1)
+    monkeypatch.setattr(sources, "RANGE_BYTES", 1000)
+    wide = prepare(make_config(path, f"data.cache={tmp_path / 'wide'}"))
+    first, second = (p.train.plan.store.meta["sources"][0]["shards"] for p in (narrow, wide))
+    assert (len(first), first[0]["dtype"]) == (1, "uint16")
+    assert len(second) > 4
+    assert {shard["dtype"] for shard in second} == {"int32"}
     assert narrow.identity == wide.identity
     for row in range(0, 24, 8):
         a, b = (p.train.build(0, row, 8) for p in (narrow, wide))
