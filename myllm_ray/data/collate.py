@@ -43,17 +43,23 @@ def build_micro(store: TokenStore, rows: list[Row], pad_id: int, place: int = 0)
     positions = np.stack([restarting_positions([s.length for s in row], width) for row in rows])
     sources = np.full((len(rows), width), -1, np.int32)
     fingerprint = 0
+    # All places are looked up at once, and a row is decoded at once: numpy's overhead is larger than the work.
+    of_segments, firsts = store.places(np.fromiter((s.document for row in rows for s in row), np.int64))
+    places_of = zip(of_segments.tolist(), firsts.tolist(), strict=True)
     for i, row in enumerate(rows):
-        at = 0
+        at, starts, encoded = 0, [], np.empty(width, np.int32)
         for segment in row:
-            tokens, trained = decode(store.read(*segment))
+            source, first = next(places_of)
+            starts.append(at)
             end = at + segment.length
-            ids[i, at:end] = tokens
-            labels[i, at:end] = np.where(trained, tokens, IGNORE)
-            # The previous token of the row, if any, belongs to another segment and must not predict this one.
-            labels[i, at] = IGNORE
-            sources[i, at:end] = store.source_of(np.asarray([segment.document]))[0]
+            encoded[at:end] = store.tokens_of(source, first + segment.start, segment.length)
+            sources[i, at:end] = source
             at = end
+        tokens, trained = decode(encoded[:at])
+        ids[i, :at] = tokens
+        labels[i, :at] = np.where(trained, tokens, IGNORE)
+        # The previous token of the row, if any, belongs to another segment and must not predict this one.
+        labels[i, starts] = IGNORE
         fingerprint += row_fingerprint(place + i, ids[i, :at], labels[i, :at])
     places = np.arange(place, place + len(rows), dtype=np.int32)[:, None]
     flat = {"input_ids": ids, "labels": labels, "position_ids": positions, "source_ids": sources, "places": places}

@@ -223,9 +223,12 @@ class ShardReader:
     def __init__(self, folder: Path, index: int, shards: list[dict[str, Any]], ranges: ByteRanges):
         self._folder, self._ranges = folder, ranges
         self._shards = [Shard(**shard) for shard in shards]
+        self._dtypes = [np.dtype(shard.dtype).newbyteorder("<") for shard in self._shards]
+        self._paths = [s.path if s.version is not None else str(folder / s.path) for s in self._shards]
         self._shard_firsts = np.cumsum([0, *(shard.tokens for shard in self._shards)])
         # (n, 3) int64: number of the shard, first byte, number of tokens
-        self._runs = np.load(folder / f"runs-{index}.npy", mmap_mode="r")
+        # As a plain array, because indexing a `memmap` is slow. It still is a view of the file.
+        self._runs = np.asarray(np.load(folder / f"runs-{index}.npy", mmap_mode="r"))
         self._firsts = np.concatenate([[0], np.cumsum(self._runs[:, 2])])
 
     def read(self, first: int, count: int) -> np.ndarray:
@@ -237,7 +240,7 @@ class ShardReader:
         parts = []
         run = int(np.searchsorted(self._firsts, first, side="right")) - 1
         while count:
-            number, byte, tokens = (int(x) for x in self._runs[run])
+            number, byte, tokens = self._runs[run].tolist()
             skipped = first - int(self._firsts[run])
             taken = min(count, tokens - skipped)
             parts.append(self._read(number, byte, skipped, taken, first - int(self._shard_firsts[number])))
@@ -248,10 +251,9 @@ class ShardReader:
 
     def _read(self, number: int, byte: int, skipped: int, count: int, place: int) -> np.ndarray:
         """Reads tokens of one run; `place` is the number of the first of them in the shard."""
-        shard = self._shards[number]
-        dtype = np.dtype(shard.dtype).newbyteorder("<")
-        path = shard.path if shard.version is not None else str(self._folder / shard.path)
-        data = self._bytes(path, byte + dtype.itemsize * skipped, dtype.itemsize * count, shard.version)
+        shard, dtype = self._shards[number], self._dtypes[number]
+        size = dtype.itemsize
+        data = self._bytes(self._paths[number], byte + size * skipped, size * count, shard.version)
         values = np.frombuffer(data, dtype).astype(np.int32, copy=False)
         if shard.bits is None:
             return values

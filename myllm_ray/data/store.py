@@ -39,11 +39,15 @@ class TokenStore:
         self.folder = Path(folder)
         self.meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         self.sources: list[str] = [s["name"] for s in self.meta["sources"]]
-        self._offsets = [np.load(self.folder / f"offsets-{i}.npy", mmap_mode="r") for i in range(len(self.sources))]
-        self._targets = [np.load(self.folder / f"targets-{i}.npy", mmap_mode="r") for i in range(len(self.sources))]
+        self._offsets = [self._mapped(f"offsets-{i}.npy") for i in range(len(self.sources))]
+        self._targets = [self._mapped(f"targets-{i}.npy") for i in range(len(self.sources))]
         self._first = np.cumsum([0, *(len(o) - 1 for o in self._offsets)])
         self._files: dict[int, TokenReader | ShardReader] = {}
         self._ranges = ByteRanges()
+
+    def _mapped(self, name: str) -> np.ndarray:
+        # As a plain array, because indexing a `memmap` is slow. It still is a view of the file.
+        return np.asarray(np.load(self.folder / name, mmap_mode="r"))
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -121,6 +125,11 @@ class TokenStore:
         first, last = (int(x) for x in self._offsets[source][local : local + 2])
         count = last - first - start if length is None else length
         return self.tokens_of(source, first + start, count)
+
+    def places(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the sources (n,) of the given document numbers (n,), and their first tokens (n,) for `tokens_of`."""
+        sources = self.source_of(documents) if len(self.sources) > 1 else np.zeros(len(documents), np.int64)
+        return sources, self._looked_up(documents, lambda source, local: self._offsets[source][local])
 
     def tokens_of(self, source: int, first: int, count: int) -> np.ndarray:
         """Returns the encoded tokens [first, first + count) of a source, (count,) int32."""
