@@ -30,7 +30,7 @@ from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.dependencies import kind_of_model, model_section
 from myllm_ray.engine.checkpointing.manager import find_damage, read_manifest
 from myllm_ray.engine.checkpointing.starting_weights import differences, named_models
-from myllm_ray.models.initialization import DRAWN_IN_BLOCKS
+from myllm_ray.models import initialization
 from myllm_ray.models.load import build_deferred
 from myllm_ray.models.weights_folder import weight_files
 
@@ -204,6 +204,6 @@ def _samples(model: nn.Module) -> Iterator[tuple[str, str, Box]]:
         smallest = min(names, key=lambda name: (math.prod(shapes[name]), name))
         yield kind, smallest, whole(shapes[smallest])
         largest = max(names, key=lambda name: (math.prod(shapes[name]), name))
-        if math.prod(shapes[largest]) >= DRAWN_IN_BLOCKS:
+        if math.prod(shapes[largest]) >= initialization.DRAWN_IN_BLOCKS:
             first = whole(shapes[largest])
             yield f"{kind} in blocks", largest, Box(first.offsets, (1, *first.lengths[1:]))

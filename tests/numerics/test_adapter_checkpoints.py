@@ -25,6 +25,7 @@ from myllm_ray.data.tokenizer import byte_tokenizer
 from myllm_ray.engine.checkpointing.manager import read_manifest, read_tensors
 from myllm_ray.engine.checkpointing.verification import manifest_checksum
 from myllm_ray.engine.run_folder import claim
+from myllm_ray.models import initialization as random_weights
 from myllm_ray.models.export import save_pretrained
 from myllm_ray.models.load import build_model, build_skeleton
 from myllm_ray.preparation import absolute, check_model, prepare_run
@@ -176,6 +177,19 @@ def test_another_initialization_is_refused(make_config: MakeConfig, monkeypatch:
     folder = Path(config.run.storage) / config.run.name
     open_run(folder)
     monkeypatch.setattr(initialization, "normal_", lambda t, mean=0.0, std=1.0, **_: t.uniform_(-std, std))
+    with pytest.raises(CheckpointError, match=r"their base has changed \(sha256"):
+        open_run(folder)
+
+
+def test_a_base_that_was_drawn_whole_is_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier versions drew large tensors whole. The smallest tensors, which are compared too, have equal values."""
+    width, inner = 64, 1024
+    assert LLAMA["hidden_size"] == width
+    config = make_config(*SHORT, model={"config": {**LLAMA, "intermediate_size": inner}, "lora": LORA})
+    run_local(config)
+    folder = Path(config.run.storage) / config.run.name
+    open_run(folder)
+    monkeypatch.setattr(random_weights, "DRAWN_IN_BLOCKS", width * inner)
     with pytest.raises(CheckpointError, match=r"their base has changed \(sha256"):
         open_run(folder)
 
