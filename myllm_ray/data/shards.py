@@ -218,10 +218,13 @@ class ShardReader:
         index: Number of the source.
         shards: Entries of the shards in `meta.json`.
         ranges: Reads the files.
+        base: Folder or URL of the shards, if it is not `folder`.
     """
 
-    def __init__(self, folder: Path, index: int, shards: list[dict[str, Any]], ranges: ByteRanges):
-        self._folder, self._ranges = folder, ranges
+    def __init__(
+        self, folder: Path, index: int, shards: list[dict[str, Any]], ranges: ByteRanges, base: str | None = None
+    ):
+        self._ranges, self._base = ranges, base or str(folder)
         self._shards = [Shard(**shard) for shard in shards]
         self._shard_firsts = np.cumsum([0, *(shard.tokens for shard in self._shards)])
         # (n, 3) int64: number of the shard, first byte, number of tokens
@@ -250,21 +253,24 @@ class ShardReader:
         """Reads tokens of one run; `place` is the number of the first of them in the shard."""
         shard = self._shards[number]
         dtype = np.dtype(shard.dtype).newbyteorder("<")
-        path = shard.path if shard.version is not None else str(self._folder / shard.path)
-        data = self._bytes(path, byte + dtype.itemsize * skipped, dtype.itemsize * count, shard.version)
+        own = shard.version is None
+        path = f"{self._base}/{shard.path}" if own else shard.path
+        size = dtype.itemsize * shard.tokens if shard.version is None else shard.version[0]
+        data = self._bytes(path, byte + dtype.itemsize * skipped, dtype.itemsize * count, size, shard.version)
         values = np.frombuffer(data, dtype).astype(np.int32, copy=False)
         if shard.bits is None:
             return values
         skipped = place % 8
-        packed = self._bytes(str(self._folder / shard.bits), place // 8, -(-(skipped + count) // 8))
+        size, length = -(-shard.tokens // 8), -(-(skipped + count) // 8)
+        packed = self._bytes(f"{self._base}/{shard.bits}", place // 8, length, size)
         bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
         # `ids ^ -1` is `~ids`, for the tokens that are not trained on.
         return values ^ (bits[skipped : skipped + count].astype(np.int32) - 1)
 
-    def _bytes(self, path: str, first: int, count: int, version: Any = None) -> bytes:
+    def _bytes(self, path: str, first: int, count: int, size: int, version: Any = None) -> bytes:
         try:
-            return self._ranges.read(path, first, count, version)
+            return self._ranges.read(path, first, count, size, version)
         except DataError as error:
-            if version is not None:
+            if version is not None or "://" in path:
                 raise
-            raise DataError(f"{error}; delete {self._folder}, and the next run prepares the data again") from None
+            raise DataError(f"{error}; delete {self._base}, and the next run prepares the data again") from None
