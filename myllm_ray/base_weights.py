@@ -26,6 +26,7 @@ from myllm_ray.common.tensor_files import Box, whole
 from myllm_ray.config.errors import CheckpointError, ConfigError, UserError
 from myllm_ray.config.load import validate
 from myllm_ray.config.schema import TrainerConfig
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.dependencies import kind_of_model, model_section
 from myllm_ray.engine.checkpointing.manager import find_damage, read_manifest
@@ -71,7 +72,7 @@ def base_identity(config: TrainerConfig, tokenizer: Any) -> dict[str, Any] | Non
         files = [folder / gguf["gguf_file"]] if gguf else sorted({folder / f for f in weight_files(folder).values()})
         # A folder in the cache of the hub is named by its commit.
         revision = folder.name if folder.parent.name == "snapshots" else None
-        cache = Path(config.data.cache or Path(config.run.storage) / ".data") / "weights"
+        cache = DataCache.of(config).folder / "weights"
         try:
             checksum = files_sha256(files, cache)
         except OSError as error:

@@ -16,6 +16,7 @@ from myllm_ray.config.errors import ConfigError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sections import ModelSection
 from myllm_ray.config.trainers import takes_config
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.tokenizer import open_tokenizer
 from myllm_ray.dependencies import _other_reference, _reward_section, kind_of_model, model_section, trainer_class_of
 from myllm_ray.models.architecture import config_of
@@ -38,7 +39,7 @@ def isolation_of(config: TrainerConfig) -> Isolation:
         ConfigError: the model is not causal, or `data.packing: required` can't be satisfied.
     """
     cls = trainer_class_of(config)
-    section, cache = model_section(config), Path(config.data.cache or Path(config.run.storage) / ".data")
+    section, cache = model_section(config), DataCache.of(config).folder
     if config.data.packing == "required" and cls.layout == "padded":
         raise ConfigError(
             f"data.packing: required: trainer {config.trainer} has one example per row; leave data.packing out"

@@ -62,6 +62,7 @@ def absolute(config: TrainerConfig) -> TrainerConfig:
     config = config.model_copy(deep=True)
     config.run.storage = _absolute(config.run.storage)
     config.data.cache = _absolute(config.data.cache or str(Path(config.run.storage) / ".data"))
+    config.data.local_cache = config.data.local_cache and _absolute(config.data.local_cache)
     for task in config.evaluation.tasks:
         task.task_folder = task.task_folder and _absolute(task.task_folder)
         if task.task is not None and task.task.endswith((".yaml", ".yml")):

@@ -67,6 +67,9 @@ def reference_table(
         *([spec.plan.key, spec.global_size, batches] if by_row else []),
     ]
     path = spec.plan.store.folder / f"reference-{hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]}.npy"
+    cache = spec.plan.store.cache
+    if distributed.is_main():
+        cache.fetch_file(path)
     # All ranks follow the decision of rank 0: the file may be visible to other ranks at a different time, and a rank
     # that skips the collectives in this branch would make the others hang.
     if distributed.from_main(not path.exists()):
@@ -75,7 +78,9 @@ def reference_table(
         if distributed.is_main():
             with published(path, existing="replace") as beside:
                 np.save(beside, values)
+            cache.upload_file(path, path)
         distributed.barrier()  # no rank reads the file before rank 0 has written it
+    cache.fetch_file(path)
     return ReferenceTable(torch.from_numpy(np.load(path)), _first_rows(spec, batches) if by_row else None)
 
 

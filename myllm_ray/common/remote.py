@@ -6,15 +6,19 @@ the environment (`AWS_ACCESS_KEY_ID`, `AWS_REGION`, ...) or from `~/.aws`; `AWS_
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.arrow import ArrowFSWrapper
 
 from myllm_ray.common.extras import require
+from myllm_ray.common.secrets import mask_text
 from myllm_ray.config.errors import UserError
 
 _LIBRARIES = {"gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "abfs": "adlfs"}
@@ -29,6 +33,11 @@ _TRANSIENT = re.compile(
 _ATTEMPTS = 5
 """How often the client sends a request; it waits longer before each repetition."""
 _REQUEST_SECONDS, _CONNECT_SECONDS = 60.0, 10.0
+PATIENCE_SECONDS = 300.0
+"""How long an operation is repeated while the storage can't be reached, in seconds."""
+FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 1.0, 30.0
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class S3(ArrowFSWrapper):
@@ -50,6 +59,10 @@ class S3(ArrowFSWrapper):
             ),
             **options,
         )
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> Any:
+        # A range from 0 on also needs a file with random access.
+        return super().cat_file(path, start, end, **{"seekable": True, **options})
 
 
 for scheme in ("s3", "s3a"):  # also where s3fs is installed: a URL means the same on every machine
@@ -82,3 +95,30 @@ def open_storage(url: str, key: str, error: type[UserError]) -> tuple[Any, str]:
     except ValueError as problem:
         raise error(f"{key}: {url!r}: {problem}") from None
     return filesystem, inner
+
+
+def patiently(operation: Callable[[], Result], failure: str, error: type[UserError]) -> Result:
+    """Calls an operation, again and again while the storage can't be reached, and returns its result.
+
+    Args:
+        operation: The operation.
+        failure: What has failed, for messages.
+        error: The exception class to raise.
+
+    Raises:
+        UserError: Any other error, or the time is over. One line, with secrets in URLs masked.
+    """
+    until, wait = time.monotonic() + PATIENCE_SECONDS, FIRST_WAIT_SECONDS
+    while True:
+        try:
+            return operation()
+        except UserError:
+            raise
+        except Exception as problem:  # each file system raises its own types of exceptions
+            reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+            text = mask_text(f"{failure}: {reason}")
+            if not is_transient(problem) or time.monotonic() + wait > until:
+                raise error(text) from None
+            log.warning("%s; trying again in %.0f s", text, wait)
+        time.sleep(wait)
+        wait = min(2 * wait, _LONGEST_WAIT_SECONDS)

@@ -18,6 +18,7 @@ from pydantic import (
 
 from myllm_ray.config.lora_section import LoraSection, check_pattern
 from myllm_ray.config.mixture_section import MixtureStage, check_mixture, refuse_share
+from myllm_ray.config.offload_section import OffloadSection
 from myllm_ray.config.section import Section
 
 
@@ -181,7 +182,15 @@ class DataSection(Section):
         None, description="treatment of documents longer than a row; default: split for pretraining, truncate otherwise"
     )
     on_bad_row: Literal["error", "skip"] = "error"
-    cache: str | None = Field(None, description="folder of prepared data; default: <run.storage>/.data")
+    cache: str | None = Field(
+        None, description="folder of prepared data that all nodes share, or its URL; default: <run.storage>/.data"
+    )
+    local_cache: str | None = Field(
+        None,
+        description="local folder for what is read from data at a URL, on each node; default: in the folder of "
+        "temporary files",
+    )
+    local_cache_gb: PositiveFloat = Field(64.0, description="largest size of the tokens in local_cache, in GB")
     prefetch_batches: NonNegativeInt = Field(
         2, description="global batches that a thread prepares and copies to the device in advance; 0: no thread"
     )
@@ -261,22 +270,6 @@ class EMASection(Section):
     decay: float = Field(0.999, gt=0, lt=1, description="share of the average that an update keeps")
     every_steps: PositiveInt = Field(1, description="optimizer steps between two updates")
     start_step: NonNegativeInt = Field(0, description="up to this optimizer step, the average is the weights")
-
-
-class OffloadSection(Section):
-    """Offload of tensors from the device's memory, for fsdp (only `parameters: cpu`) and deepspeed."""
-
-    optimizer: Literal["none", "cpu", "disk"] = Field("none", description="for deepspeed stages 1 to 3")
-    parameters: Literal["none", "cpu", "disk"] = Field(
-        "none", description="for deepspeed stage 3, and for fsdp, where cpu also offloads the optimizer state"
-    )
-    path: str | None = Field(None, description="for `disk`: a folder on a fast local disk")
-
-    @model_validator(mode="after")
-    def _where(self) -> OffloadSection:
-        if "disk" in (self.optimizer, self.parameters) and self.path is None:
-            raise ValueError("disk needs a folder: give accelerator.offload.path")
-        return self
 
 
 class AcceleratorSection(Section):

@@ -14,6 +14,7 @@ from myllm_ray.config.errors import ConfigError, DataError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sections import SourceSection
 from myllm_ray.data import sources as reading
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.examples import TOKENS, LengthLimits
 from myllm_ray.data.order import Order
 from myllm_ray.data.packing import Row
@@ -44,7 +45,7 @@ def task_rows(config: TrainerConfig, tokenizer_folder: str, map_units: MapUnits 
         DataError: the data of a task can't be read, or is empty.
         ConfigError: no prompt fits with its answer.
     """
-    cache, size = Path(config.data.cache or Path(config.run.storage) / ".data"), config.data.sequence_length
+    cache, size = DataCache.of(config), config.data.sequence_length
     found: list[RowPlan | None] = []
     for number, task in enumerate(config.evaluation.tasks):
         if task.data is None:

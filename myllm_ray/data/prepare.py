@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from myllm_ray.config.errors import ConfigError, DataError
 from myllm_ray.config.schema import TrainerConfig
 from myllm_ray.config.sections import SourceSection
 from myllm_ray.data import sources as reading
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.chat_template import ChatTemplate
 from myllm_ray.data.examples import PROMPTS, TOKENS, LengthLimits
 from myllm_ray.data.formats import BadRow, Labelled, Messages, Preference, Prompt, Text
@@ -35,7 +37,7 @@ from myllm_ray.data.pretokenized import Tokens
 from myllm_ray.data.shard_tasks import ShardTask, make_shard, opened, shard_tasks
 from myllm_ray.data.sources import Unit
 from myllm_ray.data.special_tokens import vocabulary_size
-from myllm_ray.data.store import TokenStore
+from myllm_ray.data.store import TokenStore, is_shard
 from myllm_ray.data.store_writer import FORMAT_VERSION, SourceShards, write_store
 from myllm_ray.data.stream import StreamSpec
 from myllm_ray.data.templates import TURN_END, TURN_START
@@ -115,7 +117,7 @@ def prepare(config: TrainerConfig, map_units: MapUnits = map, isolation: Isolati
         ConfigError: An option names an unknown format or an unusable tokenizer.
     """
     data = config.data
-    cache = Path(data.cache or Path(config.run.storage) / ".data")
+    cache = DataCache.of(config)
     tokenizer_folder = prepare_tokenizer(config, cache)
     named = [
         (s, f"data.train[{i}]" if isinstance(data.train, list) else "data.train") for i, s in enumerate(data.sources)
@@ -224,7 +226,7 @@ _NEWER = ("chat_template", "add_special_tokens")
 """Keys of the tokenizer section that are newer than the existing caches."""
 
 
-def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
+def prepare_tokenizer(config: TrainerConfig, cache: DataCache) -> Path:
     """Returns the folder of the config's tokenizer in the cache. Loads or trains the tokenizer if needed."""
     section = tokenizer_section(config)
     # Without the keys that a config does not give, so that they do not change the names of existing caches.
@@ -234,15 +236,20 @@ def prepare_tokenizer(config: TrainerConfig, cache: Path) -> Path:
         described.append(template_of(section.chat_template).text)
     if section.train:
         described += [(_identity(s), reading.signature(_units(s, "data.train"))) for s in config.data.sources]
-    folder = cache / f"tokenizer-{_hash(described)}"
+    folder = cache.folder / f"tokenizer-{_hash(described)}"
+    cache.fetch(folder)
     if section.path or section.name or not (folder / "tokenizer.json").exists():
         if section.train:
             log.info("training a tokenizer of %d tokens on the data", section.vocab_size)
         with Task("training a tokenizer" if section.train else "loading the tokenizer"):
             tokenizer = load_tokenizer(section, _texts(config) if section.train else None)
-        folder = cache / f"tokenizer-{_hash([*described, fingerprint(tokenizer)])}" if not section.train else folder
+        folder = (
+            cache.folder / f"tokenizer-{_hash([*described, fingerprint(tokenizer)])}" if not section.train else folder
+        )
         try:
-            save_in_cache(tokenizer, folder)
+            if not cache.fetch(folder):
+                save_in_cache(tokenizer, folder)
+                cache.upload(folder, folder)
         except OSError as error:
             raise DataError(f"data.cache: {folder} can't be written: {error}") from None
     return folder
@@ -258,7 +265,7 @@ def save_in_cache(tokenizer: Any, folder: Path) -> None:
 
 def _store(
     config: TrainerConfig,
-    cache: Path,
+    cache: DataCache,
     tokenizer_folder: Path,
     named: list[tuple[SourceSection, str]],
     map_units: MapUnits,
@@ -269,7 +276,7 @@ def _store(
 
 
 def token_store(
-    cache: Path,
+    cache: DataCache,
     tokenizer_folder: Path,
     named: list[tuple[SourceSection, str]],
     options: TokenizeOptions,
@@ -278,7 +285,7 @@ def token_store(
     """Returns the token store of sources. They are tokenized if the store is not in the cache yet.
 
     Args:
-        cache: folder of the stores.
+        cache: the cache of the stores.
         tokenizer_folder: folder of the tokenizer; its name is part of the cache key.
         named: the sources, with their config keys for error messages.
         options: options of the tokenization. `fields` is replaced by the fields of each source.
@@ -298,8 +305,8 @@ def token_store(
         *([asdict(options.limits)] if options.limits else []),
         [(_identity(s, "weight", "split"), reading.signature(u)) for (s, _), u in zip(named, units, strict=True)],
     ]
-    folder = cache / f"tokens-{_hash(described)}"
-    if not (folder / "meta.json").exists():
+    folder = cache.folder / f"tokens-{_hash(described)}"
+    if not cache.fetch(folder, is_shard) or not (folder / "meta.json").exists():
         log.info("tokenizing %s: %d units; cached in %s", ", ".join(names), sum(map(len, units)), folder)
         tasks = [shard_tasks(u, source.limit) for (source, _), u in zip(named, units, strict=True)]
         vocabulary = vocabulary_size(opened(str(tokenizer_folder)))
@@ -314,10 +321,13 @@ def token_store(
                     tokenizer_folder=str(tokenizer_folder),
                     options=replace(options, fields=source.fields),
                     vocabulary=vocabulary,
+                    cache=cache,
+                    store=folder,
+                    attempt=uuid.uuid4().hex[:8],
                 )
                 parts.append(SourceShards(name, partial(_mapped, map_units, work, own, progress), source.limit))
-            write_store(folder, parts, {"tokenizer": str(tokenizer_folder)})
-    return TokenStore(folder)
+            write_store(folder, parts, {"tokenizer": str(tokenizer_folder)}, cache)
+    return TokenStore(folder, cache)
 
 
 def _mapped(

@@ -218,7 +218,7 @@ def _checked(
     for run, (byte, tokens) in enumerate(layout.runs):
         for first in range(0, tokens, _BLOCK):
             count = min(_BLOCK, tokens - first)
-            data = ranges.read(layout.path, byte + first * size, count * size, version)
+            data = ranges.read(layout.path, byte + first * size, count * size, version[0], version)
             ids = np.frombuffer(data, layout.dtype)
             if layout.guessed and not done and size == 2 and count >= 16 and not ids[1::2].any():
                 raise DataError(

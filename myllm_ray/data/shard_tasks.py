@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import pyarrow as pa
 
 from myllm_ray.config.components import format_of
 from myllm_ray.config.sections import SourceSection
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.pretokenized import IN_PLACE, index_file
 from myllm_ray.data.shards import write_shard
 from myllm_ray.data.sources import Unit, read_unit
@@ -55,16 +57,22 @@ def make_shard(
     tokenizer_folder: str,
     options: TokenizeOptions,
     vocabulary: int,
+    cache: DataCache,
+    store: Path,
+    attempt: str,
 ) -> pa.RecordBatch:
     """Tokenizes the units of a task into a shard, or describes a file that is used in place.
 
     Args:
         task: The task.
-        folder: Folder of the store.
+        folder: Folder in which the store is written, if the cache has no URL.
         index, name, source: Number, name and config of the source.
         tokenizer_folder: Folder of the tokenizer.
         options: Options of the tokenization.
         vocabulary: A number above all token ids.
+        cache: The cache. With a URL, the shard is uploaded.
+        store: Folder of the finished store.
+        attempt: Part of the names of uploaded files. It differs between processes that prepare the same data.
 
     Returns:
         The index of the shard (`shards.index_batch`).
@@ -72,7 +80,29 @@ def make_shard(
     Raises:
         DataError: A row can't be used, or the folder can't be written.
     """
-    stem, unit = f"{index}-{task.number:05d}", task.units[0]
+    if cache.url is None:
+        return _written(task, folder, f"{index}-{task.number:05d}", name, source, tokenizer_folder, options, vocabulary)
+    cache.fetch(Path(tokenizer_folder))
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{index}-{task.number:05d}-{attempt}"
+    with tempfile.TemporaryDirectory(dir=cache.folder) as own:
+        batch = _written(task, Path(own), stem, name, source, tokenizer_folder, options, vocabulary)
+        for path in Path(own).iterdir():
+            cache.upload_file(path, store / path.name)
+    return batch
+
+
+def _written(
+    task: ShardTask,
+    folder: Path,
+    stem: str,
+    name: str,
+    source: SourceSection,
+    tokenizer_folder: str,
+    options: TokenizeOptions,
+    vocabulary: int,
+) -> pa.RecordBatch:
+    unit = task.units[0]
     if unit.kind in IN_PLACE:
         config, bits = format_of(source).config, folder / f"trained-{stem}.bits"  # type: ignore[attr-defined]
         tokenizer, whole = opened(tokenizer_folder), options.train_on_prompt

@@ -218,13 +218,16 @@ class ShardReader:
         index: Number of the source.
         shards: Entries of the shards in `meta.json`.
         ranges: Reads the files.
+        base: Folder or URL of the shards, if it is not `folder`.
     """
 
-    def __init__(self, folder: Path, index: int, shards: list[dict[str, Any]], ranges: ByteRanges):
-        self._folder, self._ranges = folder, ranges
+    def __init__(
+        self, folder: Path, index: int, shards: list[dict[str, Any]], ranges: ByteRanges, base: str | None = None
+    ):
+        self._ranges, self._base = ranges, base or str(folder)
         self._shards = [Shard(**shard) for shard in shards]
         self._dtypes = [np.dtype(shard.dtype).newbyteorder("<") for shard in self._shards]
-        self._paths = [s.path if s.version is not None else str(folder / s.path) for s in self._shards]
+        self._paths = [s.path if s.version is not None else f"{self._base}/{s.path}" for s in self._shards]
         self._shard_firsts = np.cumsum([0, *(shard.tokens for shard in self._shards)])
         # (n, 3) int64: number of the shard, first byte, number of tokens
         # As a plain array, because indexing a `memmap` is slow. It still is a view of the file.
@@ -252,21 +255,23 @@ class ShardReader:
     def _read(self, number: int, byte: int, skipped: int, count: int, place: int) -> np.ndarray:
         """Reads tokens of one run; `place` is the number of the first of them in the shard."""
         shard, dtype = self._shards[number], self._dtypes[number]
-        size = dtype.itemsize
-        data = self._bytes(self._paths[number], byte + size * skipped, size * count, shard.version)
+        width = dtype.itemsize
+        size = width * shard.tokens if shard.version is None else shard.version[0]
+        data = self._bytes(self._paths[number], byte + width * skipped, width * count, size, shard.version)
         values = np.frombuffer(data, dtype).astype(np.int32, copy=False)
         if shard.bits is None:
             return values
         skipped = place % 8
-        packed = self._bytes(str(self._folder / shard.bits), place // 8, -(-(skipped + count) // 8))
+        size, length = -(-shard.tokens // 8), -(-(skipped + count) // 8)
+        packed = self._bytes(f"{self._base}/{shard.bits}", place // 8, length, size)
         bits = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
         # `ids ^ -1` is `~ids`, for the tokens that are not trained on.
         return values ^ (bits[skipped : skipped + count].astype(np.int32) - 1)
 
-    def _bytes(self, path: str, first: int, count: int, version: Any = None) -> bytes:
+    def _bytes(self, path: str, first: int, count: int, size: int, version: Any = None) -> bytes:
         try:
-            return self._ranges.read(path, first, count, version)
+            return self._ranges.read(path, first, count, size, version)
         except DataError as error:
-            if version is not None:
+            if version is not None or "://" in path:
                 raise
-            raise DataError(f"{error}; delete {self._folder}, and the next run prepares the data again") from None
+            raise DataError(f"{error}; delete {self._base}, and the next run prepares the data again") from None

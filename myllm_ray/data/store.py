@@ -25,6 +25,7 @@ import numpy as np
 
 from myllm_ray.config.errors import DataError
 from myllm_ray.data.byte_ranges import ByteRanges
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.shards import ShardReader
 from myllm_ray.data.token_file import TokenReader
 
@@ -33,17 +34,24 @@ _NAMED = 5
 
 
 class TokenStore:
-    """An opened store. Document numbers are consecutive over all sources, starting with source 0."""
+    """An opened store. Document numbers are consecutive over all sources, starting with source 0.
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    Args:
+        folder: Folder of the store.
+        cache: The cache that the store is in. None: the folder has all files.
+        base: Folder or URL of the shards. Default: as in the cache.
+    """
+
+    def __init__(self, folder: str | Path, cache: DataCache | None = None, base: str | None = None):
+        self.folder, self.cache = Path(folder), cache or DataCache(Path(folder).parent)
+        self._base = base or (str(self.folder) if self.cache.url is None else self.cache.remote(self.folder))
         self.meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         self.sources: list[str] = [s["name"] for s in self.meta["sources"]]
         self._offsets = [self._mapped(f"offsets-{i}.npy") for i in range(len(self.sources))]
         self._targets = [self._mapped(f"targets-{i}.npy") for i in range(len(self.sources))]
         self._first = np.cumsum([0, *(len(o) - 1 for o in self._offsets)])
         self._files: dict[int, TokenReader | ShardReader] = {}
-        self._ranges = ByteRanges()
+        self._ranges = ByteRanges(self.cache.staging)
 
     def _mapped(self, name: str) -> np.ndarray:
         # As a plain array, because indexing a `memmap` is slow. It still is a view of the file.
@@ -136,7 +144,7 @@ class TokenStore:
         if source not in self._files:
             described = self.meta["sources"][source]
             self._files[source] = (
-                ShardReader(self.folder, source, described["shards"], self._ranges)
+                ShardReader(self.folder, source, described["shards"], self._ranges, self._base)
                 if "shards" in described
                 else TokenReader(self.folder, source, described)
             )
@@ -151,22 +159,26 @@ class TokenStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process opens its own file descriptors, and the folder may be another one on its node.
-        return open_same, (str(self.folder), self.content_hash)
+        return open_same, (str(self.folder), self.content_hash, self.cache)
 
 
-def open_same(folder: str, content_hash: str) -> TokenStore:
+def open_same(folder: str, content_hash: str, cache: DataCache | None = None) -> TokenStore:
     """Opens a store that another process has opened, possibly on another node.
 
     Args:
         folder: folder of the store.
         content_hash: `TokenStore.content_hash` in the other process.
+        cache: The cache that the store is in. With a URL, what is missing on this node is downloaded: the index of the
+            store, and its tokenizer.
 
     Raises:
         DataError: this node has no such folder, or it contains other data.
     """
     node = socket.gethostname()
     try:
-        store = TokenStore(folder)
+        store = opened_store(folder, cache)
+        if cache is not None and cache.url is not None:
+            cache.fetch(cache.folder / Path(store.meta["tokenizer"]).name)
     except OSError:
         raise DataError(
             f"data.cache: node {node} can't read {folder}: use a folder that all nodes share (data.cache, run.storage)"
@@ -177,6 +189,18 @@ def open_same(folder: str, content_hash: str) -> TokenStore:
             "use a folder that all nodes share (data.cache, run.storage)"
         )
     return store
+
+
+def opened_store(folder: str, cache: DataCache | None) -> TokenStore:
+    """Opens a store; downloads its index first if it is at a URL and missing on this node."""
+    if cache is not None:
+        cache.fetch(Path(folder), is_shard)
+    return TokenStore(folder, cache)
+
+
+def is_shard(name: str) -> bool:
+    """Returns whether a file of a store has tokens, so that it is not downloaded as a whole."""
+    return name.startswith(("tokens-", "trained-"))
 
 
 def describe_documents(store: TokenStore, documents: Sequence[int]) -> str:

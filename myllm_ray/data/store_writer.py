@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from myllm_ray.common.files import published, write_json
 from myllm_ray.config.errors import DataError
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.shards import Shard, one_kind, shard_of
 from myllm_ray.data.store import TokenStore
 
@@ -32,7 +33,9 @@ class SourceShards(NamedTuple):
     """Largest number of documents. Shards after it are not used."""
 
 
-def write_store(folder: Path, sources: list[SourceShards], extra: dict[str, Any]) -> None:
+def write_store(
+    folder: Path, sources: list[SourceShards], extra: dict[str, Any], cache: DataCache | None = None
+) -> None:
     """Writes a store to a temporary folder and renames it to `folder`.
 
     If another process has created `folder` in the meantime, that store is kept. No token passes through this process,
@@ -42,6 +45,7 @@ def write_store(folder: Path, sources: list[SourceShards], extra: dict[str, Any]
         folder: Folder of the store.
         sources: The sources, in order.
         extra: Additional entries of `meta.json`.
+        cache: The cache that the folder is in. With a URL, the shards are there, and the index is uploaded.
 
     Raises:
         DataError: A source has no documents, the sources are of different kinds, the folder can't be written, or it
@@ -66,8 +70,12 @@ def write_store(folder: Path, sources: list[SourceShards], extra: dict[str, Any]
                 **extra,
             }
             write_json(beside / "meta.json", meta)
-            meta["content_hash"] = _content_hash(TokenStore(beside), hashes)
+            remote = cache is not None and cache.url is not None
+            base = cache.remote(folder) if cache is not None and remote else None
+            meta["content_hash"] = _content_hash(TokenStore(beside, cache, base or str(beside)), hashes)
             write_json(beside / "meta.json", meta)
+            if cache is not None:
+                cache.upload(beside, folder)
     except OSError as error:
         raise DataError(f"data.cache: {folder} can't be written: {error}") from None
     if not (folder / "meta.json").exists():

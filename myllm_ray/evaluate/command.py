@@ -18,6 +18,7 @@ from myllm_ray.common.progress import Task, track
 from myllm_ray.common.types import Isolation
 from myllm_ray.config.errors import ConfigError, DataError
 from myllm_ray.config.sections import SourceSection
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.evaluation_rows import Batches, digest, rows_of
 from myllm_ray.data.examples import PROMPTS, TOKENS, LengthLimits
 from myllm_ray.data.packing import Row
@@ -226,7 +227,7 @@ class Evaluation:
         options = TokenizeOptions(
             {}, "error", scored if s.score_prompts is None else s.score_prompts, LengthLimits(max(1, room))
         )
-        store = token_store(self.cache, folder, [(s.data, "--data")], options)
+        store = token_store(DataCache(self.cache), folder, [(s.data, "--data")], options)
         self._check_kind(store)
         return rows_of(store, self._packing(subject, min(most, _LONGEST)))
 

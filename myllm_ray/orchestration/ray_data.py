@@ -22,10 +22,11 @@ from ray.data import DataContext, Dataset, ExecutionOptions
 from myllm_ray.common.tracebacks import describe
 from myllm_ray.common.types import Batch, Position
 from myllm_ray.config.errors import DataError, TrainingError, UserError
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.collate import to_arrow
 from myllm_ray.data.plan import RowPlan
 from myllm_ray.data.shard_tasks import ShardTask
-from myllm_ray.data.store import TokenStore
+from myllm_ray.data.store import opened_store
 from myllm_ray.data.stream import StreamSpec, make_batch
 from myllm_ray.orchestration.failures import RemoteError
 
@@ -138,6 +139,7 @@ def build_dataset(spec: StreamSpec, start: Position, steps: int) -> Dataset:
     # Tasks receive the arguments of the stream instead of the stream itself, and open the store from its folder.
     key = (
         str(spec.plan.store.folder),
+        spec.plan.store.cache,
         spec.plan.order,
         spec.plan.packing,
         spec.global_size,
@@ -157,9 +159,11 @@ def build_dataset(spec: StreamSpec, start: Position, steps: int) -> Dataset:
 
 
 @lru_cache(maxsize=4)
-def _spec(folder: str, order: Any, packing: Any, global_size: int, micro_size: int, pad_id: int) -> StreamSpec:
+def _spec(
+    folder: str, cache: DataCache, order: Any, packing: Any, global_size: int, micro_size: int, pad_id: int
+) -> StreamSpec:
     """Opens the stream in a task, once per process: Ray reuses processes for many tasks."""
-    return StreamSpec(RowPlan(TokenStore(folder), order, packing), global_size, micro_size, pad_id)
+    return StreamSpec(RowPlan(opened_store(folder, cache), order, packing), global_size, micro_size, pad_id)
 
 
 def _quiet() -> None:

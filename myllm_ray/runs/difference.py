@@ -9,7 +9,15 @@ from typing import Any
 from myllm_ray.common.flatten import flatten
 from myllm_ray.runs.folder import RunFolder
 
-WHERE = ("run.name", "run.storage", "run.overwrite", "checkpoint.resume", "data.cache")
+WHERE = (
+    "run.name",
+    "run.storage",
+    "run.overwrite",
+    "checkpoint.resume",
+    "data.cache",
+    "data.local_cache",
+    "data.local_cache_gb",
+)
 """Keys that say where a run is stored. They differ between any two runs and are not compared."""
 
 

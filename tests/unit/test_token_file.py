@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from myllm_ray.config.errors import DataError
-from myllm_ray.data import shard_tasks, shards, sources, store_writer
+from myllm_ray.data import byte_ranges, shard_tasks, shards, sources, store_writer
 from myllm_ray.data.byte_ranges import OPEN_FILES
 from myllm_ray.data.prepare import prepare
 from myllm_ray.data.shards import write_shard
@@ -235,3 +236,15 @@ def test_micro_batches_are_the_same(make_config: MakeConfig, tmp_path: Path, mon
         assert {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in a.items()} == {
             k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in b.items()
         }
+
+
+def test_several_threads_read_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_ranges, "OPEN_FILES", 2)
+    store = written(tmp_path / "s", [[batch([[i, ~i]])] for i in range(20)], 100)
+
+    def read(seed: int) -> bool:
+        numbers = np.random.default_rng(seed).integers(0, 20, 500).tolist()
+        return all(store.read(i).tolist() == [i, ~i] for i in numbers)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(4)))

@@ -10,8 +10,6 @@ that a download that was interrupted is made again.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,8 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from myllm_ray.common.files import published, read_jsonl
-from myllm_ray.common.remote import is_transient, open_storage
-from myllm_ray.common.secrets import mask_text
+from myllm_ray.common.remote import open_storage, patiently
 from myllm_ray.config.errors import CheckpointError, ConfigError
 from myllm_ray.engine.checkpointing.verification import MANIFEST
 
@@ -31,10 +28,6 @@ _TRANSFERS = 4
 """Number of files that are transferred at the same time."""
 _REMOVALS = 5
 """How often the removal of a folder is tried. Files that are left have no manifest, so nothing reads them."""
-_PATIENCE_SECONDS = 300.0
-"""How long an operation is repeated while the storage can't be reached, in seconds."""
-_LONGEST_WAIT_SECONDS = 30.0
-log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
@@ -155,15 +148,4 @@ class RemoteCheckpointStore:
         Raises:
             CheckpointError: any other error, or the time is over. One line, with secrets in the URL masked.
         """
-        until, wait = time.monotonic() + _PATIENCE_SECONDS, 1.0
-        while True:
-            try:
-                return operation()
-            except Exception as error:  # each file system raises its own types of exceptions
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                text = mask_text(f"checkpoint.mirror: {self.url} can't be {what}: {reason}")
-                if not is_transient(error) or time.monotonic() + wait > until:
-                    raise CheckpointError(text) from None
-                log.warning("%s; trying again in %.0f s", text, wait)
-            time.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+        return patiently(operation, f"checkpoint.mirror: {self.url} can't be {what}", CheckpointError)
