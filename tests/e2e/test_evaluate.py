@@ -17,6 +17,7 @@ from report_pages import page_data, points
 from e2e.test_cli import call
 from myllm_ray.config import validate
 from myllm_ray.config.sections import SourceSection
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.collate import to_tensors
 from myllm_ray.data.collate_examples import build_pairs
 from myllm_ray.data.evaluation_rows import rows_of
@@ -249,7 +250,7 @@ def test_the_judge_gives_the_rewards_of_its_trainer(place: Path) -> None:
     prompts = SourceSection(path=str(place / "pairs.json"), format="prompt")
     cache, folder = place / "cache", place / "runs" / "judge" / "tokenizer"
     stores = [
-        token_store(cache, folder, [(source, "data")], TokenizeOptions({}, limits=LengthLimits(100)))
+        token_store(DataCache(cache), folder, [(source, "data")], TokenizeOptions({}, limits=LengthLimits(100)))
         for source in (pairs, prompts)
     ]
     trainer = RewardTrainer(model)

@@ -12,6 +12,7 @@ import torch
 
 from myllm_ray.common.seeds import preserved_random_state
 from myllm_ray.config.sections import SourceSection
+from myllm_ray.data.cache import DataCache
 from myllm_ray.data.evaluation_rows import Batches, digest, rows_of
 from myllm_ray.data.plan import Packing
 from myllm_ray.data.prepare import save_in_cache, token_store
@@ -27,7 +28,7 @@ def store_of(folder: Path, texts: list[str]) -> TokenStore:
     (folder / "text.txt").write_text("\n".join(texts))
     save_in_cache(byte_tokenizer(), folder / "tokenizer-bytes")
     source = SourceSection(path=str(folder / "text.txt"), split_text="line")
-    return token_store(folder, folder / "tokenizer-bytes", [(source, "data")], TokenizeOptions({}))
+    return token_store(DataCache(folder), folder / "tokenizer-bytes", [(source, "data")], TokenizeOptions({}))
 
 
 def test_batches_have_every_row_once_and_the_longest_first(tmp_path: Path) -> None:
