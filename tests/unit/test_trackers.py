@@ -19,7 +19,7 @@ from myllm_ray.config import ConfigError
 from myllm_ray.config.errors import UserError
 from myllm_ray.engine.configured import build_callbacks
 from myllm_ray.engine.reporting.trackers.base import Point, Tracker, numbered
-from myllm_ray.engine.reporting.trackers.delivery import Delivery
+from myllm_ray.engine.reporting.trackers.delivery import Delivery, JSONTail
 from myllm_ray.engine.reporting.trackers.process import read_state
 from myllm_ray.runs.candidates import config_candidates
 from myllm_ray.runs.replay import replay
@@ -251,3 +251,19 @@ def test_runs_made_by_the_program_have_no_tracker(make_config: MakeConfig, tmp_p
     assert replay(Path(config.run.storage) / config.run.name, 2).deviations == []
     candidates, neutral = config_candidates({"tracking": []}, {"tracking": ["wandb"]})
     assert (candidates, len(neutral)) == ([], 1)
+
+
+def test_lines_that_a_resumed_run_writes_again_are_read_again(tmp_path: Path) -> None:
+    """Regression: after a shorter line the reader was inside the next one, which it dropped."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "time": 10.25}\n')
+    tail = JSONTail(path)
+    assert [row["step"] for row in tail.read(10)] == [1, 2]
+    assert tail.read(10) == []
+    path.write_text('{"step": 1}\n{"step": 2, "time": 11.5}\n{"step": 3}\n')
+    assert [row["step"] for row in tail.read(2)] == [1, 2]
+    assert tail.restarted
+    assert [row["step"] for row in tail.read(2)] == [3]
+    assert not tail.restarted
+    path.write_text('{"step": 1}\n')
+    assert [row["step"] for row in tail.read(2)] == [1]

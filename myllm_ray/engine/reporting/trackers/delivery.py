@@ -42,19 +42,31 @@ _CHECKED = ("loss", "grad_norm", "reward")
 
 
 class JSONTail:
-    """Reads the complete lines of a JSON Lines file that another process appends to."""
+    """Reads the complete lines of a JSON Lines file that another process appends to.
+
+    A run that is resumed removes the last lines and writes them again. The file is then read from its start.
+
+    Attributes:
+        restarted: Whether the last `read` has started again.
+    """
 
     def __init__(self, path: Path):
-        self._path, self._at = path, 0
+        self._path, self._at, self._last = path, 0, b""
+        self.restarted = False
 
     def read(self, most: int) -> list[dict[str, Any]]:
         """Returns at most `most` objects that follow those that were returned before."""
         rows: list[dict[str, Any]] = []
+        self.restarted = False
         try:
             with open(self._path, "rb") as file:
-                file.seek(self._at)
+                file.seek(self._at - len(self._last))
+                # The lines that replace others have other times, and may have other lengths.
+                if file.read(len(self._last)) != self._last:
+                    self._at, self._last, self.restarted = 0, b"", True
+                    file.seek(0)
                 while len(rows) < most and (line := file.readline()).endswith(b"\n"):
-                    self._at += len(line)
+                    self._at, self._last = self._at + len(line), line
                     with contextlib.suppress(ValueError):
                         rows.append(json.loads(line))
         except FileNotFoundError:
@@ -148,7 +160,10 @@ class Delivery:
         return more
 
     def _deliver_samples(self, final: bool) -> bool:
-        for row in self._samples.read(_BATCH):
+        rows = self._samples.read(_BATCH)
+        if self._samples.restarted:
+            self._answers.clear()
+        for row in rows:
             self._answers.setdefault(int(row.get("step", 0)), []).append(row)
         sent = False
         for step in sorted(self._answers):
