@@ -71,10 +71,10 @@ A_CYCLE = list(zip(PORTABLE, [*PORTABLE[1:], PORTABLE[0]], strict=True))
     ("first", "then", "pairs"),
     [
         pytest.param(2, 1, A_CYCLE, id="2-1-cycle"),
-        *(pytest.param(a, b, EVERY_PAIR, id=f"{a}-{b}", marks=pytest.mark.promise) for a, b in ((2, 1), (1, 4))),
+        pytest.param(1, 4, EVERY_PAIR, id="1-4", marks=pytest.mark.promise),
         *(
             pytest.param(a, b, EVERY_PAIR, id=f"{a}-{b}", marks=pytest.mark.slow)
-            for a, b in ((1, 2), (4, 1), (4, 2), (2, 4), (2, 2), (4, 4))
+            for a, b in ((2, 1), (1, 2), (4, 1), (4, 2), (2, 4), (2, 2), (4, 4))
         ),
     ],
 )

@@ -106,7 +106,7 @@ def stored_step(proxy: FaultyProxy) -> int:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.promise
+@pytest.mark.slow
 def test_a_server_that_is_away_for_some_seconds(tmp_path: Path) -> None:
     """The save waits and training resumes after it; a server that refuses access ends the run with one line."""
     config = mirrored(tmp_path)
