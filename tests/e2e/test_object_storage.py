@@ -39,7 +39,7 @@ def mirrored(folder: Path, *overrides: str) -> dict[str, Any]:
     return job_config(folder, "job", *options, "checkpoint.mirror=s3://bucket/runs", *overrides)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2700)
 @pytest.mark.parametrize(
     ("kills", "background"),
     [
@@ -78,7 +78,7 @@ def test_killed_and_resumed_without_the_disk(tmp_path: Path, kills: int, backgro
             done = stored_step(proxy)
             shutil.rmtree(folder)
         job = start(config, tmp_path, proxy)
-        said = job.communicate(timeout=600)[0]
+        said = job.communicate(timeout=1200)[0]
         assert job.returncode == 0, said
         assert {"500", "503", "slow", "cut"} <= set(proxy.faults) or kills < 10, proxy.faults
     assert 0 < done < steps
